@@ -1,0 +1,68 @@
+# Every target works from nothing but Python and a C++ compiler: it makes $(VENV), installs the package
+# there (editable) and rebuilds the C++ extension where a source has changed.
+#
+#   make demo [IMAGE=photo.jpg]   segment a picture, with the speed and the parity beside it
+#   make test                     the fast tests
+#   make bench                    the whole network, then every fused op, against torch
+#   make lint                     ruff, clang-format, mypy
+#   make clean                    remove what was built; $(VENV) stays
+#
+# PYTHON=python3.12 makes the environment with another Python. VENV=path uses an environment of your own;
+# a torch that is installed there is kept. FASTSCNN_REQUIRE_CPU=0 goes on where the C++ build fails.
+
+PYTHON ?= python3
+VENV ?= .venv
+export FASTSCNN_REQUIRE_CPU ?= 1
+
+python := $(VENV)/bin/python
+constraints := $(VENV)/fastscnn-constraints.txt
+installed := $(VENV)/fastscnn-installed
+installed_dev := $(VENV)/fastscnn-installed-dev
+installed_bench := $(VENV)/fastscnn-installed-bench
+built := $(VENV)/fastscnn-built
+csrc := $(shell find csrc -type f)
+install := $(python) -m pip install --disable-pip-version-check -c $(constraints)
+
+.PHONY: demo test bench lint clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: $(installed) $(built)
+	$(python) -m fastscnn_fast demo $(if $(IMAGE),"$(IMAGE)")
+
+test: $(installed_dev) $(built)
+	$(python) -m pytest
+
+bench: $(installed_bench) $(built)
+	$(python) -m fastscnn_fast bench
+	$(python) -m pytest benchmarks --benchmark-only
+
+lint: $(installed_dev)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(csrc)
+	$(python) -m mypy
+
+clean:
+	rm -rf build dist demo_out *.egg-info fastscnn_fast/_cpu*.so
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f $(VENV)/fastscnn-*
+
+$(python):
+	$(PYTHON) -m venv $(VENV)
+
+$(constraints): constraints.txt | $(python)
+	@torch=$$($(python) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	  2>/dev/null); sed "s/^torch==.*/$${torch:-&}/" constraints.txt > $@
+
+$(installed) $(installed_dev) $(installed_bench): $(constraints) pyproject.toml setup.py
+	$(install) setuptools pybind11
+	$(install) --no-build-isolation -e .$(extras)
+	@touch $@ $(installed) $(built)
+
+$(installed_dev): extras := [dev]
+$(installed_bench): extras := [dev,bench]
+
+$(built): $(csrc) setup.py | $(installed)
+	$(python) setup.py --quiet build_ext --inplace
+	@touch $@

@@ -1,0 +1,107 @@
+// fastscnn_fast._cpu: addresses and sizes in, nothing of torch. The only file that knows Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/engine.h"
+
+namespace py = pybind11;
+namespace fs = fastscnn;
+
+namespace {
+
+using Address = uintptr_t;
+// (address, n, h, w) of dense channels-last floats.
+using BatchArgs = std::tuple<Address, int, int, int>;
+// (address, raw, (n, c, h, w), (strides in elements))
+using PictureArgs =
+    std::tuple<Address, bool, std::tuple<int, int, int, int>, std::tuple<int64_t, int64_t, int64_t, int64_t>>;
+// (isa, program, address of the weights, their bytes, threads)
+using CallArgs = std::tuple<std::string, fs::Program, Address, size_t, int>;
+
+fs::Batch batch(const BatchArgs& a) {
+  return {reinterpret_cast<float*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+}
+
+fs::Picture picture(const PictureArgs& a) {
+  const auto [n, c, h, w] = std::get<2>(a);
+  const auto [sn, sc, sh, sw] = std::get<3>(a);
+  return {reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), n, c, h, w, sn, sc, sh, sw};
+}
+
+fs::Call call(const CallArgs& a) {
+  return {std::get<0>(a), std::get<1>(a), reinterpret_cast<const void*>(std::get<2>(a)), std::get<3>(a),
+          std::get<4>(a)};
+}
+
+fs::Output output(const std::string& name) {
+  if (name == "logits") return fs::Output::logits;
+  if (name == "probabilities") return fs::Output::probabilities;
+  if (name == "labels") return fs::Output::labels;
+  throw std::invalid_argument("output must be logits, probabilities or labels, got '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The fused ops of Fast-SCNN on the CPU, called with raw addresses by fastscnn_fast.ops.";
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+#if defined(__VERSION__)
+  m.attr("compiler") = __VERSION__;
+#endif
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("instruction_sets", &fs::instruction_sets, "Those this processor runs, the best last.");
+  m.def("scratch_bytes", &fs::scratch_bytes, "Bytes held by the pool of scratch buffers.");
+  m.def("packed_bytes", &fs::packed_bytes);
+  m.def(
+      "pack",
+      [](const fs::Program& program, Address plain, size_t floats, Address packed) {
+        fs::pack(program, reinterpret_cast<const float*>(plain), floats, reinterpret_cast<void*>(packed));
+      },
+      unlocked);
+  m.def(
+      "stem_conv",
+      [](const CallArgs& c, const PictureArgs& x, const BatchArgs& out) {
+        fs::stem_conv(call(c), picture(x), batch(out));
+      },
+      unlocked);
+  m.def(
+      "dsconv",
+      [](const CallArgs& c, const BatchArgs& x, const BatchArgs& out) {
+        fs::dsconv(call(c), batch(x), batch(out));
+      },
+      unlocked);
+  m.def(
+      "inverted_residual",
+      [](const CallArgs& c, const BatchArgs& x, const BatchArgs& out) {
+        fs::inverted_residual(call(c), batch(x), batch(out));
+      },
+      unlocked);
+  m.def(
+      "pyramid_pooling",
+      [](const CallArgs& c, const BatchArgs& x, const BatchArgs& out) {
+        fs::pyramid_pooling(call(c), batch(x), batch(out));
+      },
+      unlocked);
+  m.def(
+      "feature_fusion",
+      [](const CallArgs& c, const BatchArgs& high, const BatchArgs& low, const BatchArgs& out) {
+        fs::feature_fusion(call(c), batch(high), batch(low), batch(out));
+      },
+      unlocked);
+  m.def(
+      "upsample_classify",
+      [](const CallArgs& c, const BatchArgs& x, const std::string& kind, Address out, int h, int w) {
+        fs::upsample_classify(call(c), batch(x), output(kind), reinterpret_cast<void*>(out), h, w);
+      },
+      unlocked);
+  m.def(
+      "network",
+      [](const CallArgs& c, const PictureArgs& x, const std::string& kind, Address out) {
+        fs::network(call(c), picture(x), output(kind), reinterpret_cast<void*>(out));
+      },
+      unlocked);
+}

@@ -1,0 +1,12 @@
+// Any processor: vectors of four floats, by compiler vector extensions.
+#include <cstddef>
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#define FASTSCNN_LANES 4
+#define FASTSCNN_ISA portable
+#define FASTSCNN_TABLE kPortable
+#include "isa.inl"

@@ -1,0 +1,77 @@
+// From the package's integers to layers, and the tag of packed weights.
+#pragma once
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+
+namespace fastscnn {
+
+constexpr uint32_t kMagic = 0x4E435346;  // "FSCN"
+constexpr uint32_t kVersion = 1;
+constexpr uint32_t kLayoutCpu = 1;  // fp32, panels of 16 columns: layer.h
+
+// The encoding of plan.py's Layer.encode(): a length, then that many values, per layer.
+inline std::vector<Layer> decode(const Program& program) {
+  constexpr size_t kFields = 14;
+  std::vector<Layer> layers;
+  for (size_t at = 0; at < program.size(); at += 1 + size_t(program[at])) {
+    const int64_t length = program[at];
+    const int64_t bins = length - int64_t(kFields);
+    if (bins < 0 || bins > kMaxBins || at + size_t(length) >= program.size())
+      throw std::invalid_argument("program must hold whole layers of at most " +
+                                  std::to_string(kMaxBins) + " bins, got a layer of length " +
+                                  std::to_string(length));
+    const int64_t* v = &program[at + 1];
+    for (int64_t i = 0; i < length; i++)
+      if (v[i] < 0 || v[i] > (1 << 20))
+        throw std::invalid_argument("program must hold values from 0 to 2^20, got " +
+                                    std::to_string(v[i]));
+    Layer l{};
+    l.op = Op(v[0]);
+    l.in = int(v[1]), l.out = int(v[2]), l.mid = int(v[3]), l.last = int(v[4]);
+    l.stride = int(v[5]), l.dilation = int(v[6]), l.padding = int(v[7]), l.kernel = int(v[8]);
+    l.activation = Activation(v[9]), l.mid_activation = Activation(v[10]);
+    l.residual = v[11] != 0, l.dense = v[12] != 0, l.align_corners = v[13] != 0;
+    l.bin_count = int(bins);
+    for (int64_t b = 0; b < bins; b++) l.bins[b] = int(v[kFields + b]);
+    const bool known = v[0] <= int(Op::upsample_classify) && v[9] <= 2 && v[10] <= 2;
+    const bool sound = l.in >= 1 && l.out >= 1 && (l.stride == 1 || l.stride == 2) && l.dilation >= 1 &&
+                       (l.op != Op::stem_conv || l.in <= 4) && (l.kernel == 1 || l.kernel == 3) &&
+                       l.padding <= 1 && (!l.residual || (l.stride == 1 && l.in == l.out));
+    if (!known || !sound)
+      throw std::invalid_argument("program must hold layers as plan.py encodes them, got layer " +
+                                  std::to_string(layers.size()) + " of op " + std::to_string(v[0]));
+    layers.push_back(l);
+  }
+  return layers;
+}
+
+inline uint64_t hash(const Program& program) {
+  uint64_t h = 0xcbf29ce484222325u;  // FNV-1a over the integers
+  for (int64_t v : program) h = (h ^ uint64_t(v)) * 0x100000001b3u;
+  return h;
+}
+
+inline Tag make_tag(const Program& program, size_t bytes) {
+  return {kMagic, kVersion, kLayoutCpu, 0, hash(program), bytes};
+}
+
+inline void check_tag(const Program& program, const void* weights, size_t bytes) {
+  Tag tag{};
+  if (bytes >= sizeof(Tag)) std::memcpy(&tag, weights, sizeof(Tag));
+  if (tag.magic != kMagic)
+    throw std::invalid_argument("weights must be packed by pack(), got an untagged tensor of " +
+                                std::to_string(bytes) + " bytes");
+  if (tag.version != kVersion || tag.layout != kLayoutCpu)
+    throw std::invalid_argument("weights must have the layout of the cpu backend (" +
+                                std::to_string(kLayoutCpu) + ", version " + std::to_string(kVersion) +
+                                "), got layout " + std::to_string(tag.layout) + ", version " +
+                                std::to_string(tag.version));
+  if (tag.program != hash(program) || tag.bytes != bytes)
+    throw std::invalid_argument("weights must be packed for these layers, got weights of other layers");
+}
+
+}  // namespace fastscnn

@@ -1,0 +1,283 @@
+// upsample_classify: bilinear resize of low-resolution logits to full size, as logits, softmax or labels.
+// Labels and softmax never see full-size logits.
+
+// Where each block of kLanes output columns reads: columns low and high, relative to the block's base.
+struct ColumnBlocks {
+  int32_t *base, *low, *high;
+  float *low_weight, *high_weight;
+  int blocks;
+  bool windowed;  // every block reads within kLanes columns of its base, so that one load covers it
+
+  void place(Bump& scratch, int width) {
+    blocks = (width + kLanes - 1) / kLanes;
+    base = scratch.take<int32_t>(blocks);
+    low = scratch.take<int32_t>(size_t(blocks) * kLanes);
+    high = scratch.take<int32_t>(size_t(blocks) * kLanes);
+    low_weight = scratch.take<float>(size_t(blocks) * kLanes);
+    high_weight = scratch.take<float>(size_t(blocks) * kLanes);
+  }
+  void fill(int in, int out, bool align_corners) {
+    windowed = true;
+    for (int i = 0; i < blocks * kLanes; i++) {
+      const Sample s = sample(min_of(i, out - 1), in, out, align_corners);
+      if (i % kLanes == 0) base[i / kLanes] = s.low;
+      low[i] = s.low - base[i / kLanes];
+      high[i] = s.high - base[i / kLanes];
+      low_weight[i] = s.low_weight, high_weight[i] = s.high_weight;
+      windowed &= high[i] < kLanes;
+    }
+  }
+  template <bool WINDOWED>
+  FASTSCNN_INLINE vf find(const float* row, int block, const int32_t* index) const {
+    row += base[block];
+    if (WINDOWED) return lookup(row, load(index + block * kLanes));
+    alignas(64) float v[kLanes];
+    for (int i = 0; i < kLanes; i++) v[i] = row[index[block * kLanes + i]];
+    return load(v);
+  }
+  template <bool WINDOWED>
+  FASTSCNN_INLINE vf at(const float* row, int block) const {
+    const vf a = find<WINDOWED>(row, block, low), b = find<WINDOWED>(row, block, high);
+    return fma(b, load(high_weight + block * kLanes), a * load(low_weight + block * kLanes));
+  }
+};
+
+// The low-resolution logits, one row of columns per class, each row's own labels, and whether the row is
+// finite throughout.
+struct LowLogits {
+  int classes, h, w;
+  size_t pitch;
+  float* rows;      // [h][classes][pitch]
+  uint8_t* labels;  // [h][pitch]
+  uint8_t* finite;  // [h]
+
+  LowLogits(int classes_, int h_, int w_, Bump& shared)
+      : classes(classes_), h(h_), w(w_), pitch((size_t(w_) + 15) / 16 * 16 + 16) {
+    rows = shared.take<float>(size_t(h) * classes * pitch);
+    labels = shared.take<uint8_t>(size_t(h) * pitch);
+    finite = shared.take<uint8_t>(h);
+  }
+  const float* row(int y, int c) const { return rows + (size_t(y) * classes + c) * pitch; }
+  // Takes row y from (w, channels) logits.
+  void take_row(int y, const float* in, size_t channels) {
+    float* planes = rows + size_t(y) * classes * pitch;
+    float sum = 0;  // of zeros: NaN where any logit is infinite or NaN
+    for (int x = 0; x < w; x++, in += channels) {
+      float best = in[0];
+      int label = 0;
+      for (int c = 0; c < classes; c++) {
+        const float v = in[c];
+        planes[c * pitch + x] = v;
+        sum += v * 0.0f;
+        if (v > best) best = v, label = c;
+      }
+      labels[size_t(y) * pitch + x] = uint8_t(label);
+    }
+    finite[y] = sum == 0;
+  }
+};
+
+// Output rows [begin, end) that read the same two low rows.
+struct RowGroup {
+  int begin, end, low, high;
+};
+static RowGroup row_group(int y, int end, int in, int out, bool align_corners) {
+  const Sample first = sample(y, in, out, align_corners);
+  RowGroup g{y, y + 1, first.low, first.high};
+  while (g.end < end && sample(g.end, in, out, align_corners).low == first.low) g.end++;
+  return g;
+}
+
+// out[i] = low_weight * a[i] + high_weight * b[i], past the cache: the picture-sized result is not read
+// again here.
+static void write_row(const float* a, const float* b, Sample s, int n, float* out) {
+  const vf wa = splat(s.low_weight), wb = splat(s.high_weight);
+  int i = 0;
+  for (; i < n && reinterpret_cast<uintptr_t>(out + i) % sizeof(vf); i++)
+    out[i] = s.low_weight * a[i] + s.high_weight * b[i];
+  for (; i + kLanes <= n; i += kLanes) stream(out + i, fma(load(b + i), wb, load(a + i) * wa));
+  for (; i < n; i++) out[i] = s.low_weight * a[i] + s.high_weight * b[i];
+}
+
+struct Upsample {
+  const Layer* layer;
+  const LowLogits* low;
+  int h, w;
+  ColumnBlocks columns;
+  float* buffer;  // logits: two rows; probabilities: three vectors a class
+
+  void place(Bump& scratch, Output output) {
+    columns.place(scratch, w);
+    size_t floats = 0;
+    if (output == Output::logits) floats = size_t(2) * columns.blocks * kLanes;
+    if (output == Output::probabilities) floats = size_t(3) * low->classes * kLanes;
+    buffer = scratch.take<float>(floats);
+  }
+  template <bool WINDOWED>
+  void widen(const float* row, float* out) const {
+    for (int i = 0; i < columns.blocks; i++) store(out + i * kLanes, columns.at<WINDOWED>(row, i));
+  }
+
+  template <bool WINDOWED>
+  void logits(float* out, Range rows) const {
+    float *a = buffer, *b = buffer + size_t(columns.blocks) * kLanes;
+    for (int c = 0; c < low->classes; c++) {
+      int in_b = -1;  // the low row that b holds, widened
+      for (int y = rows.begin; y < rows.end;) {
+        const RowGroup g = row_group(y, rows.end, low->h, h, layer->align_corners);
+        if (in_b == g.low) {
+          float* swap = a;
+          a = b, b = swap;
+        } else {
+          widen<WINDOWED>(low->row(g.low, c), a);
+        }
+        widen<WINDOWED>(low->row(g.high, c), b);
+        in_b = g.high;
+        for (; y < g.end; y++)
+          write_row(a, b, sample(y, low->h, h, layer->align_corners), w, out + (size_t(c) * h + y) * w);
+      }
+    }
+    stream_fence();
+  }
+
+  template <bool WINDOWED>
+  void probabilities(float* out, Range rows) const {
+    const int classes = low->classes;
+    float *upper = buffer, *lower = upper + classes * kLanes, *value = lower + classes * kLanes;
+    for (int y = rows.begin; y < rows.end;) {
+      const RowGroup g = row_group(y, rows.end, low->h, h, layer->align_corners);
+      for (int block = 0; block < columns.blocks; block++) {
+        for (int c = 0; c < classes; c++) {
+          store(upper + c * kLanes, columns.at<WINDOWED>(low->row(g.low, c), block));
+          store(lower + c * kLanes, columns.at<WINDOWED>(low->row(g.high, c), block));
+        }
+        const int x = block * kLanes, count = min_of(kLanes, w - x);
+        for (int row = g.begin; row < g.end; row++) {
+          const Sample s = sample(row, low->h, h, layer->align_corners);
+          blend(upper, lower, s.low_weight, s.high_weight, size_t(classes) * kLanes, value);
+          softmax(value, classes);
+          for (int c = 0; c < classes; c++)
+            __builtin_memcpy(out + (size_t(c) * h + row) * w + x, value + c * kLanes,
+                             count * sizeof(float));
+        }
+      }
+      y = g.end;
+    }
+  }
+  static void softmax(float* value, int classes) {
+    vf largest = load(value), sum = splat(0);
+    for (int c = 1; c < classes; c++) largest = at_least(largest, load(value + c * kLanes));
+    for (int c = 0; c < classes; c++) {
+      const vf e = exp_negative(load(value + c * kLanes) - largest);
+      store(value + c * kLanes, e);
+      sum += e;
+    }
+    const vf scale = splat(1.0f) / sum;
+    for (int c = 0; c < classes; c++) store(value + c * kLanes, load(value + c * kLanes) * scale);
+  }
+
+  // ROWS rows of one block of columns: the running maxima and labels stay in registers. With NONFINITE the
+  // samples are weighed as torch weighs them and NaN counts as largest.
+  template <bool WINDOWED, bool NONFINITE, int ROWS>
+  void label_block(RowGroup g, const Sample* samples_of_rows, int block, uint8_t* out) const {
+    vf best[ROWS];
+    vi label[ROWS];
+#pragma GCC unroll 9
+    for (int i = 0; i < ROWS; i++) best[i] = splat(-__builtin_inff()), label[i] = vi{};
+    for (int c = 0; c < low->classes; c++) {
+      const vf a = columns.at<WINDOWED>(low->row(g.low, c), block);
+      const vf b = columns.at<WINDOWED>(low->row(g.high, c), block);
+      const vf slope = b - a;
+      const vi candidate = vi{} + c;
+#pragma GCC unroll 9
+      for (int i = 0; i < ROWS; i++) {
+        const Sample& s = samples_of_rows[i];
+        const vf v = NONFINITE ? fma(b, splat(s.high_weight), a * splat(s.low_weight))
+                               : fma(slope, splat(s.high_weight), a);
+        keep_larger<NONFINITE>(v, candidate, best[i], label[i]);
+      }
+    }
+    const int x = block * kLanes, count = min_of(kLanes, w - x);
+#pragma GCC unroll 9
+    for (int i = 0; i < ROWS; i++) {
+      uint8_t bytes[kLanes];
+      store_bytes(bytes, label[i]);
+      __builtin_memcpy(out + size_t(i) * w + x, bytes, count);
+    }
+  }
+  // The label that a block's corners agree on, else -1. A bilinear sample is a convex combination of its
+  // corners, so what wins at all of them wins everywhere between.
+  int common_label(RowGroup g, int block) const {
+    const uint8_t* upper = low->labels + size_t(g.low) * low->pitch + columns.base[block];
+    const uint8_t* lower = low->labels + size_t(g.high) * low->pitch + columns.base[block];
+    const int last = columns.high[block * kLanes + kLanes - 1], label = upper[0];
+    for (int i = 0; i <= last; i++)
+      if (upper[i] != label || lower[i] != label) return -1;
+    return label;
+  }
+  template <bool WINDOWED, bool NONFINITE>
+  void label_group(RowGroup g, uint8_t* out) const {
+    constexpr int kRows = kLanes == 16 ? 9 : 4;
+    for (int y = g.begin; y < g.end; y += kRows) {
+      const int count = min_of(kRows, g.end - y);
+      Sample rows[kRows];
+      for (int i = 0; i < count; i++) rows[i] = sample(y + i, low->h, h, layer->align_corners);
+      uint8_t* first = out + size_t(y) * w;
+      for (int block = 0; block < columns.blocks; block++) {
+        const int common = NONFINITE ? -1 : common_label(g, block);
+        if (common >= 0) {
+          const int x = block * kLanes, n = min_of(kLanes, w - x);
+          for (int i = 0; i < count; i++) __builtin_memset(first + size_t(i) * w + x, common, n);
+        } else if (count == kRows) {
+          label_block<WINDOWED, NONFINITE, kRows>(g, rows, block, first);
+        } else if (kLanes == 16 && count == kRows - 1) {
+          label_block<WINDOWED, NONFINITE, kRows - 1>(g, rows, block, first);
+        } else {
+          for (int i = 0; i < count; i++)
+            label_block<WINDOWED, NONFINITE, 1>(g, rows + i, block, first + size_t(i) * w);
+        }
+      }
+    }
+  }
+  template <bool WINDOWED>
+  void labels(uint8_t* out, Range rows) const {
+    for (int y = rows.begin; y < rows.end;) {
+      const RowGroup g = row_group(y, rows.end, low->h, h, layer->align_corners);
+      if (low->finite[g.low] && low->finite[g.high])
+        label_group<WINDOWED, false>(g, out);
+      else
+        label_group<WINDOWED, true>(g, out);
+      y = g.end;
+    }
+  }
+
+  template <bool WINDOWED>
+  void run(Output output, void* out, Range rows) const {
+    if (output == Output::logits) logits<WINDOWED>(static_cast<float*>(out), rows);
+    if (output == Output::probabilities) probabilities<WINDOWED>(static_cast<float*>(out), rows);
+    if (output == Output::labels) labels<WINDOWED>(static_cast<uint8_t*>(out), rows);
+  }
+  void run(Output output, void* out, const Team& team) {
+    const Range rows = share(h, team);
+    columns.fill(low->w, w, layer->align_corners);
+    if (columns.windowed)
+      run<true>(output, out, rows);
+    else
+      run<false>(output, out, rows);
+  }
+};
+
+static size_t upsample_classify(const Layer& l, Plane x, Output output, void* out, int h, int w,
+                                const Team& team, Bump shared, size_t* shared_bytes, Bump scratch) {
+  LowLogits low(l.in, x.h, x.w, shared);
+  *shared_bytes = shared.used;
+  Upsample stage{&l, &low, h, w, {}, nullptr};
+  stage.place(scratch, output);
+  if (scratch.measuring()) return scratch.used;
+  const Range rows = share(x.h, team);
+  const size_t channels = padded(l.in);
+  for (int y = rows.begin; y < rows.end; y++) low.take_row(y, x.data + size_t(y) * x.w * channels, channels);
+  team.wait();
+  stage.run(output, out, team);
+  return scratch.used;
+}

@@ -1,0 +1,134 @@
+"""Which backend can run what, and why not: one predicate selects a backend and explains its refusal."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from .config import Config
+
+logger = logging.getLogger("fastscnn_fast")
+
+try:
+    from . import _cpu
+except ImportError as error:
+    _cpu_module: ModuleType | None = None
+    _cpu_missing = f"the extension fastscnn_fast._cpu is not built ({error})"
+else:
+    _cpu_module, _cpu_missing = _cpu, ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """``why_not(config, device, dtype)`` is None where the backend can run, else the reason."""
+
+    name: str
+    why_not: Callable[[Config, torch.device, torch.dtype], str | None]
+
+
+def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    if _cpu_module is None:
+        return _cpu_missing
+    if device.type != "cpu":
+        return f"device must be cpu, got {device}"
+    if dtype != torch.float32:
+        return f"dtype must be torch.float32, got {dtype}"
+    return None
+
+
+def _reference_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if dtype.is_floating_point else f"dtype must be a floating dtype, got {dtype}"
+
+
+def _absent(kernels: str) -> Callable[[Config, torch.device, torch.dtype], str]:
+    return lambda config, device, dtype: f"this version has no {kernels} kernels"
+
+
+#: In the order of preference.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", _absent("CUDA")),
+        Backend("triton", _absent("Triton")),
+        Backend("cpu", _cpu_why_not),
+        Backend("reference", _reference_why_not),
+    )
+}
+
+
+def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use for ``name``; "auto" is FASTSCNN_BACKEND where set, else the first that can run.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend that was asked for cannot run; the message says why.
+    """
+    if name == "auto":
+        name = os.environ.get("FASTSCNN_BACKEND", "auto")
+    if name == "auto":
+        reasons = {b.name: b.why_not(config, device, dtype) for b in BACKENDS.values()}
+        chosen = next((n for n, reason in reasons.items() if reason is None), None)
+        if chosen is None:
+            raise RuntimeError(f"no backend can run: {reasons}")
+        if chosen == "reference":
+            log_once(f"running on the reference backend: cpu: {reasons['cpu']}")
+        return chosen
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = BACKENDS[name].why_not(config, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {name} cannot run: {reason}")
+    return name
+
+
+def report() -> dict[str, str | None]:
+    """Per backend: None where it runs float32 on this machine's default device, else the reason."""
+    config, cpu = Config(), torch.device("cpu")
+    return {name: b.why_not(config, cpu, torch.float32) for name, b in BACKENDS.items()}
+
+
+def cpu_module() -> ModuleType:
+    """The extension ``_cpu``.
+
+    Raises:
+        RuntimeError: it is not built.
+    """
+    if _cpu_module is None:
+        raise RuntimeError(f"backend cpu cannot run: {_cpu_missing}")
+    return _cpu_module
+
+
+def isas() -> list[str]:
+    """Instruction sets compiled into the extension that this processor runs, the best last."""
+    return [] if _cpu_module is None else list(_cpu_module.instruction_sets())
+
+
+def isa() -> str:
+    """The instruction set in use: the best, or what FASTSCNN_ISA forces.
+
+    Raises:
+        ValueError: FASTSCNN_ISA names one that cannot run here.
+    """
+    return _isa(os.environ.get("FASTSCNN_ISA"))
+
+
+@lru_cache(maxsize=None)
+def _isa(forced: str | None) -> str:
+    names = cpu_module().instruction_sets()
+    if forced is None:
+        return str(names[-1])
+    if forced not in names:
+        raise ValueError(f"FASTSCNN_ISA must be one of {', '.join(names)}, got {forced!r}")
+    return forced
+
+
+@lru_cache(maxsize=None)
+def log_once(message: str) -> None:
+    """Warn of a fallback, once per reason."""
+    logger.warning(message)

@@ -1,0 +1,233 @@
+"""Every switch by which the published Fast-SCNN implementations differ, and their settings as presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+Activation = Literal["none", "relu", "relu6"]
+AuxTap = Literal["downsample", "global"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One Fast-SCNN architecture (Poudel et al., BMVC 2019, Table 1). The defaults are the ``paper`` preset.
+
+    Sizes are channel counts unless said otherwise. ``mean`` and ``std`` normalise pictures scaled to
+    [0, 1], one value per input channel.
+
+    Raises:
+        ValueError: a field breaks a rule; the message names the field, the rule and the value.
+    """
+
+    num_classes: int = 19
+    in_channels: int = 3
+    downsample_channels: tuple[int, int, int] = (32, 48, 64)
+    bottleneck_channels: tuple[int, int, int] = (64, 96, 128)
+    bottleneck_repeats: tuple[int, int, int] = (3, 3, 3)
+    expansion: int = 6
+    pyramid_bins: tuple[int, ...] = (1, 2, 3, 6)
+    pyramid_channels: int = 128
+    fusion_channels: int = 128
+    aux_channels: int = 32
+
+    stem_padding: int = 1
+    dsconv_mid_activation: Activation = "none"
+    bottleneck_activation: Activation = "relu"
+    pyramid_input_first: bool = True
+    pyramid_kernel: int = 1
+    fusion_refine: Literal["depthwise", "dense"] = "depthwise"
+    fusion_dilation: int = 4
+    fusion_bias: bool = False
+    fusion_norm: bool = True
+    align_corners: bool = False
+    dropout: float = 0.1
+    dropout_whole_channels: bool = False
+    aux: bool = False
+    aux_taps: tuple[AuxTap, ...] = ("downsample", "global")
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in _TUPLES:
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        self._check_counts()
+        self._check_switches()
+        self._check_normalisation()
+
+    def _check_counts(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            _rule(_is_count(value), name, "must be an integer of at least 1", value)
+        for name in _TRIPLES:
+            value = getattr(self, name)
+            good = isinstance(value, tuple) and len(value) == 3 and all(map(_is_count, value))
+            _rule(good, name, "must be three integers of at least 1", value)
+        _rule(self.in_channels <= 4, "in_channels", "must be from 1 to 4", self.in_channels)
+        bins = self.pyramid_bins
+        good = isinstance(bins, tuple) and len(bins) > 0 and all(map(_is_count, bins))
+        _rule(good, "pyramid_bins", "must be a non-empty tuple of integers of at least 1", bins)
+        last = self.bottleneck_channels[2]
+        rule = f"must divide bottleneck_channels[2] = {last} by their number without remainder"
+        _rule(last % len(bins) == 0, "pyramid_bins", rule, bins)
+
+    def _check_switches(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            known = any(type(value) is type(choice) and value == choice for choice in choices)
+            _rule(known, name, f"must be one of {choices}", value)
+        _rule(
+            self.fusion_refine == "depthwise" or self.fusion_dilation == 1,
+            "fusion_dilation",
+            "must be 1 where fusion_refine is 'dense' (a 1x1 convolution)",
+            self.fusion_dilation,
+        )
+        _rule(
+            self.fusion_norm or self.fusion_bias,
+            "fusion_bias",
+            "must be True where fusion_norm is False (nothing else shifts the sum)",
+            self.fusion_bias,
+        )
+        good = isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1
+        _rule(good, "dropout", "must be at least 0 and below 1", self.dropout)
+        taps = self.aux_taps
+        good = isinstance(taps, tuple) and set(taps) <= {"downsample", "global"}
+        rule = "must hold 'downsample' and 'global' at most once each"
+        _rule(good and len(set(taps)) == len(taps), "aux_taps", rule, taps)
+        rule = "must be False where aux_taps is empty (the network has no auxiliary heads)"
+        _rule(not self.aux or len(taps) > 0, "aux", rule, self.aux)
+
+    def _check_normalisation(self) -> None:
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            good = isinstance(value, tuple) and len(value) == self.in_channels
+            good = good and all(isinstance(v, (int, float)) and math.isfinite(v) for v in value)
+            rule = f"must hold one finite number per input channel ({self.in_channels})"
+            _rule(good, name, rule, value)
+        _rule(all(v > 0 for v in self.std), "std", "must be positive", self.std)
+
+    @property
+    def pyramid_branch_channels(self) -> int:
+        """Channels of one pyramid branch: the paper's 128 -> 32 for four bins."""
+        return self.bottleneck_channels[2] // len(self.pyramid_bins)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``Config(**values)`` takes back."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+_COUNTS = (
+    "num_classes",
+    "in_channels",
+    "expansion",
+    "pyramid_channels",
+    "fusion_channels",
+    "aux_channels",
+    "fusion_dilation",
+)
+_TRIPLES = ("downsample_channels", "bottleneck_channels", "bottleneck_repeats")
+_TUPLES = (*_TRIPLES, "pyramid_bins", "aux_taps", "mean", "std")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "stem_padding": (0, 1),
+    "dsconv_mid_activation": ("none", "relu", "relu6"),
+    "bottleneck_activation": ("none", "relu", "relu6"),
+    "pyramid_input_first": (False, True),
+    "pyramid_kernel": (1, 3),
+    "fusion_refine": ("depthwise", "dense"),
+    "fusion_bias": (False, True),
+    "fusion_norm": (False, True),
+    "align_corners": (False, True),
+    "dropout_whole_channels": (False, True),
+    "aux": (False, True),
+}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _rule(holds: bool, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} {rule}, got {value!r}")
+
+
+_PAPER = Config()
+_TRAMAC = replace(
+    _PAPER,
+    stem_padding=0,
+    dsconv_mid_activation="relu",
+    fusion_dilation=1,
+    fusion_bias=True,
+    align_corners=True,
+    aux_taps=("downsample",),
+)
+_MMSEG = replace(
+    _PAPER,
+    pyramid_kernel=3,
+    fusion_dilation=1,
+    dropout_whole_channels=True,
+    aux_taps=("global", "downsample"),
+)
+
+#: The published implementations by name. Sources and facts: README, "Presets".
+PRESETS: dict[str, Config] = {
+    "paper": _PAPER,
+    "tramac": _TRAMAC,
+    "mmseg": _MMSEG,
+    "mmseg_legacy": replace(
+        _MMSEG,
+        stem_padding=0,
+        dsconv_mid_activation="relu",
+        bottleneck_activation="relu6",
+        pyramid_kernel=1,
+        fusion_refine="dense",
+        dropout_whole_channels=False,
+    ),
+    "segmentron": replace(
+        _TRAMAC,
+        bottleneck_activation="relu6",
+        fusion_refine="dense",
+        dropout_whole_channels=True,
+        aux_taps=("downsample", "global"),
+    ),
+    "zacario": replace(_TRAMAC, dropout=0.0),
+    "leftthomas": replace(
+        _PAPER,
+        pyramid_input_first=False,
+        fusion_bias=True,
+        fusion_norm=False,
+        align_corners=True,
+        aux_taps=(),
+    ),
+}
+
+
+def preset(name: str, **overrides: Any) -> Config:
+    """The preset called ``name`` with some fields replaced.
+
+    Grey, RGBA or other input: ``mean`` and ``std`` must then be given too unless ``in_channels`` is 3;
+    left out, they become 0.5 and 0.25 for every channel.
+
+    Raises:
+        ValueError: unknown preset or field, or a rule of :class:`Config` is broken.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    known = {field.name for field in fields(Config)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(
+            f"overrides must be fields of Config ({', '.join(sorted(known))}), got {unknown[0]!r}"
+        )
+    channels = overrides.get("in_channels", 3)
+    if channels != 3 and _is_count(channels):
+        overrides.setdefault("mean", (0.5,) * channels)
+        overrides.setdefault("std", (0.25,) * channels)
+    return replace(PRESETS[name], **overrides)
