@@ -13,8 +13,8 @@ using Address = uintptr_t;
 // (address, n, h, w) of dense channels-last floats.
 using BatchArgs = std::tuple<Address, int, int, int>;
 // (address, raw, (n, c, h, w), (strides in elements))
-using PictureArgs =
-    std::tuple<Address, bool, std::tuple<int, int, int, int>, std::tuple<int64_t, int64_t, int64_t, int64_t>>;
+using PictureArgs = std::tuple<Address, bool, std::tuple<int, int, int, int>,
+                               std::tuple<int64_t, int64_t, int64_t, int64_t>>;
 // (isa, program, address of the weights, their bytes, threads)
 using CallArgs = std::tuple<std::string, fs::Program, Address, size_t, int>;
 
@@ -25,12 +25,13 @@ fs::Batch batch(const BatchArgs& a) {
 fs::Picture picture(const PictureArgs& a) {
   const auto [n, c, h, w] = std::get<2>(a);
   const auto [sn, sc, sh, sw] = std::get<3>(a);
-  return {reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), n, c, h, w, sn, sc, sh, sw};
+  return {
+      reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), n, c, h, w, sn, sc, sh, sw};
 }
 
 fs::Call call(const CallArgs& a) {
-  return {std::get<0>(a), std::get<1>(a), reinterpret_cast<const void*>(std::get<2>(a)), std::get<3>(a),
-          std::get<4>(a)};
+  return {std::get<0>(a), std::get<1>(a), reinterpret_cast<const void*>(std::get<2>(a)),
+          std::get<3>(a), std::get<4>(a)};
 }
 
 fs::Output output(const std::string& name) {
@@ -43,7 +44,8 @@ fs::Output output(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "The fused ops of Fast-SCNN on the CPU, called with raw addresses by fastscnn_fast.ops.";
+  m.doc() =
+      "The fused ops of Fast-SCNN on the CPU, called with raw addresses by fastscnn_fast.ops.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 #if defined(__VERSION__)
   m.attr("compiler") = __VERSION__;
@@ -55,11 +57,13 @@ PYBIND11_MODULE(_cpu, m) {
 #endif
   m.def("instruction_sets", &fs::instruction_sets, "Those this processor runs, the best last.");
   m.def("scratch_bytes", &fs::scratch_bytes, "Bytes held by the pool of scratch buffers.");
+  m.def("fill_scratch", &fs::fill_scratch, "Sets every byte of the idle scratch buffers (tests).");
   m.def("packed_bytes", &fs::packed_bytes);
   m.def(
       "pack",
       [](const fs::Program& program, Address plain, size_t floats, Address packed) {
-        fs::pack(program, reinterpret_cast<const float*>(plain), floats, reinterpret_cast<void*>(packed));
+        fs::pack(program, reinterpret_cast<const float*>(plain), floats,
+                 reinterpret_cast<void*>(packed));
       },
       unlocked);
   m.def(
@@ -94,7 +98,8 @@ PYBIND11_MODULE(_cpu, m) {
       unlocked);
   m.def(
       "upsample_classify",
-      [](const CallArgs& c, const BatchArgs& x, const std::string& kind, Address out, int h, int w) {
+      [](const CallArgs& c, const BatchArgs& x, const std::string& kind, Address out, int h,
+         int w) {
         fs::upsample_classify(call(c), batch(x), output(kind), reinterpret_cast<void*>(out), h, w);
       },
       unlocked);

@@ -1,8 +1,8 @@
 """Fast-SCNN (Poudel, Liwicki, Cipolla, BMVC 2019) with fused inference kernels.
 
-    from fastscnn_fast import FastSCNN, fuse
-    model = FastSCNN(num_classes=19)     # plain torch, trainable
-    fast = fuse(model)                   # logits: fast(x); uint8 labels: fast.labels(x)
+from fastscnn_fast import FastSCNN, fuse
+model = FastSCNN(num_classes=19)     # plain torch, trainable
+fast = fuse(model)                   # logits: fast(x); uint8 labels: fast.labels(x)
 """
 
 from .checkpoints import load_checkpoint

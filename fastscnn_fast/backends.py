@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -118,7 +118,7 @@ def isa() -> str:
     return _isa(os.environ.get("FASTSCNN_ISA"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _isa(forced: str | None) -> str:
     names = cpu_module().instruction_sets()
     if forced is None:
@@ -128,7 +128,7 @@ def _isa(forced: str | None) -> str:
     return forced
 
 
-@lru_cache(maxsize=None)
+@cache
 def log_once(message: str) -> None:
     """Warn of a fallback, once per reason."""
     logger.warning(message)

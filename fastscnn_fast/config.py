@@ -227,7 +227,7 @@ def preset(name: str, **overrides: Any) -> Config:
             f"overrides must be fields of Config ({', '.join(sorted(known))}), got {unknown[0]!r}"
         )
     channels = overrides.get("in_channels", 3)
-    if channels != 3 and _is_count(channels):
+    if channels in (1, 2, 4):
         overrides.setdefault("mean", (0.5,) * channels)
         overrides.setdefault("std", (0.25,) * channels)
     return replace(PRESETS[name], **overrides)

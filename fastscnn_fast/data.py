@@ -7,7 +7,9 @@ import colorsys
 import numpy as np
 from numpy.typing import NDArray
 
-from .scene import IGNORE, Colour, Scene
+from .scene import IGNORE, Scene
+
+Colour = tuple[int, int, int]
 
 CAMVID_CLASSES = (
     "Sky",
@@ -79,6 +81,7 @@ CITYSCAPES_PALETTE: tuple[Colour, ...] = (
 )
 #: The label that belongs to no class in CamVid; the losses and scores leave it out.
 CAMVID_IGNORE = IGNORE
+
 
 def class_names(num_classes: int) -> tuple[tuple[str, ...], tuple[Colour, ...]]:
     """Names and colours for ``num_classes`` classes: CamVid's for 11, Cityscapes' for 19, else numbers."""

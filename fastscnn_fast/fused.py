@@ -74,9 +74,7 @@ class FusedFastSCNN(nn.Module):
         return f"num_classes={self.config.num_classes}, backend={self.backend}, dtype={self.dtype}"
 
 
-def fuse(
-    model: FastSCNN, backend: str = "auto", dtype: torch.dtype | None = None
-) -> FusedFastSCNN:
+def fuse(model: FastSCNN, backend: str = "auto", dtype: torch.dtype | None = None) -> FusedFastSCNN:
     """The fused copy of ``model`` as it is in eval mode, on the model's device.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,17 @@ from .lazy import LazyFusion
 _ACTIVATIONS: dict[Activation, Any] = {"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 
 
-def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Bilinear resize of (N, C, h, w) to (N, C, *size)."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+    return F.interpolate(x, list(size), mode="bilinear", align_corners=align_corners)
 
 
 class ConvBNAct(nn.Module):
-    """Convolution, batch norm, activation: (N, C, H, W) -> (N, O, H', W')."""
+    """Convolution, batch norm, activation: (N, C, H, W) -> (N, O, H', W').
+
+    In training at batch 1 the norm may see one value per channel (the 1x1 pooling bin; every layer at 1/32
+    of a 32x32 picture). Batch statistics of one value are undefined: the running statistics stand in.
+    """
 
     def __init__(
         self,
@@ -45,24 +50,13 @@ class ConvBNAct(nn.Module):
         self.act: nn.Module = _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
-
-
-class PooledConvBNAct(ConvBNAct):
-    """A :class:`ConvBNAct` whose batch norm may see one value per channel (batch 1, the 1x1 pooling bin).
-
-    Batch statistics of one value are undefined, so such a batch is normalised by the running statistics.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        if self.training and x.numel() == x.shape[1] and isinstance(self.bn, nn.BatchNorm2d):
-            bn = self.bn
+        x, bn = self.conv(x), self.bn
+        if self.training and x.numel() == x.shape[1] and isinstance(bn, nn.BatchNorm2d):
             x = F.batch_norm(
                 x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps
             )
         else:
-            x = self.bn(x)
+            x = bn(x)
         return self.act(x)
 
 
@@ -129,7 +123,7 @@ class PyramidPooling(nn.Module):
         self.bins = config.pyramid_bins
         self.input_first = config.pyramid_input_first
         self.align_corners = config.align_corners
-        self.branches = nn.ModuleList(PooledConvBNAct(channels, branch) for _ in self.bins)
+        self.branches = nn.ModuleList(ConvBNAct(channels, branch) for _ in self.bins)
         self.out = ConvBNAct(
             channels + branch * len(self.bins), config.pyramid_channels, config.pyramid_kernel
         )
@@ -277,7 +271,9 @@ class FastSCNN(LazyFusion, nn.Module):
         self.feature_fusion = FeatureFusion(config)
         self.classifier = Classifier(config)
         taps = {"downsample": config.downsample_channels[2], "global": config.pyramid_channels}
-        heads = {tap: AuxiliaryHead(taps[tap], config) for tap in config.aux_taps if config.aux}
+        heads: dict[str, nn.Module] = {
+            tap: AuxiliaryHead(taps[tap], config) for tap in config.aux_taps if config.aux
+        }
         self.auxiliary = nn.ModuleDict(heads)
 
     def forward(self, x: Tensor) -> Any:
@@ -298,7 +294,7 @@ class FastSCNN(LazyFusion, nn.Module):
         aux = (self._full_size(head(features[tap]), size) for tap, head in self.auxiliary.items())
         return logits, tuple(aux)
 
-    def _full_size(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+    def _full_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return resize(logits, size, self.config.align_corners)
 
     def _normalised(self, x: Tensor) -> Tensor:

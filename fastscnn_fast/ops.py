@@ -63,8 +63,14 @@ def pack(
         dtype: the dtype to compute in.
 
     Raises:
-        ValueError: a tensor is missing or of a wrong shape.
+        ValueError: a tensor is missing or of a wrong shape, or the backend has no such layout.
     """
+    _require(backend in _LAYOUTS, f"backend must be one of {', '.join(_LAYOUTS)}, got {backend!r}")
+    wanted = _dtypes(backend)
+    _require(
+        dtype in wanted,
+        f"dtype must be {' or '.join(map(str, wanted))} for backend {backend}, got {dtype}",
+    )
     program = encode(layers)
     flat = [torch.zeros(0, dtype=dtype)]
     for index, (layer, named) in enumerate(zip(layers, tensors, strict=True)):
@@ -90,7 +96,11 @@ def pack(
 
 def _unpack(weights: Tensor, program: tuple[int, ...]) -> list[dict[str, Tensor]]:
     """The reference layout's tensors, as views."""
-    tag = bytes(weights[: _TAG.size].cpu().numpy()) if weights.numel() >= _TAG.size else bytes(_TAG.size)
+    tag = (
+        bytes(weights[: _TAG.size].cpu().numpy())
+        if weights.numel() >= _TAG.size
+        else bytes(_TAG.size)
+    )
     magic, version, layout, dtype, program_hash, size = _TAG.unpack(tag)
     if (magic, version, layout) != (_MAGIC, _VERSION, _LAYOUTS["reference"]):
         raise ValueError("weights must be packed for the reference backend, got another layout")
@@ -115,6 +125,10 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    return _DTYPES if backend == "reference" else (torch.float32,)
+
+
 def _check_input(
     name: str, x: Tensor, channels: int, weights: Tensor, backend: str, raw: bool = False
 ) -> None:
@@ -124,7 +138,7 @@ def _check_input(
     _require(backend in _LAYOUTS, f"backend must be one of {', '.join(_LAYOUTS)}, got {backend!r}")
     if raw and x.dtype == torch.uint8:
         return
-    wanted = _DTYPES if backend == "reference" else (torch.float32,)
+    wanted = _dtypes(backend)
     allowed = ", ".join(map(str, wanted)) + (" or torch.uint8" if raw else "")
     if x.dtype not in wanted:
         raise TypeError(f"{name} must be of dtype {allowed} for backend {backend}, got {x.dtype}")
@@ -201,9 +215,7 @@ def _plane_result(op: str, raw: bool = False) -> Callable[..., Tensor]:
 
 
 def _plane_fill(op: str, picture: bool = False) -> Callable[..., None]:
-    def fill(
-        out: Tensor, x: Tensor, weights: Tensor, layer: Sequence[int], backend: str
-    ) -> None:
+    def fill(out: Tensor, x: Tensor, weights: Tensor, layer: Sequence[int], backend: str) -> None:
         if backend == "reference":
             (named,) = _unpack(weights, tuple(layer))
             out.copy_(getattr(reference, op)(x, _layer(layer, op), named))

@@ -90,9 +90,16 @@ class Layer:
             v = values[at + 1 : at + 1 + values[at]]
             layers.append(
                 Layer(
-                    OPS[v[0]],
-                    "",
-                    *v[1:9],
+                    op=OPS[v[0]],
+                    name="",
+                    in_channels=v[1],
+                    out_channels=v[2],
+                    mid_channels=v[3],
+                    last_channels=v[4],
+                    stride=v[5],
+                    dilation=v[6],
+                    padding=v[7],
+                    kernel=v[8],
                     activation=ACTIVATIONS[v[9]],
                     mid_activation=ACTIVATIONS[v[10]],
                     residual=bool(v[11]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ _OVERSAMPLING = 2  # drawn this much larger: smooth edges in the picture, hard o
 _NEAR = 1.5  # metres; what is closer is drawn as if it were that far
 _KERB = 0.12
 _STRIPS = (1.5, 2, 2.7, 3.5, 5, 7, 9, 12, 16, 21, 28, 38, 52, 75, 110, 170)
-_BACKGROUND, _BUILDINGS, _STREET = range(3)  # layers, each drawn from far to near
+_BACKGROUND, _BUILDINGS, _STREET, _BONNET = range(4)  # layers, each drawn from far to near
 
 #: Strength of the random texture per label, in grey levels.
 _TEXTURE = np.array([0, 5, 2, 6, 5, 14, 1, 3, 2, 4, 3, 2], np.float32)
@@ -73,7 +74,7 @@ _SHOPS = ((36, 66, 120), (150, 32, 36), (30, 92, 70), (228, 222, 210), (200, 140
 _Outline = tuple[tuple[float, float], ...]
 _CARS: tuple[tuple[_Outline, tuple[int, ...], tuple[_Outline, ...], float, float], ...] = (
     (  # hatchback
-        ((0, 0.3), (0, 0.9), (0.13, 1.42), (0.58, 1.46), (0.76, 0.95), (0.98, 0.8), (1, 0.3)),
+        ((0, 0.24), (0, 0.9), (0.13, 1.42), (0.58, 1.46), (0.76, 0.95), (0.98, 0.8), (1, 0.24)),
         (1, 3),
         (
             ((0.12, 0.95), (0.18, 1.34), (0.4, 1.38), (0.4, 0.95)),
@@ -84,14 +85,14 @@ _CARS: tuple[tuple[_Outline, tuple[int, ...], tuple[_Outline, ...], float, float
     ),
     (  # saloon
         (
-            (0, 0.3),
+            (0, 0.24),
             (0, 0.88),
             (0.15, 0.95),
             (0.29, 1.38),
             (0.58, 1.4),
             (0.74, 0.95),
             (0.98, 0.8),
-            (1, 0.3),
+            (1, 0.24),
         ),
         (2, 4),
         (
@@ -102,7 +103,7 @@ _CARS: tuple[tuple[_Outline, tuple[int, ...], tuple[_Outline, ...], float, float
         1.75,
     ),
     (  # van
-        ((0, 0.35), (0, 1.95), (0.74, 2.0), (0.87, 1.15), (0.98, 1.0), (1, 0.35)),
+        ((0, 0.28), (0, 1.95), (0.74, 2.0), (0.87, 1.15), (0.98, 1.0), (1, 0.28)),
         (2,),
         (((0.6, 1.15), (0.6, 1.75), (0.73, 1.75), (0.83, 1.15)),),
         4.9,
@@ -112,7 +113,8 @@ _CARS: tuple[tuple[_Outline, tuple[int, ...], tuple[_Outline, ...], float, float
         ((0, 0.4), (0, 2.9), (0.99, 2.9), (1, 1.2), (1, 0.4)),
         (2,),
         tuple(
-            ((a, 1.4), (a, 2.4), (a + 0.13, 2.4), (a + 0.13, 1.4)) for a in (0.04, 0.2, 0.36, 0.52, 0.68, 0.84)
+            ((a, 1.4), (a, 2.4), (a + 0.13, 2.4), (a + 0.13, 1.4))
+            for a in (0.04, 0.2, 0.36, 0.52, 0.68, 0.84)
         ),
         9.5,
         2.4,
@@ -122,8 +124,12 @@ _CARS: tuple[tuple[_Outline, tuple[int, ...], tuple[_Outline, ...], float, float
 
 def _mix(a: Sequence[float], b: Sequence[float], share: float) -> Colour:
     """``a`` with a share of ``b``, kept within 0..255."""
-    red, green, blue = (min(255, max(0, round(x + (y - x) * share))) for x, y in zip(a, b))
-    return red, green, blue
+    keep = 1 - share
+    return (
+        min(255, max(0, round(a[0] * keep + b[0] * share))),
+        min(255, max(0, round(a[1] * keep + b[1] * share))),
+        min(255, max(0, round(a[2] * keep + b[2] * share))),
+    )
 
 
 def _lit(colour: Sequence[float], light: float) -> Colour:
@@ -150,7 +156,7 @@ class Scene:
         self.horizon = rows * self.between(0.40, 0.54)
         self.centre = columns * self.between(0.42, 0.58)
         self.eye = self.between(1.25, 1.75)
-        self.bend = self.between(-1, 1) ** 3 * 0.004
+        self.bend = self.between(-1, 1) ** 3 * 0.006
         self.half_view = columns / 2 / self.focal  # metres to the frame's side per metre ahead
 
         overcast = self.between(0, 1)
@@ -176,7 +182,7 @@ class Scene:
         self.ink = ImageDraw.Draw(self.picture)
         self.glaze = ImageDraw.Draw(self.picture, "RGBA")
         self.truth = ImageDraw.Draw(self.labels)
-        self.queue: list[tuple[int, float, Callable[[], None]]] = []
+        self.queue: list[tuple[int, float, int, Callable[[], None]]] = []
 
     def render(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Draw everything: picture (H, W, 3) and labels (H, W), both uint8."""
@@ -187,11 +193,16 @@ class Scene:
             self._furniture(side)
             self._people(side)
         self._traffic()
-        for _, _, draw in sorted(self.queue, key=lambda entry: (entry[0], -entry[1])):
-            draw()
         if self.chance(0.2):
-            self._bonnet()
-        return self._develop()
+            self.later(_BONNET, 0, self._bonnet)
+        mirrored = self.chance(0.5)
+        for _, _, seed, draw in sorted(self.queue, key=lambda entry: (entry[0], -entry[1])):
+            self.rng = np.random.default_rng(seed)
+            draw()
+        picture, labels = self._develop()
+        if mirrored:
+            picture, labels = picture[:, ::-1], labels[:, ::-1]
+        return np.ascontiguousarray(picture), np.ascontiguousarray(labels)
 
     # Chance.
 
@@ -239,7 +250,12 @@ class Scene:
         return max(5.0, 1.25 * abs(x) / self.half_view)
 
     def later(self, layer: int, z: float, draw: Callable[..., None], *args: object) -> None:
-        self.queue.append((layer, z, lambda: draw(*args)))
+        """Draw once all that is behind is drawn, with chances of its own.
+
+        Such a draw may take more chances at a higher resolution (smaller twigs) and still leave the
+        rest of the scene as it is.
+        """
+        self.queue.append((layer, z, int(self.rng.integers(2**31)), lambda: draw(*args)))
 
     def board(self, x: float, z: float, label: int | None, squeeze: float = 1) -> _Board:
         return _Board(self, x, z, label, squeeze)
@@ -249,10 +265,12 @@ class Scene:
     def _sky(self, rows: int, columns: int) -> Image.Image:
         down = np.clip(np.arange(rows, dtype=np.float32) / max(self.horizon, 1), 0, 1)[:, None]
         ramp = np.array(self.zenith) * (1 - down) + np.array(self.haze) * down
-        sky = Image.fromarray(ramp.astype(np.uint8)[:, None]).resize((columns, rows), Image.Resampling.NEAREST)
+        sky = Image.fromarray(ramp.astype(np.uint8)[:, None]).resize(
+            (columns, rows), Image.Resampling.NEAREST
+        )
         noise = sum(
             np.asarray(
-                Image.fromarray(self.rng.random((n, 2 * n), dtype=np.float32)).resize(
+                Image.fromarray(self.rng.random((2 * n, n), dtype=np.float32)).resize(
                     (64, 64), Image.Resampling.BICUBIC
                 )
             )
@@ -264,7 +282,10 @@ class Scene:
         clouds = Image.fromarray(mask.astype(np.uint8)).resize(
             (columns, rows), Image.Resampling.BICUBIC
         )
-        sky.paste(_mix((250, 250, 250), (150, 154, 162), self.between(0, 1) * (1 - self.sunny)), mask=clouds)
+        sky.paste(
+            _mix((250, 250, 250), (150, 154, 162), self.between(0, 1) * (1 - self.sunny)),
+            mask=clouds,
+        )
         return sky
 
     def _strip(
@@ -277,7 +298,7 @@ class Scene:
         alpha: int = 255,
     ) -> None:
         """The ground between two distances from the middle, from here to the horizon."""
-        for near, far in zip(_STRIPS, _STRIPS[1:]):
+        for near, far in pairwise(_STRIPS):
             corners = ((left, near), (right, near), (right, far), (left, far))
             self.polygon([(x, height, z) for x, z in corners], colour, label, alpha)
 
@@ -291,7 +312,7 @@ class Scene:
         self._marks(asphalt)
         for side in (-1, 1):
             edge, line, garden = (side * v[side] for v in (self.edge, self.line, self.garden))
-            for near, far in zip(_STRIPS, _STRIPS[1:]):
+            for near, far in pairwise(_STRIPS):
                 face = [(edge, 0, near), (edge, _KERB, near), (edge, _KERB, far), (edge, 0, far)]
                 self.polygon(face, _lit(paving, 0.8), PAVEMENT)
             self._strip(edge, line + side * 30, paving, PAVEMENT, _KERB)
@@ -362,7 +383,12 @@ class Scene:
                 for _ in range(3):
                     at = z + self.between(0, length)
                     self.later(
-                        _BUILDINGS, at, self._tree, x + side * self.between(1, 6), at, self.between(5, 9)
+                        _BUILDINGS,
+                        at,
+                        self._tree,
+                        x + side * self.between(1, 6),
+                        at,
+                        self.between(5, 9),
                     )
             else:
                 self._house(side, x, z, z + length)
@@ -378,7 +404,6 @@ class Scene:
         pitched = floors < 5 and self.chance(0.65)
         rise = self.between(1.8, 3.2) if pitched else 0.0
         shop = self.one_of(_SHOPS) if not self.garden[side] and self.chance(0.45) else None
-        seed = int(self.rng.integers(2**31))
         reach = high * 0.5 if self.sunny > 0.35 and side == self.sun_side else 0.0
         if reach:
             tip = max(-self.edge[-1], min(self.edge[1], x - side * reach), key=lambda v: v * side)
@@ -388,9 +413,9 @@ class Scene:
             self.polygon(shadow, (16, 20, 40), alpha=90)
 
         def draw() -> None:
-            dice = np.random.default_rng(seed)
             street = [(x, 0.0, near), (x, high, near), (x, high, far), (x, 0.0, far)]
-            front = [(x, 0, near), (x + deep, 0, near), (x + deep, high, near), (x, high, near)]
+            end = x + deep
+            front = [(x, 0.0, near), (end, 0.0, near), (end, high, near), (x, high, near)]
             if pitched:
                 ridge = x + deep / 2
                 slope = [(x, high, near), (ridge, high + rise, near), (ridge, high + rise, far)]
@@ -401,18 +426,23 @@ class Scene:
             if near > _NEAR:
                 self.polygon(front, _lit(wall, 0.82), BUILDING)
             self._windows(
-                dice, lambda s, t: (x, t, near + s), far - near, floors, storey, wall, street_light, shop
+                lambda s, t: (x, t, near + s), far - near, floors, storey, wall, street_light, shop
             )
             if near > _NEAR:
                 self._windows(
-                    dice, lambda s, t: (x + side * s, t, near), abs(deep), floors, storey, wall, 0.82, None
+                    lambda s, t: (x + side * s, t, near),
+                    abs(deep),
+                    floors,
+                    storey,
+                    wall,
+                    0.82,
+                    None,
                 )
 
         self.later(_BUILDINGS, near, draw)
 
     def _windows(
         self,
-        dice: np.random.Generator,
         face: Callable[[float, float], Point],
         length: float,
         floors: int,
@@ -423,8 +453,8 @@ class Scene:
     ) -> None:
         """Windows, doors and a shop front on the wall that maps metres along and up to a point."""
         frame = _lit((232, 228, 220), light)
-        count = max(1, int(length / dice.uniform(2.0, 3.0)))
-        wide, tall = dice.uniform(0.8, 1.5), dice.uniform(1.2, 1.8)
+        count = max(1, int(length / self.between(2.0, 3.0)))
+        wide, tall = self.between(0.8, 1.5), self.between(1.2, 1.8)
         spacing = length / count
 
         def panel(a: float, b: float, low: float, high: float, colour: Colour) -> None:
@@ -439,18 +469,20 @@ class Scene:
             for k in range(count):
                 middle = (k + 0.5) * spacing
                 left, right = middle - wide / 2, middle + wide / 2
-                (u0, v0), (u1, v1) = self.pixel(*face(left, base + tall)), self.pixel(*face(right, base))
-                columns, rows = self.picture.size
-                inside = max(u0, u1) > 0 and min(u0, u1) < columns and v1 > 0
+                (u0, v0), (u1, v1) = (
+                    self.pixel(*face(left, base + tall)),
+                    self.pixel(*face(right, base)),
+                )
+                inside = max(u0, u1) > 0 and min(u0, u1) < self.picture.width and v1 > 0
                 if not inside or abs(u1 - u0) < 3 or v1 - v0 < 4:
                     continue
-                glass = _mix((44, 52, 66), self.zenith, float(dice.random()) * 0.5)
-                if dice.random() < 0.08:
+                glass = _mix((44, 52, 66), self.zenith, self.between(0, 1) * 0.5)
+                if self.chance(0.08):
                     glass = (226, 200, 140)
                 door = floor == 0 and k == count // 2
                 bottom = 0.1 if door else base
                 panel(left - 0.08, right + 0.08, bottom - 0.08, base + tall + 0.08, frame)
-                fill = _SHOPS[int(dice.integers(len(_SHOPS)))] if door else _lit(glass, light)
+                fill = self.one_of(_SHOPS) if door else _lit(glass, light)
                 panel(left, right, bottom, base + tall, fill)
                 if not door and abs(u1 - u0) > 8:
                     panel(left, right, base + tall * 0.48, base + tall * 0.52, frame)
@@ -467,8 +499,8 @@ class Scene:
         for _ in range(int(self.rng.integers(1, 4))):
             z = self.visible(edge) + self.between(0, 1) ** 2 * 30
             draw = self._traffic_light if self.chance(0.3) else self._sign
-            self.later(_STREET, z, draw, kerb + side * 0.1, z)
-        if self.chance(0.65):
+            self.later(_STREET, z, draw, kerb + side * 0.35, z)
+        if self.chance(0.8):
             x = side * (line if self.garden[side] or self.chance(0.4) else edge + 0.25)
             z = self.visible(x) * self.between(0.6, 1.4)
             self._fence(x, z, z + self.between(8, 30))
@@ -497,7 +529,7 @@ class Scene:
             self.later(_STREET, z, self._pedestrian, x, z, 0.0)
         for k in range(self.one_of((0, 1, 1, 2)) if side < 0 else self.one_of((1, 1, 2))):
             x = side * (edge - self.parking[side] - self.between(0.5, 1.1))
-            z = self.visible(x) + (self.between(0, 5) if k == 0 else self.between(4, 30))
+            z = self.visible(x) + (self.between(0, 10) if k == 0 else self.between(4, 30))
             self.later(_STREET, z, self._cyclist, x, z)
 
     def _traffic(self) -> None:
@@ -516,20 +548,20 @@ class Scene:
         while x > -self.edge[-1] + self.parking[-1] + 1:
             z = self.visible(x) + self.between(0, 15)
             while z < 90:
-                self._car(x + self.between(-0.3, 0.3), z, True, self.one_of((0, 0, 0, 1, 1, 1, 2, 3)))
+                self._car(
+                    x + self.between(-0.3, 0.3), z, True, self.one_of((0, 0, 0, 1, 1, 1, 2, 3))
+                )
                 z += self.between(11, 50)
             x -= self.lane
 
     def _car(self, x: float, z: float, oncoming: bool, kind: int) -> None:
-        paint, seed = self.one_of(_PAINTS), int(self.rng.integers(2**31))
-        self.later(_STREET, z, self._draw_car, x, z, oncoming, kind, paint, seed)
+        self.later(_STREET, z, self._draw_car, x, z, oncoming, kind)
 
-    def _draw_car(
-        self, x: float, z: float, oncoming: bool, kind: int, paint: Colour, seed: int
-    ) -> None:
+    def _draw_car(self, x: float, z: float, oncoming: bool, kind: int) -> None:
+        paint = self.one_of(_PAINTS)
         outline, panes, windows, length, width = _CARS[kind]
         left, right = x - width / 2, x + width / 2
-        glass = _mix((34, 40, 50), self.zenith, (seed % 100) / 300)
+        glass = _mix((34, 40, 50), self.zenith, self.between(0, 0.3))
 
         def ahead(share: float) -> float:
             return z + length * (1 - share if oncoming else share)
@@ -537,31 +569,36 @@ class Scene:
         def lies(at: float, points: Sequence[tuple[float, float]]) -> list[Point]:
             return [(at, y, ahead(share)) for share, y in points]
 
-        shadow = [(left - 0.15, z - 0.2), (right + 0.15, z - 0.2), (right + 0.15, z + length), (left - 0.15, z + length)]
+        shadow = [
+            (left - 0.15, z - 0.2),
+            (right + 0.15, z - 0.2),
+            (right + 0.15, z + length),
+            (left - 0.15, z + length),
+        ]
         self.polygon([(a, 0.0, b) for a, b in shadow], (12, 12, 16), alpha=150)
         for tyre in (left + 0.05, right - 0.3):
             box = ((tyre, 0), (tyre + 0.25, 0), (tyre + 0.25, 0.4), (tyre, 0.4))
             self.polygon([(a, b, z + 0.1) for a, b in box], (20, 20, 22), CAR)
 
-        edges = list(zip(outline, outline[1:]))
-        order = range(len(edges)) if oncoming else range(len(edges) - 1, -1, -1)
-        for k in order:
-            (s0, y0), (s1, y1) = edges[k]
-            low, high = ((s1, y1), (s0, y0)) if oncoming else ((s0, y0), (s1, y1))
+        def across(k: int, inset: float) -> list[Point]:
+            """The outline's edge k, seen from ahead: from the left to the right of the car."""
+            low, high = outline[k : k + 2][:: -1 if oncoming else 1]
+            ends = [
+                (left + inset, low),
+                (right - inset, low),
+                (right - inset, high),
+                (left + inset, high),
+            ]
+            return [(at, y, ahead(share)) for at, (share, y) in ends]
 
-            def quad(inset: float, low=low, high=high) -> list[Point]:
-                return [
-                    (left + inset, low[1], ahead(low[0])),
-                    (right - inset, low[1], ahead(low[0])),
-                    (right - inset, high[1], ahead(high[0])),
-                    (left + inset, high[1], ahead(high[0])),
-                ]
-
-            if self._faces_camera(quad(0)):
+        count = len(outline) - 1
+        for k in range(count) if oncoming else reversed(range(count)):
+            if self._faces_camera(across(k, 0)):
+                (s0, y0), (s1, y1) = outline[k : k + 2]
                 upright = abs(y1 - y0) > abs(s1 - s0) * length
-                self.polygon(quad(0), _lit(paint, 0.82 if upright else 1.12), CAR)
+                self.polygon(across(k, 0), _lit(paint, 0.82 if upright else 1.12), CAR)
                 if k in panes:
-                    self.polygon(quad(0.12), glass)
+                    self.polygon(across(k, 0.12), glass)
         for at, turned in ((left, -1), (right, 1)):
             (near, _), (far, _) = self.pixel(at, 0, z), self.pixel(at, 0, z + length)
             if (near - far) * turned < 0:
@@ -571,7 +608,7 @@ class Scene:
                     self.polygon(lies(at, [(a / length, b) for a, b in wheel]), (18, 18, 20), CAR)
                 self.polygon(lies(at, outline), _lit(paint, light), CAR)
                 for share in (0.18, 0.8):
-                    for radius, shade in ((0.32, (18, 18, 20)), (0.17, (150, 150, 154))):
+                    for radius, shade in ((0.32, (18, 18, 20)), (0.16, (120, 120, 124))):
                         wheel = _oval(share * length, 0.32, radius, radius)
                         self.polygon(lies(at, [(a / length, b) for a, b in wheel]), shade)
                 for window in windows:
@@ -592,10 +629,16 @@ class Scene:
             top = (1.8, 2.6)[kind - 2]
             box(left + 0.15, middle - 0.05, top - 0.6, top, glass)
             box(middle + 0.05, right - 0.15, top - 0.6, top, glass)
-        box(left + 0.02, right - 0.02, 0.3, 0.44, (40, 40, 44))
+        box(left + 0.02, right - 0.02, 0.28, 0.42, (40, 40, 44))
         for a, b in ((left + 0.06, left + 0.36), (right - 0.36, right - 0.06)):
             box(a, b, 0.6, 0.76, lamp)
-        box(middle - 0.26, middle + 0.26, 0.46, 0.57, (240, 238, 226) if oncoming else (232, 196, 60))
+        box(
+            middle - 0.26,
+            middle + 0.26,
+            0.46,
+            0.57,
+            (240, 238, 226) if oncoming else (232, 196, 60),
+        )
 
     def _faces_camera(self, quad: Sequence[Point]) -> bool:
         p = [self.pixel(*point) for point in quad]
@@ -630,17 +673,39 @@ class Scene:
         elif shape == 1:  # warning
             for size, colour in ((1.0, red), (0.62, white)):
                 plate.polygon(
-                    [(-r * size, high - r * 0.6 * size), (r * size, high - r * 0.6 * size), (0, high + r * 1.1 * size)], colour
+                    [
+                        (-r * size, high - r * 0.6 * size),
+                        (r * size, high - r * 0.6 * size),
+                        (0, high + r * 1.1 * size),
+                    ],
+                    colour,
                 )
         elif shape == 2:  # order
             plate.oval(0, high, r, r, blue)
-            plate.polygon([(-r * 0.1, high - r * 0.6), (r * 0.1, high - r * 0.6), (r * 0.1, high + r * 0.1), (r * 0.35, high + r * 0.1), (0, high + r * 0.7), (-r * 0.35, high + r * 0.1), (-r * 0.1, high + r * 0.1)], white)
+            plate.polygon(
+                [
+                    (-r * 0.1, high - r * 0.6),
+                    (r * 0.1, high - r * 0.6),
+                    (r * 0.1, high + r * 0.1),
+                    (r * 0.35, high + r * 0.1),
+                    (0, high + r * 0.7),
+                    (-r * 0.35, high + r * 0.1),
+                    (-r * 0.1, high + r * 0.1),
+                ],
+                white,
+            )
         else:  # directions
             wide = r * self.between(1.3, 2.6)
             ground = self.one_of((blue, (24, 104, 70), white, (210, 150, 40)))
             plate.box(-wide, wide, high - r, high + r, ground)
             for row in (-0.45, 0.1):
-                plate.box(-wide * 0.8, wide * 0.5, high + r * row, high + r * (row + 0.25), _mix(ground, (255, 255, 255) if ground != white else (20, 20, 20), 0.85))
+                plate.box(
+                    -wide * 0.8,
+                    wide * 0.5,
+                    high + r * row,
+                    high + r * (row + 0.25),
+                    _mix(ground, (255, 255, 255) if ground != white else (20, 20, 20), 0.85),
+                )
 
     def _traffic_light(self, x: float, z: float) -> None:
         self.board(x, z, POLE).line([(0, 0), (0, 2.4)], 0.12, (60, 62, 64))
@@ -654,7 +719,9 @@ class Scene:
     def _fence(self, x: float, near: float, far: float) -> None:
         metal, high = self.chance(0.6), self.between(0.9, 1.4)
         colour = self.one_of(
-            ((46, 50, 52), (120, 124, 126), (38, 70, 54)) if metal else ((140, 108, 78), (96, 78, 64), (176, 164, 150))
+            ((46, 50, 52), (120, 124, 126), (38, 70, 54))
+            if metal
+            else ((140, 108, 78), (96, 78, 64), (176, 164, 150))
         )
         for z in np.arange(near, far, 2.0):
             self.later(_STREET, float(z), self._fence_panel, x, float(z), high, metal, colour)
@@ -670,7 +737,9 @@ class Scene:
         shade = self.hazed(_lit(colour, 1.0 if metal else 0.75), z)
         for k in range(bars):
             at = z + 2.0 * k / bars
-            self.ink.line([self.pixel(x, foot, at), self.pixel(x, top, at)], fill=shade, width=width)
+            self.ink.line(
+                [self.pixel(x, foot, at), self.pixel(x, top, at)], fill=shade, width=width
+            )
         for y in (foot, top) if metal else ():
             self.ink.line([self.pixel(x, y, z), self.pixel(x, y, far)], fill=shade, width=width)
 
@@ -685,7 +754,7 @@ class Scene:
         leaf = self.one_of(_LEAVES)
         radius, middle = high * self.between(0.24, 0.34), (high + fork) / 2
         reach = (high - fork) / 2
-        blobs = 10 if tree.scale * high < 60 else 26
+        blobs = min(26, 4 + int(tree.scale * high / 20))
         for light in (0.62, 0.85, 1.1):
             lift = (light - 0.85) * 0.7
             for _ in range(blobs):
@@ -700,11 +769,18 @@ class Scene:
                 )
 
     def _branch(
-        self, tree: _Board, x: float, y: float, angle: float, length: float, width: float, wood: Colour
+        self,
+        tree: _Board,
+        x: float,
+        y: float,
+        angle: float,
+        length: float,
+        width: float,
+        wood: Colour,
     ) -> None:
         tip = (x + length * math.cos(angle), y + length * math.sin(angle))
         tree.line([(x, y), tip], width, wood)
-        if length * tree.scale < 5 or width * tree.scale < 0.3:
+        if length * tree.scale < 8 or length < 0.35:
             return
         for turn in (-0.5, 0.1, 0.55):
             bend = angle + turn + self.between(-0.25, 0.25)
@@ -715,7 +791,13 @@ class Scene:
         for light in (0.6, 0.85, 1.05):
             for _ in range(6):
                 size = self.between(0.15, 0.4)
-                bush.oval(self.between(-0.5, 0.5), self.between(0.2, 0.5) + light * 0.4, size, size, _lit(leaf, light))
+                bush.oval(
+                    self.between(-0.5, 0.5),
+                    self.between(0.2, 0.5) + light * 0.4,
+                    size,
+                    size,
+                    _lit(leaf, light),
+                )
 
     def _bin(self, x: float, z: float) -> None:
         colour = self.one_of(((40, 44, 46), (34, 70, 52), (60, 66, 96)))
@@ -729,13 +811,15 @@ class Scene:
         skin = self.one_of(_SKINS)
         hair = self.one_of(((30, 24, 20), (96, 66, 40), (190, 160, 110), (120, 120, 122)))
         figure = self.board(x, z, PEDESTRIAN)
-        figure.shadow(0.35)
         figure.lift, figure.size = ground, size
+        figure.shadow(0.35)
         for foot, light in ((-stride, 0.8), (stride, 1.0)):
             figure.line([(0, 0.9), (foot * 0.6, 0.45), (foot, 0.03)], 0.17, _lit(legs, light))
             figure.line([(foot - 0.05, 0.03), (foot + 0.09, 0.03)], 0.08, (24, 22, 22))
         figure.line([(0.0, 1.38), (-0.2, 1.1), (stride - 0.24, 0.85)], 0.12, _lit(coat, 0.75))
-        figure.polygon([(-0.17, 0.78), (0.17, 0.78), (0.23, 1.4), (0.1, 1.5), (-0.1, 1.5), (-0.23, 1.4)], coat)
+        figure.polygon(
+            [(-0.17, 0.78), (0.17, 0.78), (0.23, 1.4), (0.1, 1.5), (-0.1, 1.5), (-0.23, 1.4)], coat
+        )
         figure.line([(0.0, 1.38), (0.22, 1.1), (0.24 - stride, 0.85)], 0.12, _lit(coat, 1.2))
         figure.oval(0, 1.63, 0.105, 0.14, skin)
         figure.polygon(_oval(0, 1.69, 0.11, 0.1), hair)
@@ -751,7 +835,11 @@ class Scene:
             rider.oval(hub, 0.34, 0.35, 0.35, (70, 70, 72), alpha=110)
             ring = [*_oval(hub, 0.34, 0.34, 0.34), (hub + 0.34, 0.34)]
             rider.line(ring, 0.05, (22, 22, 24))
-        for bar in (((-0.52, 0.34), (-0.15, 0.85), (0.38, 0.85), (0.52, 0.34)), ((-0.52, 0.34), (0.0, 0.34), (0.38, 0.85)), ((0.38, 0.85), (0.34, 1.05), (0.48, 1.08))):
+        for bar in (
+            ((-0.52, 0.34), (-0.15, 0.85), (0.38, 0.85), (0.52, 0.34)),
+            ((-0.52, 0.34), (0.0, 0.34), (0.38, 0.85)),
+            ((0.38, 0.85), (0.34, 1.05), (0.48, 1.08)),
+        ):
             rider.line(bar, 0.05, frame)
         rider.line([(-0.15, 1.0), (0.16, 0.72), (0.02, 0.25)], 0.16, _lit(legs, 0.75))
         rider.line([(-0.15, 1.0), (0.2, 0.82), (0.06, 0.42)], 0.16, legs)
@@ -771,7 +859,7 @@ class Scene:
     # From the drawing to the photograph.
 
     def _develop(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Exposure, texture, vignette and noise; a mirror image half of the time."""
+        """Exposure, texture, vignette and noise."""
         rng, shape = self.rng, (self.height, self.width)
         labels = np.asarray(self.labels)[::_OVERSAMPLING, ::_OVERSAMPLING]
         gain, gamma = 1 - 0.55 * self.between(0, 1) ** 3, self.between(0.85, 1.3)
@@ -781,7 +869,9 @@ class Scene:
         pixels = np.asarray(self.picture.reduce(_OVERSAMPLING).point(curve)).astype(np.float32)
 
         coarse = rng.standard_normal((self.height // 3 + 1, self.width // 3 + 1), np.float32)
-        smooth = Image.fromarray(coarse).resize((self.width, self.height), Image.Resampling.BILINEAR)
+        smooth = Image.fromarray(coarse).resize(
+            (self.width, self.height), Image.Resampling.BILINEAR
+        )
         grain = np.asarray(smooth) + 0.5 * rng.standard_normal(shape, np.float32)
         y, x = (np.linspace(-1, 1, n, dtype=np.float32) ** 2 for n in shape)
         vignette = 1 - self.between(0, 0.22) * (y[:, None] + x) / 2
@@ -789,9 +879,7 @@ class Scene:
         pixels *= vignette[..., None]
         pixels += self.between(1, 5) * rng.standard_normal((*shape, 3), np.float32)
         picture = np.clip(pixels, 0, 255).astype(np.uint8)
-        if self.chance(0.5):
-            picture, labels = picture[:, ::-1], labels[:, ::-1]
-        return np.ascontiguousarray(picture), np.ascontiguousarray(labels)
+        return picture, labels
 
 
 class _Board:
@@ -812,7 +900,9 @@ class _Board:
     def polygon(self, points: Sequence[Pixel], colour: Sequence[float], alpha: int = 255) -> None:
         self.scene.paint(self._pixels(points), self.scene.hazed(colour, self.z), self.label, alpha)
 
-    def box(self, left: float, right: float, low: float, high: float, colour: Sequence[float]) -> None:
+    def box(
+        self, left: float, right: float, low: float, high: float, colour: Sequence[float]
+    ) -> None:
         self.polygon([(left, low), (right, low), (right, high), (left, high)], colour)
 
     def oval(
@@ -824,7 +914,9 @@ class _Board:
     def line(self, points: Sequence[Pixel], width: float, colour: Sequence[float]) -> None:
         """A line ``width`` metres wide, at least one pixel of the finished picture."""
         pixels, thick = self._pixels(points), max(_OVERSAMPLING, round(width * self.scale))
-        self.scene.ink.line(pixels, fill=self.scene.hazed(colour, self.z), width=thick, joint="curve")
+        self.scene.ink.line(
+            pixels, fill=self.scene.hazed(colour, self.z), width=thick, joint="curve"
+        )
         if self.label is not None:
             self.scene.truth.line(pixels, fill=self.label, width=thick, joint="curve")
 

@@ -34,6 +34,7 @@ def seed() -> int:
     return SEED
 
 
+@pytest.hookimpl(trylast=True)  # so that the instruction set varies fastest
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", backends.isas(), indirect=True)

@@ -1,16 +1,27 @@
-"""What the tests share: how equality is measured, and networks whose every parameter matters."""
+"""What the tests share: how equality is measured, poisoned memory, and networks whose every parameter matters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from fastscnn_fast import backends, ops
+from fastscnn_fast.model import FastSCNN
+from fastscnn_fast.plan import Layer
+
+# ---------------------------------------------------------------- equality
 
 
 def err(y: Tensor, ref64: Tensor) -> float:
     """``||y - ref64|| / ||ref64 - its mean per channel||``; channels are dimension 1.
 
-    A constant offset cannot hide an error that way. Where a channel holds one value, its mean is left in.
-    A result with NaN or infinity is infinitely wrong.
+    A constant offset cannot hide an error that way. Where a channel holds one value, or the reference is
+    constant, the mean is left in. A result with NaN or infinity is infinitely wrong.
     """
     assert ref64.dtype == torch.float64, "the reference must be computed in float64"
     assert ref64.isfinite().all(), "the reference itself is not finite"
@@ -18,15 +29,17 @@ def err(y: Tensor, ref64: Tensor) -> float:
     if not y.isfinite().all():
         return float("inf")
     others = [d for d in range(ref64.ndim) if d != 1]
-    one_value = ref64.numel() == ref64.shape[1]
-    centred = ref64 if one_value else ref64 - ref64.mean(others, keepdim=True)
-    difference, spread = (y.double() - ref64).norm().item(), centred.norm().item()
+    size = ref64.norm().item()
+    spread = (ref64 - ref64.mean(others, keepdim=True)).norm().item()
+    if spread <= 1e-9 * size:
+        spread = size
+    difference = (y.double() - ref64).norm().item()
     if difference == 0:
         return 0.0
     return difference / spread if spread > 0 else float("inf")
 
 
-def border(x: Tensor, width: int = 4) -> Tensor:
+def border(x: Tensor, width: int = 2) -> Tensor:
     """The outermost ``width`` rows and columns of (N, C, H, W) as (N, C, values)."""
     strips = (x[..., :width, :], x[..., -width:, :], x[..., :width], x[..., -width:])
     return torch.cat([strip.flatten(2) for strip in strips], dim=2)
@@ -46,6 +59,137 @@ def assert_parity(
         assert ours <= bound < float("inf"), (
             f"error {where} {ours:.2e}, bound {bound:.2e}, torch's {torchs:.2e}"
         )
+
+
+def assert_labels(labels: Tensor, logits64: Tensor, tolerance: float) -> None:
+    """``labels`` (N, H, W) are the classes of the largest of ``logits64`` (N, K, H, W).
+
+    Another class passes where its logit is within ``tolerance`` of the largest.
+    """
+    assert labels.dtype == torch.uint8
+    chosen = logits64.gather(1, labels.long()[:, None])[:, 0]
+    gap = logits64.amax(1) - chosen
+    assert (gap <= tolerance).all(), (
+        f"{int((gap > tolerance).sum())} of {gap.numel()} labels are wrong, a logit by {gap.max():.2e}"
+    )
+
+
+# ---------------------------------------------------------------- memory
+
+GUARD = 4096
+
+
+class Guarded:
+    """``size`` bytes between two guard zones, all of value ``byte``: as floats, 255 makes NaN."""
+
+    def __init__(self, size: int, byte: int = 255) -> None:
+        self._byte = byte
+        self._memory = torch.full((size + 2 * GUARD,), byte, dtype=torch.uint8)
+        self.inside = self._memory[GUARD : GUARD + size]
+
+    def intact(self) -> bool:
+        """Whether the guard zones are as they were."""
+        zones = (self._memory[:GUARD], self._memory[-GUARD:])
+        return all(bool((zone == self._byte).all()) for zone in zones)
+
+
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "cropped",
+    "cropped_channels_last",
+    "every_second",
+    "transposed",
+    "expanded",
+)
+
+
+def in_layout(x: Tensor, layout: str, byte: int = 255) -> Tensor:
+    """``x`` (N, C, H, W) copied into memory of that layout; ``byte`` is all around it and in its gaps.
+
+    An "expanded" result repeats the first column of x's first image.
+    """
+    n, c, h, w = x.shape
+
+    def memory(*shape: int) -> Tensor:
+        guarded = Guarded(prod(shape) * x.element_size(), byte)
+        return guarded.inside.view(x.dtype).view(shape)
+
+    if layout == "expanded":
+        column = memory(1, c, h, 1)
+        column.copy_(x[:1, ..., :1])
+        return column.expand(n, c, h, w)
+    views = {
+        "contiguous": lambda: memory(n, c, h, w),
+        "channels_last": lambda: memory(n, h, w, c).permute(0, 3, 1, 2),
+        "cropped": lambda: memory(n, c, h + 3, w + 5)[..., 1 : h + 1, 2 : w + 2],
+        "cropped_channels_last": lambda: memory(n, h + 3, w + 5, c + 1)[
+            :, 1 : h + 1, 2 : w + 2, :c
+        ].permute(0, 3, 1, 2),
+        "every_second": lambda: memory(n, c, 2 * h, 2 * w)[..., ::2, ::2],
+        "transposed": lambda: memory(n, c, w, h).transpose(2, 3),
+    }
+    view = views[layout]()
+    view.copy_(x)
+    return view
+
+
+def run_poisoned(op: str, *args: Any) -> Tensor:
+    """The op on the cpu backend, into a poisoned result between guard zones, with poisoned scratch.
+
+    ``args`` are those of ``torch.ops.fastscnn.<op>`` without the backend. Whatever the op does not
+    write stays NaN, or differs between two fillings where the result has no NaN. The channels that pad
+    the result's memory must come out as zeros: the layers of a network rely on that.
+    """
+    _, result, fill = ops._DEFINITIONS[op]
+    like = result(*args, "cpu")
+    written: list[Tensor] = []
+    for byte in (255,) if like.dtype.is_floating_point else (255, 0):
+        guarded = Guarded(like.untyped_storage().nbytes(), byte)
+        inside = guarded.inside.view(like.dtype)
+        out = inside.as_strided(like.shape, like.stride(), inside.storage_offset())
+        backends.cpu_module().fill_scratch(byte)
+        fill(out, *args, "cpu")
+        assert guarded.intact(), f"{op} wrote outside of its result"
+        padding = torch.ones(inside.shape, dtype=torch.bool)
+        padding.as_strided(like.shape, like.stride()).fill_(False)
+        assert (inside[padding] == 0).all(), f"{op} left something in the padding channels"
+        written.append(out)
+    assert torch.equal(written[0], written[-1]) or like.dtype.is_floating_point, (
+        f"{op} left part of its result unwritten, or depends on old scratch"
+    )
+    return written[0]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch.set_num_threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def random_weights(layer: Layer, gain: float = 2.0) -> dict[str, Tensor]:
+    """What ``layer.weights()`` names, in float32; a product with them multiplies the size by ``gain``.
+
+    With inputs of size 1 every activation then clamps a part of its values, relu6 on both sides.
+    """
+    tensors = {}
+    for name, shape in layer.weights().items():
+        if name == "std":
+            tensors[name] = torch.empty(shape).uniform_(0.2, 0.4)
+        elif name.endswith("weight"):
+            fan_in = shape[2] if name == "branch_weight" else prod(shape[1:])
+            tensors[name] = torch.randn(shape) * gain / fan_in**0.5
+        else:
+            tensors[name] = torch.randn(shape) / 2
+    return tensors
 
 
 def randomise(model: nn.Module) -> nn.Module:

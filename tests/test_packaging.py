@@ -112,7 +112,8 @@ print(fastscnn_fast.__file__, fast.backend)
 
 def use(python: Path) -> tuple[Path, str]:
     """Runs the installed package with no compiler in reach: its folder and the backend it chose."""
-    file, backend = run(python, "-c", USE, PATH=str(python.parent)).stdout.split()
+    output = run(python, "-c", USE, PATH=str(python.parent)).stdout
+    file, backend = output.splitlines()[-1].split()
     return Path(file).parent, backend
 
 

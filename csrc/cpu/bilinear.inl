@@ -1,5 +1,5 @@
-// Bilinear sampling positions as torch.nn.functional.interpolate defines them, in double so that the
-// weights are right to the last bit of a float.
+// Bilinear sampling positions as torch.nn.functional.interpolate defines them, in double so that
+// the weights are right to the last bit of a float.
 struct Sample {
   int low, high;
   float low_weight, high_weight;
@@ -22,8 +22,8 @@ static void samples(Sample* table, int in, int out, bool align_corners) {
 }
 
 // out = low_weight * a + high_weight * b over n floats, a multiple of 16.
-FASTSCNN_INLINE void blend(const float* a, const float* b, float low_weight, float high_weight, size_t n,
-                           float* out) {
+FASTSCNN_INLINE void blend(const float* a, const float* b, float low_weight, float high_weight,
+                           size_t n, float* out) {
   const vf wa = splat(low_weight), wb = splat(high_weight);
   for (size_t i = 0; i < n; i += kLanes) store(out + i, fma(load(b + i), wb, load(a + i) * wa));
 }
@@ -45,7 +45,8 @@ struct ResizedRows {
   void row(int y, float* out) {
     const Sample s = sample(y, x.h, height, align_corners);
     const size_t floats = size_t(x.w) * channels;
-    blend(x.data + s.low * floats, x.data + s.high * floats, s.low_weight, s.high_weight, floats, blended);
+    blend(x.data + s.low * floats, x.data + s.high * floats, s.low_weight, s.high_weight, floats,
+          blended);
     for (int i = 0; i < width; i++, out += channels) {
       const float* a = blended + size_t(columns[i].low) * channels;
       const float* b = blended + size_t(columns[i].high) * channels;

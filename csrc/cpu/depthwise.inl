@@ -1,6 +1,6 @@
-// One row of a depthwise 3x3: rows[ky] points at pixel 0 of the input row of tap ky (null: outside the
-// image) and is padded with `dilation` zero pixels. The columns that neighbouring outputs share are loaded
-// once per block of kDepthwisePixels outputs.
+// One row of a depthwise 3x3: rows[ky] points at pixel 0 of the input row of tap ky (null: outside
+// the image) and is padded with `dilation` zero pixels. The columns that neighbouring outputs share
+// are loaded once per block of kDepthwisePixels outputs.
 constexpr int kDepthwisePixels = 8;
 
 // DILATION 0: known at run time only.
@@ -23,7 +23,8 @@ FASTSCNN_INLINE void depthwise_block(const float* const (&rows)[3], int x, int d
         for (int kx = 0; kx < 3; kx++) {
           const float* p = rows[ky] + (ptrdiff_t(x) * STRIDE + (kx - 1) * dilation) * channels + c;
 #pragma GCC unroll 8
-          for (int i = 0; i < PIXELS; i++) acc[i] = fma(load(p + i * STRIDE * channels), w[kx], acc[i]);
+          for (int i = 0; i < PIXELS; i++)
+            acc[i] = fma(load(p + i * STRIDE * channels), w[kx], acc[i]);
         }
       } else {
         const float* p = rows[ky] + (ptrdiff_t(x) * STRIDE - DILATION) * channels + c;
@@ -53,11 +54,12 @@ FASTSCNN_INLINE void depthwise_block(const float* const (&rows)[3], int x, int d
 }
 
 template <int STRIDE, int DILATION>
-void depthwise_row(const float* const (&rows)[3], int width, int dilation, const Depthwise& d, Clamp clamp,
-                   float* out) {
+void depthwise_row(const float* const (&rows)[3], int width, int dilation, const Depthwise& d,
+                   Clamp clamp, float* out) {
   constexpr int P = kDepthwisePixels;
   int x = 0;
-  for (; x + P <= width; x += P) depthwise_block<STRIDE, DILATION, P>(rows, x, dilation, d, clamp, out);
+  for (; x + P <= width; x += P)
+    depthwise_block<STRIDE, DILATION, P>(rows, x, dilation, d, clamp, out);
   if (x == width) return;
   if (width >= P)  // the last block overlaps its neighbour: same values, no tail code
     depthwise_block<STRIDE, DILATION, P>(rows, width - P, dilation, d, clamp, out);
@@ -66,8 +68,8 @@ void depthwise_row(const float* const (&rows)[3], int width, int dilation, const
 }
 
 // `width` outputs of row y of a depthwise convolution over `in`, which holds the rows it needs.
-static void depthwise(const Ring& in, int y, int stride, int dilation, int width, const Depthwise& d,
-                      Clamp clamp, float* out) {
+static void depthwise(const Ring& in, int y, int stride, int dilation, int width,
+                      const Depthwise& d, Clamp clamp, float* out) {
   const int middle = y * stride;
   const float* const rows[3] = {in.at(middle - dilation), in.at(middle), in.at(middle + dilation)};
   if (dilation == 1)

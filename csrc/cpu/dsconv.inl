@@ -35,11 +35,13 @@ struct DsconvRows {
     const Gemm &main = weights->main, &last = weights->last;
     float* result = layer->last ? pointwise_out : out;
     pointwise(main, depthwise_out, channels, width, clamp_of(layer->activation), result, main.n);
-    if (layer->last) pointwise(last, result, main.n, width, clamp_of(Activation::none), out, last.n);
+    if (layer->last)
+      pointwise(last, result, main.n, width, clamp_of(Activation::none), out, last.n);
   }
 };
 
-static size_t dsconv(const Layer& l, const Weights& w, Plane x, Plane out, const Team& team, Bump scratch) {
+static size_t dsconv(const Layer& l, const Weights& w, Plane x, Plane out, const Team& team,
+                     Bump scratch) {
   DsconvRows<CopyRows> stage(l, w, CopyRows{x, padded(l.in)}, x.w, x.h);
   stage.place(scratch);
   if (!scratch.measuring()) run_rows(stage, out, padded(l.result_channels()), team);

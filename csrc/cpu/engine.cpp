@@ -4,12 +4,16 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 
 #include "program.h"
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -43,7 +47,8 @@ const Kernels& kernels_of(const std::string& isa) {
   throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
 }
 
-// Denormals cost a hundred cycles each and are below every tolerance: flushed inside, restored after.
+// Denormals cost a hundred cycles each and are below every tolerance: flushed inside, restored
+// after.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -66,8 +71,8 @@ class FlushDenormals {
 
 // ---------------------------------------------------------------- scratch
 
-// Buffers outlive their calls: a call takes one that fits or grows one, so that once warm nothing is
-// allocated, and calls from several threads have one each.
+// Buffers outlive their calls: a call takes one that fits or grows one, so that once warm nothing
+// is allocated, and calls from several threads have one each.
 class Pool {
  public:
   struct Buffer {
@@ -108,6 +113,10 @@ class Pool {
     std::lock_guard<std::mutex> lock(mutex_);
     return total_;
   }
+  void fill(int byte) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const Buffer& b : free_) std::memset(b.data, byte, b.bytes);
+  }
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
@@ -142,6 +151,19 @@ class Scratch {
   Pool::Buffer buffer_;
 };
 
+// A fresh picture-sized result costs more in page faults of 4 KiB than in arithmetic: ask for huge
+// pages.
+void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // ---------------------------------------------------------------- threads
 
 void barrier() {
@@ -150,8 +172,8 @@ void barrier() {
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Calls run(team, image, shared, scratch) for every image, first once with measuring buffers. Few images
-// share all threads; from one a thread on, each thread takes whole images.
+// Calls run(team, image, shared, scratch) for every image, first once with measuring buffers. Few
+// images share all threads; from one a thread on, each thread takes whole images.
 template <class Run>
 void for_each_image(int images, int threads, Run run) {
   if (images == 0) return;
@@ -212,7 +234,9 @@ struct Prepared {
   int threads;
 
   explicit Prepared(const Call& call)
-      : kernels(kernels_of(call.isa)), layers(decode(call.program)), threads(std::max(call.threads, 1)) {
+      : kernels(kernels_of(call.isa)),
+        layers(decode(call.program)),
+        threads(std::max(call.threads, 1)) {
     check_tag(call.program, call.weights, call.weight_bytes);
     require(reinterpret_cast<uintptr_t>(call.weights) % alignof(float) == 0,
             "weights must be aligned to a float");
@@ -233,13 +257,13 @@ Plane image_of(Batch b, int image, int channels) {
 
 void require_size(const char* name, Batch b, int n, int h, int w) {
   require(b.n == n && b.h == h && b.w == w,
-          std::string(name) + " must be a batch of " + std::to_string(n) + " of " + size_text(h, w) +
-              ", got " + std::to_string(b.n) + " of " + size_text(b.h, b.w));
+          std::string(name) + " must be a batch of " + std::to_string(n) + " of " +
+              size_text(h, w) + ", got " + std::to_string(b.n) + " of " + size_text(b.h, b.w));
 }
 
 void require_picture(const Layer& stem, const Picture& picture) {
-  require(picture.c == stem.in, "x must have " + std::to_string(stem.in) + " channels, got " +
-                                    std::to_string(picture.c));
+  require(picture.c == stem.in,
+          "x must have " + std::to_string(stem.in) + " channels, got " + std::to_string(picture.c));
   const int smallest = 3 - 2 * stem.padding;
   require(picture.h >= smallest && picture.w >= smallest,
           "x must be at least " + size_text(smallest, smallest) + ", got " +
@@ -256,7 +280,8 @@ void run_plane_op(const Prepared& p, const Layer& l, PlaneOp op, Batch x, Batch 
   require_nonempty(x);
   require_size("out", out, x.n, l.output_size(x.h), l.output_size(x.w));
   for_each_image(x.n, p.threads, [&](const Team& team, int i, Bump, size_t*, Bump scratch) {
-    return op(l, p.weights[0], image_of(x, i, l.in), image_of(out, i, l.result_channels()), team, scratch);
+    return op(l, p.weights[0], image_of(x, i, l.in), image_of(out, i, l.result_channels()), team,
+              scratch);
   });
 }
 
@@ -299,6 +324,8 @@ std::vector<std::string> instruction_sets() {
 }
 
 size_t scratch_bytes() { return pool().total(); }
+
+void fill_scratch(int byte) { pool().fill(byte); }
 
 void stem_conv(const Call& call, const Picture& picture, Batch out) {
   const Prepared p(call);
@@ -344,7 +371,8 @@ void feature_fusion(const Call& call, Batch high, Batch low, Batch out) {
   for_each_image(high.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
                    Plane refined{nullptr, low.h, low.w};
-                   if (l.dense) refined.data = shared.take<float>(size_t(low.h) * low.w * padded(l.in));
+                   if (l.dense)
+                     refined.data = shared.take<float>(size_t(low.h) * low.w * padded(l.in));
                    *shared_bytes = shared.used;
                    return p.kernels.feature_fusion(l, p.weights[0], image_of(high, i, l.mid),
                                                    image_of(low, i, l.in), refined,
@@ -359,11 +387,12 @@ void upsample_classify(const Call& call, Batch x, Output output, void* out, int 
   require(h >= 1 && w >= 1, "size must be at least 1x1, got " + size_text(h, w));
   require_classes(output, l.in);
   const size_t bytes = element_of(output) * pieces_of(output, l.in) * h * w;
+  prefer_huge_pages(out, x.n * bytes);
   for_each_image(x.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
                    return p.kernels.upsample_classify(l, image_of(x, i, l.in), output,
-                                                      static_cast<char*>(out) + i * bytes, h, w, team,
-                                                      shared, shared_bytes, scratch);
+                                                      static_cast<char*>(out) + i * bytes, h, w,
+                                                      team, shared, shared_bytes, scratch);
                  });
 }
 
@@ -374,6 +403,7 @@ void network(const Call& call, const Picture& picture, Output output, void* out)
   const int classes = p.layers.back().in;
   require_classes(output, classes);
   const size_t bytes = element_of(output) * pieces_of(output, classes) * picture.h * picture.w;
+  prefer_huge_pages(out, picture.n * bytes);
   for_each_image(picture.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
                    return p.kernels.network(p.layers.data(), p.weights.data(), int(p.layers.size()),

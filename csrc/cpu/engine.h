@@ -1,5 +1,5 @@
-// Runs the fused ops on batches: checks, packed weights, threads, scratch memory, choice of instruction set.
-// Errors are std::invalid_argument.
+// Runs the fused ops on batches: checks, packed weights, threads, scratch memory, choice of
+// instruction set. Errors are std::invalid_argument.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,8 +21,8 @@ struct alignas(64) Tag {
 // Instruction sets that were compiled and that this processor runs, the best last.
 std::vector<std::string> instruction_sets();
 
-// A layer's or a network's packed size, tag included, and the packing of its plain float weights (each
-// tensor of plan.py's Layer.weights() in turn).
+// A layer's or a network's packed size, tag included, and the packing of its plain float weights
+// (each tensor of plan.py's Layer.weights() in turn).
 size_t packed_bytes(const Program&);
 void pack(const Program&, const float* plain, size_t floats, void* packed);
 
@@ -51,5 +51,7 @@ void network(const Call&, const Picture&, Output, void* out);
 
 // Bytes that the scratch pool holds.
 size_t scratch_bytes();
+// Sets every byte of the idle buffers: what scratch holds between calls never matters, as tests show.
+void fill_scratch(int byte);
 
 }  // namespace fastscnn

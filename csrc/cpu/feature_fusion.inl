@@ -1,7 +1,7 @@
-// feature_fusion: resize low to high's size -> depthwise 3x3 + ReLU -> 1x1, plus 1x1 of high, ReLU. The
-// resized tensor exists as the few rows that the depthwise needs; both 1x1s are one product. A dense 1x1 in
-// the depthwise's place commutes with the resize, which weighs by shares of 1: it runs on the small grid,
-// its ReLU after the resize.
+// feature_fusion: resize low to high's size -> depthwise 3x3 + ReLU -> 1x1, plus 1x1 of high, ReLU.
+// The resized tensor exists as the few rows that the depthwise needs; both 1x1s are one product. A
+// dense 1x1 in the depthwise's place commutes with the resize, which weighs by shares of 1: it runs
+// on the small grid, its ReLU after the resize.
 struct FusionRows {
   const Layer* layer;
   const Weights* weights;
@@ -13,7 +13,8 @@ struct FusionRows {
   FusionRows(const Layer& l, const Weights& w, Plane high_, Plane low)
       : layer(&l), weights(&w), high(high_) {
     const Activation after_resize = l.dense ? Activation::relu : Activation::none;
-    source = {low, padded(l.in), high.h, high.w, l.align_corners, clamp_of(after_resize), nullptr, nullptr};
+    source = {low,     padded(l.in), high.h, high.w, l.align_corners, clamp_of(after_resize),
+              nullptr, nullptr};
   }
   void place(Bump& scratch) {
     const int dilation = layer->dilation, channels = padded(layer->in);
@@ -31,12 +32,12 @@ struct FusionRows {
       source.row(y, refined);
     } else {
       input.pull(source, y + layer->dilation);
-      depthwise(input, y, 1, layer->dilation, high.w, weights->depthwise, clamp_of(Activation::relu),
-                refined);
+      depthwise(input, y, 1, layer->dilation, high.w, weights->depthwise,
+                clamp_of(Activation::relu), refined);
     }
-    const Segment branches[2] = {
-        {refined, size_t(channels), channels, 0},
-        {high.data + size_t(y) * high.w * high_channels, size_t(high_channels), high_channels, channels}};
+    const Segment branches[2] = {{refined, size_t(channels), channels, 0},
+                                 {high.data + size_t(y) * high.w * high_channels,
+                                  size_t(high_channels), high_channels, channels}};
     multiply({branches, 2, &weights->main, clamp_of(layer->activation), nullptr, 0, out,
               size_t(padded(layer->out))},
              high.w);
@@ -44,7 +45,8 @@ struct FusionRows {
 };
 
 // The dense 1x1 on the low branch's own grid; the team waits before anyone resizes it.
-static Plane refine_dense(const Layer& l, const Weights& w, Plane low, Plane refined, const Team& team) {
+static Plane refine_dense(const Layer& l, const Weights& w, Plane low, Plane refined,
+                          const Team& team) {
   if (!l.dense) return low;
   const size_t channels = padded(l.in);
   const Range rows = share(low.h, team);

@@ -1,6 +1,6 @@
 // C[m][n] = act(bias + sum over segments of A_s[m][k] * B_s[k][n] (+ add[m][n])).
-// A's rows are pixels. Several segments are several inputs, or the taps of a convolution, whose products
-// are summed before anything is stored. B's layout: layer.h, Gemm.
+// A's rows are pixels. Several segments are several inputs, or the taps of a convolution, whose
+// products are summed before anything is stored. B's layout: layer.h, Gemm.
 
 struct Segment {
   const float* a;  // null: an all-zero input, skipped
@@ -9,8 +9,8 @@ struct Segment {
   int first;  // first row of B
 };
 
-// Rows (pixels) and vectors of the register tile: the accumulators, one row of B and one broadcast fill
-// the 32 (AVX-512) or 16 registers.
+// Rows (pixels) and vectors of the register tile: the accumulators, one row of B and one broadcast
+// fill the 32 (AVX-512) or 16 registers.
 constexpr int kTileRows = kLanes == 16 ? 14 : 6;
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes;
@@ -28,7 +28,8 @@ FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const float* b, si
   for (int k = 0; k < s.k; k++) {
     vf bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) bv[v] = load(b + v * kLanes / kBlock * panel + v * kLanes % kBlock);
+    for (int v = 0; v < NV; v++)
+      bv[v] = load(b + v * kLanes / kBlock * panel + v * kLanes % kBlock);
 #pragma GCC unroll 14
     for (int m = 0; m < MR; m++) {
       const vf x = splat(a[m / 3][m % 3 * lda + k]);
@@ -58,7 +59,8 @@ void tile(const Product& p, int row, int column) {
 #pragma GCC unroll 14
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) acc[m][v] = load(p.b->bias + column + v * kLanes);
+    for (int v = 0; v < NV; v++)
+      acc[m][v] = p.b->bias ? load(p.b->bias + column + v * kLanes) : vf{};
   for (int s = 0; s < p.segment_count; s++)
     if (p.segments[s].a) accumulate<MR, NV>(p.segments[s], row, b, panel, acc);
   if (p.add) {
@@ -79,9 +81,10 @@ using Tile = void (*)(const Product&, int row, int column);
 template <int NV>
 FASTSCNN_INLINE Tile tile_of(int rows) {
 #if FASTSCNN_LANES == 16
-  static constexpr Tile tiles[] = {
-      tile<1, NV>, tile<2, NV>, tile<3, NV>,  tile<4, NV>,  tile<5, NV>,  tile<6, NV>,  tile<7, NV>,
-      tile<8, NV>, tile<9, NV>, tile<10, NV>, tile<11, NV>, tile<12, NV>, tile<13, NV>, tile<14, NV>};
+  static constexpr Tile tiles[] = {tile<1, NV>,  tile<2, NV>,  tile<3, NV>,  tile<4, NV>,
+                                   tile<5, NV>,  tile<6, NV>,  tile<7, NV>,  tile<8, NV>,
+                                   tile<9, NV>,  tile<10, NV>, tile<11, NV>, tile<12, NV>,
+                                   tile<13, NV>, tile<14, NV>};
 #else
   static constexpr Tile tiles[] = {tile<1, NV>, tile<2, NV>, tile<3, NV>,
                                    tile<4, NV>, tile<5, NV>, tile<6, NV>};
@@ -89,7 +92,8 @@ FASTSCNN_INLINE Tile tile_of(int rows) {
   return tiles[rows - 1];
 }
 
-// B's panels stay in L1 while K is small: columns outside. Else A's tile stays and B streams from L2.
+// B's panels stay in L1 while K is small: columns outside. Else A's tile stays and B streams from
+// L2.
 constexpr int kSmallK = 224;
 
 static void multiply(const Product& p, int m) {
@@ -114,8 +118,9 @@ static void multiply(const Product& p, int m) {
 }
 
 // A 1x1 convolution of m pixels.
-FASTSCNN_INLINE void pointwise(const Gemm& b, const float* a, size_t lda, int m, Clamp clamp, float* c,
-                               size_t ldc, const float* add = nullptr, size_t ld_add = 0) {
+FASTSCNN_INLINE void pointwise(const Gemm& b, const float* a, size_t lda, int m, Clamp clamp,
+                               float* c, size_t ldc, const float* add = nullptr,
+                               size_t ld_add = 0) {
   const Segment segment{a, lda, b.k, 0};
   multiply({&segment, 1, &b, clamp, add, ld_add, c, ldc}, m);
 }

@@ -1,5 +1,6 @@
-// inverted_residual: 1x1 expand + act -> depthwise 3x3 + act -> 1x1 [+ x]. Of the expanded tensor only the
-// three rows that the depthwise needs exist. Outside the image the *expanded* tensor is zero.
+// inverted_residual: 1x1 expand + act -> depthwise 3x3 + act -> 1x1 [+ x]. Of the expanded tensor
+// only the three rows that the depthwise needs exist. Outside the image the *expanded* tensor is
+// zero.
 
 // Source: rows of the expanded tensor.
 struct ExpandedRows {
@@ -40,13 +41,13 @@ struct InvertedResidualRows {
     depthwise(expanded, y, layer->stride, 1, width, weights->depthwise, clamp_of(layer->activation),
               depthwise_out);
     const float* add = layer->residual ? x.data + size_t(y) * x.w * project.n : nullptr;
-    pointwise(project, depthwise_out, channels, width, clamp_of(Activation::none), out, project.n, add,
-              project.n);
+    pointwise(project, depthwise_out, channels, width, clamp_of(Activation::none), out, project.n,
+              add, project.n);
   }
 };
 
-static size_t inverted_residual(const Layer& l, const Weights& w, Plane x, Plane out, const Team& team,
-                                Bump scratch) {
+static size_t inverted_residual(const Layer& l, const Weights& w, Plane x, Plane out,
+                                const Team& team, Bump scratch) {
   InvertedResidualRows stage(l, w, x);
   stage.place(scratch);
   if (!scratch.measuring()) run_rows(stage, out, padded(l.out), team);

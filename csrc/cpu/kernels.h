@@ -43,22 +43,22 @@ struct Bump {
   }
 };
 
-// One image through one op. `scratch` is this thread's own, `shared` the team's. Each returns the bytes
-// of scratch that it needs, and only that where scratch is measuring. Results go to (h', w',
+// One image through one op. `scratch` is this thread's own, `shared` the team's. Each returns the
+// bytes of scratch that it needs, and only that where scratch is measuring. Results go to (h', w',
 // padded(channels)) floats, of upsample_classify and network to (K, H, W) or (H, W).
 struct Kernels {
   const char* name;
-  size_t (*stem_conv)(const Layer&, const Weights&, const Picture&, int image, Plane out, const Team&,
-                      Bump scratch);
+  size_t (*stem_conv)(const Layer&, const Weights&, const Picture&, int image, Plane out,
+                      const Team&, Bump scratch);
   size_t (*dsconv)(const Layer&, const Weights&, Plane x, Plane out, const Team&, Bump scratch);
   size_t (*inverted_residual)(const Layer&, const Weights&, Plane x, Plane out, const Team&,
                               Bump scratch);
   // `grids` holds pyramid_floats(layer) floats, shared by the team.
-  size_t (*pyramid_pooling)(const Layer&, const Weights&, Plane x, float* grids, Plane out, const Team&,
-                            Bump scratch);
+  size_t (*pyramid_pooling)(const Layer&, const Weights&, Plane x, float* grids, Plane out,
+                            const Team&, Bump scratch);
   // `refined` is shared and has the low branch's size; only used where the layer is dense.
-  size_t (*feature_fusion)(const Layer&, const Weights&, Plane high, Plane low, Plane refined, Plane out,
-                           const Team&, Bump scratch);
+  size_t (*feature_fusion)(const Layer&, const Weights&, Plane high, Plane low, Plane refined,
+                           Plane out, const Team&, Bump scratch);
   // `shared` is the team's buffer, whose size comes back in shared_bytes.
   size_t (*upsample_classify)(const Layer&, Plane x, Output, void* out, int h, int w, const Team&,
                               Bump shared, size_t* shared_bytes, Bump scratch);

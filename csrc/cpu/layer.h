@@ -41,11 +41,11 @@ struct Layer {
   int result_channels() const { return last ? last : out; }
 };
 
-// A 1x1 (or, over several segments, 3x3) convolution as a matrix product: B is stored in panels of 16
-// columns, [padded(n) / 16][k][16], the bias after it.
+// A 1x1 (or, over several segments, 3x3) convolution as a matrix product: B is stored in panels of
+// 16 columns, [padded(n) / 16][k][16], the bias after it.
 struct Gemm {
   float* panels;
-  float* bias;
+  float* bias;  // null: none
   int k, n;
 };
 
@@ -57,13 +57,13 @@ struct Depthwise {
 };
 
 struct Weights {
-  float *scale, *shift;         // stem_conv: uint8 * scale + shift is the normalised picture
-  Depthwise depthwise;          // dsconv, inverted_residual, feature_fusion unless dense
-  Gemm expand;                  // inverted_residual; feature_fusion's dense 1x1
-  Gemm main;                    // stem_conv, pointwise, project, pyramid's out, fusion's low + high
-  Gemm last;                    // dsconv: the following 1x1
-  Gemm branch[kMaxBins];        // pyramid_pooling: 1x1 of each branch
-  Gemm branch_out[kMaxBins];    // pyramid_pooling with kernel 1: out's columns of that branch
+  float *scale, *shift;       // stem_conv: uint8 * scale + shift is the normalised picture
+  Depthwise depthwise;        // dsconv, inverted_residual, feature_fusion unless dense
+  Gemm expand;                // inverted_residual; feature_fusion's dense 1x1
+  Gemm main;                  // stem_conv, pointwise, project, pyramid's out, fusion's low + high
+  Gemm last;                  // dsconv: the following 1x1
+  Gemm branch[kMaxBins];      // pyramid_pooling: 1x1 of each branch
+  Gemm branch_out[kMaxBins];  // pyramid_pooling with kernel 1: out's columns of that branch
 };
 
 // Places a layer's weights from `base` on, in the one order that packing and kernels share; returns

@@ -1,11 +1,11 @@
 // The whole network on one image. Depth-first row chains: picture -> stem -> dsconv -> dsconv, and
-// resize -> fusion -> dsconv -> dsconv -> 1x1; in memory are only the 1/8 features, two 1/16 or smaller
-// planes, the 1/32 features and the low-resolution logits.
-static size_t network(const Layer* layers, const Weights* weights, int count, const Picture& picture,
-                      int image, Output output, void* out, const Team& team, Bump shared,
-                      size_t* shared_bytes, Bump scratch) {
-  const Layer *pyramid = layers + count - 5, *fusion = pyramid + 1, *head = fusion + 1, *tail = head + 1,
-              *upsample = tail + 1;
+// resize -> fusion -> dsconv -> dsconv -> 1x1; in memory are only the 1/8 features, two 1/16 or
+// smaller planes, the 1/32 features and the low-resolution logits.
+static size_t network(const Layer* layers, const Weights* weights, int count,
+                      const Picture& picture, int image, Output output, void* out, const Team& team,
+                      Bump shared, size_t* shared_bytes, Bump scratch) {
+  const Layer *pyramid = layers + count - 5, *fusion = pyramid + 1, *head = fusion + 1,
+              *tail = head + 1, *upsample = tail + 1;
   auto of = [&](const Layer* l) -> const Weights& { return weights[l - layers]; };
   const bool measuring = scratch.measuring();
   size_t most = 0;
@@ -28,7 +28,8 @@ static size_t network(const Layer* layers, const Weights* weights, int count, co
     team.wait();
   }
 
-  // Global features: blocks write to two planes in turn, of the largest size that any of them needs.
+  // Global features: blocks write to two planes in turn, of the largest size that any of them
+  // needs.
   size_t largest_plane = 0;
   {
     int h = high.h, w = high.w;

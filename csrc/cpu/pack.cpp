@@ -16,7 +16,8 @@ struct Plain {
   }
 };
 
-// Rows [first, first + k) of b from an (n, k) matrix whose element (row, column) is value(row, column).
+// Rows [first, first + k) of b from an (n, k) matrix whose element (row, column) is value(row,
+// column).
 template <class Value>
 void fill(const Gemm& b, int first, int k, int n, Value value) {
   for (int j = 0; j < n; j++)
@@ -44,9 +45,8 @@ void pack_depthwise(const Depthwise& d, Plain& plain, int channels) {
 void pack_stem(const Layer& l, const Weights& w, Plain& plain) {
   // (O, C, 3, 3) to rows (ky, kx, c), the order of interleaved pixels.
   const float* weight = plain.take(size_t(l.out) * l.in * 9);
-  fill(w.main, 0, 9 * l.in, l.out, [&](int j, int i) {
-    return weight[(size_t(j) * l.in + i % l.in) * 9 + i / l.in];
-  });
+  fill(w.main, 0, 9 * l.in, l.out,
+       [&](int j, int i) { return weight[(size_t(j) * l.in + i % l.in) * 9 + i / l.in]; });
   fill_bias(w.main.bias, plain.take(l.out), l.out);
   const float *mean = plain.take(l.in), *std = plain.take(l.in);
   for (int c = 0; c < l.in; c++) {
@@ -92,7 +92,8 @@ void pack_fusion(const Layer& l, const Weights& w, Plain& plain) {
   const float* low = plain.take(size_t(l.out) * l.in);
   const float* high = plain.take(size_t(l.out) * l.mid);
   fill(w.main, 0, l.in, l.out, [&](int j, int i) { return low[size_t(j) * l.in + i]; });
-  fill(w.main, padded(l.in), l.mid, l.out, [&](int j, int i) { return high[size_t(j) * l.mid + i]; });
+  fill(w.main, padded(l.in), l.mid, l.out,
+       [&](int j, int i) { return high[size_t(j) * l.mid + i]; });
   fill_bias(w.main.bias, plain.take(l.out), l.out);
 }
 

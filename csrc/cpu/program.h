@@ -38,9 +38,11 @@ inline std::vector<Layer> decode(const Program& program) {
     l.bin_count = int(bins);
     for (int64_t b = 0; b < bins; b++) l.bins[b] = int(v[kFields + b]);
     const bool known = v[0] <= int(Op::upsample_classify) && v[9] <= 2 && v[10] <= 2;
-    const bool sound = l.in >= 1 && l.out >= 1 && (l.stride == 1 || l.stride == 2) && l.dilation >= 1 &&
-                       (l.op != Op::stem_conv || l.in <= 4) && (l.kernel == 1 || l.kernel == 3) &&
-                       l.padding <= 1 && (!l.residual || (l.stride == 1 && l.in == l.out));
+    bool sound = l.in >= 1 && l.out >= 1 && (l.stride == 1 || l.stride == 2) && l.dilation >= 1 &&
+                 (l.op != Op::stem_conv || (l.in <= 4 && l.stride == 2)) &&
+                 (l.op != Op::pyramid_pooling || bins >= 1) && (l.kernel == 1 || l.kernel == 3) &&
+                 l.padding <= 1 && (!l.residual || (l.stride == 1 && l.in == l.out));
+    for (int b = 0; b < l.bin_count; b++) sound &= l.bins[b] >= 1;
     if (!known || !sound)
       throw std::invalid_argument("program must hold layers as plan.py encodes them, got layer " +
                                   std::to_string(layers.size()) + " of op " + std::to_string(v[0]));
@@ -66,12 +68,13 @@ inline void check_tag(const Program& program, const void* weights, size_t bytes)
     throw std::invalid_argument("weights must be packed by pack(), got an untagged tensor of " +
                                 std::to_string(bytes) + " bytes");
   if (tag.version != kVersion || tag.layout != kLayoutCpu)
-    throw std::invalid_argument("weights must have the layout of the cpu backend (" +
-                                std::to_string(kLayoutCpu) + ", version " + std::to_string(kVersion) +
-                                "), got layout " + std::to_string(tag.layout) + ", version " +
-                                std::to_string(tag.version));
+    throw std::invalid_argument(
+        "weights must have the layout of the cpu backend (" + std::to_string(kLayoutCpu) +
+        ", version " + std::to_string(kVersion) + "), got layout " + std::to_string(tag.layout) +
+        ", version " + std::to_string(tag.version));
   if (tag.program != hash(program) || tag.bytes != bytes)
-    throw std::invalid_argument("weights must be packed for these layers, got weights of other layers");
+    throw std::invalid_argument(
+        "weights must be packed for these layers, got weights of other layers");
 }
 
 }  // namespace fastscnn

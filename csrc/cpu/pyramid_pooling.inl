@@ -1,7 +1,7 @@
-// pyramid_pooling: adaptive average pools, a 1x1 + ReLU on each grid, resize, concat, out-convolution.
-// A 1x1 out-convolution commutes with the resize: each branch's share of it is computed on the grid
-// (1 + 4 + 9 + 36 cells) and interpolated into the sum. A 3x3 does not: there the concatenated rows exist,
-// three at a time.
+// pyramid_pooling: adaptive average pools, a 1x1 + ReLU on each grid, resize, concat,
+// out-convolution. A 1x1 out-convolution commutes with the resize: each branch's share of it is
+// computed on the grid (1 + 4 + 9 + 36 cells) and interpolated into the sum. A 3x3 does not: there
+// the concatenated rows exist, three at a time.
 
 // One branch's grids, bins x bins cells each.
 struct Branch {
@@ -20,14 +20,16 @@ static void place_branches(const Layer& l, float* grids, Branch* branches) {
   }
 }
 
-// Means over [i * h / bins, ceil((i + 1) * h / bins)), as torch.nn.functional.adaptive_avg_pool2d. Sums are
-// taken row by row, which keeps the rounding error of large cells small.
+// Means over [i * h / bins, ceil((i + 1) * h / bins)), as torch.nn.functional.adaptive_avg_pool2d.
+// Sums are taken row by row, which keeps the rounding error of large cells small.
 static void pool(const Branch& branch, Plane x, size_t channels, Range blocks) {
   const int bins = branch.bins;
   for (int i = 0; i < bins; i++)
     for (int j = 0; j < bins; j++) {
-      const int y0 = int(int64_t(i) * x.h / bins), y1 = int((int64_t(i + 1) * x.h + bins - 1) / bins);
-      const int x0 = int(int64_t(j) * x.w / bins), x1 = int((int64_t(j + 1) * x.w + bins - 1) / bins);
+      const int y0 = int(int64_t(i) * x.h / bins),
+                y1 = int((int64_t(i + 1) * x.h + bins - 1) / bins);
+      const int x0 = int(int64_t(j) * x.w / bins),
+                x1 = int((int64_t(j + 1) * x.w + bins - 1) / bins);
       const vf scale = splat(1.0f / (float(y1 - y0) * float(x1 - x0)));
       for (size_t c = size_t(blocks.begin) * kBlock; c < size_t(blocks.end) * kBlock; c += kLanes) {
         vf sum = splat(0);
@@ -42,7 +44,8 @@ static void pool(const Branch& branch, Plane x, size_t channels, Range blocks) {
     }
 }
 
-// Row y of every branch's grid, resized to the row's width and handed to `take(branch, pixel, value)`.
+// Row y of every branch's grid, resized to the row's width and handed to `take(branch, pixel,
+// value)`.
 struct BranchRows {
   const Layer* layer;
   Plane x;
@@ -66,8 +69,8 @@ struct BranchRows {
     for (int b = 0; b < layer->bin_count; b++) {
       const Sample s = sample(y, layer->bins[b], x.h, layer->align_corners);
       const size_t floats = size_t(layer->bins[b]) * channels;
-      blend(grids[b] + s.low * floats, grids[b] + s.high * floats, s.low_weight, s.high_weight, floats,
-            blended[b]);
+      blend(grids[b] + s.low * floats, grids[b] + s.high * floats, s.low_weight, s.high_weight,
+            floats, blended[b]);
     }
   }
   FASTSCNN_INLINE vf at(int b, int pixel, int channel) const {
@@ -96,8 +99,8 @@ struct ConcatRows {
   }
 };
 
-static void pyramid_rows_1x1(const Layer& l, const Weights& w, BranchRows& branches, float* sum, Plane out,
-                             Range rows) {
+static void pyramid_rows_1x1(const Layer& l, const Weights& w, BranchRows& branches, float* sum,
+                             Plane out, Range rows) {
   const Plane& x = branches.x;
   const size_t in = w.main.k, channels = w.main.n;
   branches.start();
@@ -114,22 +117,28 @@ static void pyramid_rows_1x1(const Layer& l, const Weights& w, BranchRows& branc
   }
 }
 
-static void pyramid_rows_3x3(const Layer& l, const Weights& w, ConcatRows& source, Ring& ring, Plane out,
-                             Range rows) {
+static void pyramid_rows_3x3(const Layer& l, const Weights& w, ConcatRows& source, Ring& ring,
+                             Plane out, Range rows) {
   const size_t channels = ring.channels;
+  const Gemm unbiased{w.main.panels, nullptr, w.main.k, w.main.n};
   ring.start(rows.begin - 1);
   source.start(ring.next);
   for (int y = rows.begin; y < rows.end; y++) {
     ring.pull(source, y + 1);
-    Segment taps[9];
-    for (int t = 0; t < 9; t++) {
-      const float* in = ring.at(y + t / 3 - 1);
-      taps[t] = {in ? in + (t % 3 - 1) * ptrdiff_t(channels) : nullptr, channels, int(channels),
-                 t * int(channels)};
+    // A sum over all nine taps is thousands of terms long and loses digits: each row of taps is
+    // summed by itself.
+    float* sums = out.data + size_t(y) * out.w * w.main.n;
+    for (int ky = 0; ky < 3; ky++) {
+      const float* in = ring.at(y + ky - 1);
+      Segment taps[3];
+      for (int kx = 0; kx < 3; kx++)
+        taps[kx] = {in ? in + (kx - 1) * ptrdiff_t(channels) : nullptr, channels, int(channels),
+                    (3 * ky + kx) * int(channels)};
+      const Activation activation = ky == 2 ? l.activation : Activation::none;
+      multiply({taps, 3, ky == 0 ? &w.main : &unbiased, clamp_of(activation),
+                ky == 0 ? nullptr : sums, size_t(w.main.n), sums, size_t(w.main.n)},
+               out.w);
     }
-    multiply({taps, 9, &w.main, clamp_of(l.activation), nullptr, 0,
-              out.data + size_t(y) * out.w * w.main.n, size_t(w.main.n)},
-             out.w);
   }
 }
 

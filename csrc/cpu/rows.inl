@@ -1,5 +1,5 @@
-// Rows of an activation that flow from the op that makes them to the op that needs them, without the
-// whole activation ever being written.
+// Rows of an activation that flow from the op that makes them to the op that needs them, without
+// the whole activation ever being written.
 
 // The last few rows of an activation, each with `pad` zero pixels on both sides. Row y is in slot
 // y % slots. Rows above and below the image do not exist: at() is null there.
@@ -20,7 +20,8 @@ struct Ring {
     next = max_of(first, 0);
     for (int y = 0; y < slots; y++) {
       float* row = slot(y);
-      for (int i = 0; i < pad * channels; i++) row[i - pad * channels] = row[size_t(width) * channels + i] = 0;
+      for (int i = 0; i < pad * channels; i++)
+        row[i - pad * channels] = row[size_t(width) * channels + i] = 0;
     }
   }
   // Makes all rows up to and including `last` that exist.
@@ -43,8 +44,7 @@ FASTSCNN_INLINE void run_rows(Stage& stage, Plane out, int channels, const Team&
   const Range rows = share(out.h, team);
   if (rows.begin == rows.end) return;
   stage.start(rows.begin);
-  for (int y = rows.begin; y < rows.end; y++)
-    stage.row(y, out.data + size_t(y) * out.w * channels);
+  for (int y = rows.begin; y < rows.end; y++) stage.row(y, out.data + size_t(y) * out.w * channels);
 }
 
 // Source: rows of a dense activation, copied so that they gain their zero pixels.

@@ -1,5 +1,5 @@
-// Vectors of kLanes floats. FASTSCNN_LANES is 4 (any compiler with vector extensions), 8 (AVX2 + FMA)
-// or 16 (AVX-512). Clamping and comparing keep NaN, as torch does.
+// Vectors of kLanes floats. FASTSCNN_LANES is 4 (any compiler with vector extensions), 8 (AVX2 +
+// FMA) or 16 (AVX-512). Clamping and comparing keep NaN, as torch does.
 #define FASTSCNN_INLINE inline __attribute__((always_inline))
 
 constexpr int kLanes = FASTSCNN_LANES;
@@ -78,7 +78,9 @@ FASTSCNN_INLINE size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 // An activation as a clamp; none has infinite bounds.
 struct Clamp {
   float low, high;
-  FASTSCNN_INLINE vf operator()(vf v) const { return at_most(splat(high), at_least(splat(low), v)); }
+  FASTSCNN_INLINE vf operator()(vf v) const {
+    return at_most(splat(high), at_least(splat(low), v));
+  }
 };
 FASTSCNN_INLINE Clamp clamp_of(Activation a) {
   const float inf = __builtin_inff();
@@ -88,7 +90,8 @@ FASTSCNN_INLINE Clamp clamp_of(Activation a) {
 // exp(x) for x <= 0 to 2 ulp; NaN stays NaN (Cephes' polynomial).
 FASTSCNN_INLINE vf exp_negative(vf x) {
   x = at_least(splat(-87.0f), x);
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const vf magic =
+      splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const vf shifted = fma(x, splat(1.44269504088896341f), magic);
   const vf n = shifted - magic;
   vf r = fma(n, splat(-0.693359375f), x);

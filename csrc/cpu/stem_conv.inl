@@ -18,10 +18,14 @@ struct PictureRows {
   template <class T, class Convert>
   FASTSCNN_INLINE void copy(const T* in, float* out, Convert convert) {
     switch (picture->c) {
-      case 1: return copy_channels<1>(in, out, convert);
-      case 2: return copy_channels<2>(in, out, convert);
-      case 3: return copy_channels<3>(in, out, convert);
-      case 4: return copy_channels<4>(in, out, convert);
+      case 1:
+        return copy_channels<1>(in, out, convert);
+      case 2:
+        return copy_channels<2>(in, out, convert);
+      case 3:
+        return copy_channels<3>(in, out, convert);
+      case 4:
+        return copy_channels<4>(in, out, convert);
     }
   }
   template <int C, class T, class Convert>
@@ -41,8 +45,8 @@ struct PictureRows {
   }
 };
 
-// Source: rows of the stem's result. In a row the 3 x C inputs of a tap row are contiguous, so a 3x3
-// convolution is three segments whose pixels lie 2 * C floats apart: no im2col.
+// Source: rows of the stem's result. In a row the 3 x C inputs of a tap row are contiguous, so a
+// 3x3 convolution is three segments whose pixels lie 2 * C floats apart: no im2col.
 struct StemRows {
   const Layer* layer;
   const Weights* weights;
@@ -75,8 +79,8 @@ struct StemRows {
   }
 };
 
-static size_t stem_conv(const Layer& l, const Weights& w, const Picture& picture, int image, Plane out,
-                        const Team& team, Bump scratch) {
+static size_t stem_conv(const Layer& l, const Weights& w, const Picture& picture, int image,
+                        Plane out, const Team& team, Bump scratch) {
   StemRows stage(l, w, picture, image);
   stage.place(scratch);
   if (!scratch.measuring()) run_rows(stage, out, padded(l.out), team);

@@ -1,7 +1,8 @@
-// upsample_classify: bilinear resize of low-resolution logits to full size, as logits, softmax or labels.
-// Labels and softmax never see full-size logits.
+// upsample_classify: bilinear resize of low-resolution logits to full size, as logits, softmax or
+// labels. Labels and softmax never see full-size logits.
 
-// Where each block of kLanes output columns reads: columns low and high, relative to the block's base.
+// Where each block of kLanes output columns reads: columns low and high, relative to the block's
+// base.
 struct ColumnBlocks {
   int32_t *base, *low, *high;
   float *low_weight, *high_weight;
@@ -42,8 +43,8 @@ struct ColumnBlocks {
   }
 };
 
-// The low-resolution logits, one row of columns per class, each row's own labels, and whether the row is
-// finite throughout.
+// The low-resolution logits, one row of columns per class, each row's own labels, and whether the
+// row is finite throughout.
 struct LowLogits {
   int classes, h, w;
   size_t pitch;
@@ -88,8 +89,8 @@ static RowGroup row_group(int y, int end, int in, int out, bool align_corners) {
   return g;
 }
 
-// out[i] = low_weight * a[i] + high_weight * b[i], past the cache: the picture-sized result is not read
-// again here.
+// out[i] = low_weight * a[i] + high_weight * b[i], past the cache: the picture-sized result is not
+// read again here.
 static void write_row(const float* a, const float* b, Sample s, int n, float* out) {
   const vf wa = splat(s.low_weight), wb = splat(s.high_weight);
   int i = 0;
@@ -134,7 +135,8 @@ struct Upsample {
         widen<WINDOWED>(low->row(g.high, c), b);
         in_b = g.high;
         for (; y < g.end; y++)
-          write_row(a, b, sample(y, low->h, h, layer->align_corners), w, out + (size_t(c) * h + y) * w);
+          write_row(a, b, sample(y, low->h, h, layer->align_corners), w,
+                    out + (size_t(c) * h + y) * w);
       }
     }
     stream_fence();
@@ -176,8 +178,8 @@ struct Upsample {
     for (int c = 0; c < classes; c++) store(value + c * kLanes, load(value + c * kLanes) * scale);
   }
 
-  // ROWS rows of one block of columns: the running maxima and labels stay in registers. With NONFINITE the
-  // samples are weighed as torch weighs them and NaN counts as largest.
+  // ROWS rows of one block of columns: the running maxima and labels stay in registers. With
+  // NONFINITE the samples are weighed as torch weighs them and NaN counts as largest.
   template <bool WINDOWED, bool NONFINITE, int ROWS>
   void label_block(RowGroup g, const Sample* samples_of_rows, int block, uint8_t* out) const {
     vf best[ROWS];
@@ -205,8 +207,8 @@ struct Upsample {
       __builtin_memcpy(out + size_t(i) * w + x, bytes, count);
     }
   }
-  // The label that a block's corners agree on, else -1. A bilinear sample is a convex combination of its
-  // corners, so what wins at all of them wins everywhere between.
+  // The label that a block's corners agree on, else -1. A bilinear sample is a convex combination
+  // of its corners, so what wins at all of them wins everywhere between.
   int common_label(RowGroup g, int block) const {
     const uint8_t* upper = low->labels + size_t(g.low) * low->pitch + columns.base[block];
     const uint8_t* lower = low->labels + size_t(g.high) * low->pitch + columns.base[block];
@@ -276,7 +278,8 @@ static size_t upsample_classify(const Layer& l, Plane x, Output output, void* ou
   if (scratch.measuring()) return scratch.used;
   const Range rows = share(x.h, team);
   const size_t channels = padded(l.in);
-  for (int y = rows.begin; y < rows.end; y++) low.take_row(y, x.data + size_t(y) * x.w * channels, channels);
+  for (int y = rows.begin; y < rows.end; y++)
+    low.take_row(y, x.data + size_t(y) * x.w * channels, channels);
   team.wait();
   stage.run(output, out, team);
   return scratch.used;

@@ -1,0 +1,392 @@
+"""The command line: segment, demo, bench, export, info."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from . import __version__, backends, bench, data
+from .checkpoints import load_checkpoint
+from .config import PRESETS
+from .export import export_onnx
+from .fused import FusedFastSCNN, fuse
+from .model import FastSCNN
+from .segment import label_image, overlay, read_picture, resized, run_size, segment
+
+UNTRAINED = (
+    "No --weights given: the network is UNTRAINED (random weights). Its labels mean nothing;"
+    " this version comes without trained weights."
+)
+_SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+_LABELS, _OVERLAY = "_labels.png", "_overlay.png"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEMO_STREET = (12, 512, 1024)  # seed, height, width
+_DEMO_ROUNDS = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 where all went well, 1 where some of the work failed, 2 where none could be done."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+    args.command_line = "python -m fastscnn_fast " + shlex.join(argv)
+    try:
+        status: int = args.run(args)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"fastscnn_fast: error: {reason}", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError, ImportError) as error:
+        print(f"fastscnn_fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastscnn_fast: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastscnn_fast", description="Fast-SCNN with fused inference kernels."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "segment",
+        help="label every pixel of pictures",
+        description="Write, for each picture NAME.*, its class ids as a palette PNG of the picture's own"
+        f" size (NAME{_LABELS}) and the picture tinted by class with a legend (NAME{_OVERLAY}). Pictures that"
+        " cannot be read are reported and skipped; the exit code is then 1.",
+        epilog="Folders are searched with their subfolders, which reappear in OUT. Earlier results"
+        f" (*{_LABELS}, *{_OVERLAY}) in them are no pictures. Where two pictures have one name, the second"
+        " gets its ending added: NAME_png.",
+    )
+    command.add_argument(
+        "pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER", help="what to segment"
+    )
+    command.add_argument("-o", "--out", type=Path, required=True, help="folder for the results")
+    _add_network_options(command)
+    command.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="dtype to compute in (%(default)s)"
+    )
+    command.add_argument(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="size the network runs at; the labels keep the picture's own size (default: that size)",
+    )
+    command.set_defaults(run=_segment)
+
+    command = commands.add_parser(
+        "demo",
+        help="segment one picture, with speed and parity beside it",
+        description="Segment a picture with the fused kernels, then compare speed and results with plain"
+        " torch. Without IMAGE the package draws a street itself.",
+    )
+    command.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="a picture of yours")
+    command.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("demo_out"),
+        help="folder for the results (%(default)s)",
+    )
+    _add_network_options(command)
+    command.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        "bench",
+        help="time plain torch, torch.compile and the fused kernels side by side",
+        description="Compare eager torch, eager channels-last torch, torch.compile with frozen weights and"
+        " the fused kernels (logits and labels), in turns within one run, on a drawn street. Parity with"
+        " float64 comes first: a contestant that fails it gets no speed-up, and the exit code is then 1.",
+    )
+    command.add_argument(
+        "--size",
+        type=_size,
+        nargs="+",
+        metavar="HxW",
+        default=[(512, 1024)],
+        help="picture sizes (512x1024)",
+    )
+    command.add_argument(
+        "--threads", type=_count, metavar="N", help="CPU threads (torch's default)"
+    )
+    command.add_argument(
+        "--preset", choices=PRESETS, default="paper", help="architecture (%(default)s)"
+    )
+    command.add_argument(
+        "--rounds", type=_count, metavar="R", default=30, help="timings of each (%(default)s)"
+    )
+    command.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="leave out torch.compile, which takes a minute a size",
+    )
+    command.add_argument("--plot", type=Path, metavar="FILE", help="write the bars as PNG")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser(
+        "export",
+        help="write the network as ONNX",
+        description="Write the plain network as ONNX with free batch, height and width and exact pooling at"
+        " every size. The input is float32 (n, C, h, w), normalised. Needs the extra [export].",
+    )
+    command.add_argument(
+        "--onnx", type=Path, required=True, metavar="OUT", help="the file to write"
+    )
+    command.add_argument(
+        "--weights", type=Path, metavar="F", help="checkpoint, .safetensors or .pth (none: untrained)"
+    )
+    command.add_argument(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        default=(512, 1024),
+        help="size to trace at, without influence on the result (512x1024)",
+    )
+    command.add_argument(
+        "--output",
+        choices=("logits", "labels"),
+        default="logits",
+        help="float32 (n, K, h, w) or uint8 (n, h, w) (%(default)s)",
+    )
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "info",
+        help="versions, compiler, instruction sets, backends",
+        description="Print what this installation is made of, and why each backend can or cannot run.",
+    )
+    command.set_defaults(run=_info)
+    return parser
+
+
+def _add_network_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--weights", type=Path, metavar="F", help="checkpoint, .safetensors or .pth (none: untrained)"
+    )
+    command.add_argument(
+        "--backend",
+        choices=("auto", *backends.BACKENDS),
+        default="auto",
+        help="kernels to run on (%(default)s: the best that can)",
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= 32):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH, each at least 32, got {text!r}")
+    return int(height), int(width)
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _network(weights: Path | None) -> FastSCNN:
+    if weights is not None:
+        return load_checkpoint(weights)
+    print(UNTRAINED, file=sys.stderr)
+    return bench.untrained_model(num_classes=len(data.CAMVID_CLASSES))
+
+
+# segment
+
+
+def _segment(args: argparse.Namespace) -> int:
+    fast = fuse(_network(args.weights), args.backend, _DTYPES[args.dtype])
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs, problems = _jobs(args.pictures)
+    for problem in problems:
+        print(f"skipped {problem}", file=sys.stderr)
+    skipped = len(problems)
+    for path, name in tqdm(jobs, unit="picture", disable=True if len(jobs) == 1 else None):
+        try:
+            pixels = read_picture(path, fast.config.in_channels)
+        except ValueError as error:
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+            skipped += 1
+        else:
+            _write(args.out / name, pixels, segment(fast, pixels, args.size), fast)
+    done = len(jobs) + len(problems) - skipped
+    print(f"{done} segmented, {skipped} skipped; results: {args.out}/*{_LABELS}, *{_OVERLAY}")
+    return 1 if skipped or not done else 0
+
+
+def _jobs(arguments: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """The pictures, each once, with distinct names for their results; and what is wrong with the rest."""
+    jobs: dict[Path, tuple[Path, Path]] = {}
+    problems, taken = [], set()
+    for argument in arguments:
+        if argument.is_dir():
+            pictures = list(_pictures_in(argument))
+            if not pictures:
+                problems.append(f"{argument}: no pictures in this folder")
+        else:
+            pictures = [(argument, Path(argument.name))]
+        for path, relative in pictures:
+            if path.resolve() in jobs:
+                continue
+            name = next(name for name in _names(relative) if str(name).casefold() not in taken)
+            taken.add(str(name).casefold())
+            jobs[path.resolve()] = path, name
+    return list(jobs.values()), problems
+
+
+def _pictures_in(folder: Path) -> Iterator[tuple[Path, Path]]:
+    for path in sorted(folder.rglob("*")):
+        known = path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+        if known and not path.name.endswith((_LABELS, _OVERLAY)) and path.is_file():
+            yield path, path.relative_to(folder)
+
+
+def _names(picture: Path) -> Iterator[Path]:
+    """Names for the results of ``picture``, the plainest first."""
+    plain = picture.with_suffix("")
+    yield plain
+    full = plain.with_name(f"{plain.name}_{picture.suffix[1:]}")
+    yield full
+    number = 2
+    while True:
+        yield full.with_name(f"{full.name}_{number}")
+        number += 1
+
+
+def _write(
+    name: Path, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], fast: FusedFastSCNN
+) -> list[Path]:
+    """Both results of one picture."""
+    classes, palette = data.class_names(fast.config.num_classes)
+    files = [name.with_name(name.name + ending) for ending in (_LABELS, _OVERLAY)]
+    name.parent.mkdir(parents=True, exist_ok=True)
+    label_image(labels, palette).save(files[0])
+    overlay(pixels, labels, classes, palette).save(files[1])
+    return files
+
+
+# demo
+
+
+def _demo(args: argparse.Namespace) -> int:
+    model = _network(args.weights)
+    fast = fuse(model, args.backend)
+    args.out.mkdir(parents=True, exist_ok=True)
+    files = []
+    if args.image is None:
+        name = "street"
+        picture, truth = data.street(*_DEMO_STREET)
+        files = [args.out / "street.png", args.out / "street_truth.png"]
+        Image.fromarray(picture).save(files[0])
+        classes, palette = data.CAMVID_CLASSES, data.CAMVID_PALETTE
+        overlay(picture, truth, classes, palette).save(files[1])
+        pixels = read_picture(picture, model.config.in_channels)
+    else:
+        name = args.image.stem
+        pixels = read_picture(args.image, model.config.in_channels)
+    files += _write(args.out / name, pixels, segment(fast, pixels), fast)
+    print("wrote " + ", ".join(map(str, files)))
+
+    height, width = run_size(pixels)
+    shrink = min(1.0, (1024 * 2048 / (height * width)) ** 0.5)  # a large photo would take minutes
+    pixels = resized(pixels, (max(32, round(height * shrink)), max(32, round(width * shrink))))
+    x = bench.normalised(model, bench.picture_tensor(pixels))
+    results = bench.compare(model, fast, x, _DEMO_ROUNDS, compiled=False)
+    _report(results, bench.machine(args.command_line), fast)
+    if args.weights is None:
+        print(UNTRAINED)
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _report(
+    results: Sequence[bench.Result], about: dict[str, str], fast: FusedFastSCNN | None = None
+) -> None:
+    print()
+    print(bench.table(results))
+    print()
+    print(bench.LEGEND)
+    if fast is not None:
+        print(f"backend: {fast.backend}")
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+
+
+# bench, export, info
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    results = bench.bench(args.size, args.preset, args.rounds, not args.no_compile)
+    about = bench.machine(args.command_line)
+    _report(results, about)
+    if args.csv is not None:
+        bench.write_csv(args.csv, results, about)
+        print(f"wrote {args.csv}")
+    if args.plot is not None:
+        bench.plot(args.plot, results, about)
+        print(f"wrote {args.plot}")
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    model = _network(args.weights)
+    export_onnx(model, args.onnx, args.output, args.size)
+    config = model.config
+    print(
+        f"wrote {args.onnx}: x float32 (n, {config.in_channels}, h, w) -> {args.output};"
+        f" n free, h and w free from 32\n"
+        f"x = (pixels / 255 - mean) / std with mean {config.mean}, std {config.std}"
+    )
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    print(f"fastscnn_fast {__version__}, Python {platform.python_version()}")
+    print(f"processor: {bench.processor()}, {torch.get_num_threads()} threads")
+    packages = "torch numpy pillow safetensors matplotlib onnx onnxscript onnxruntime triton"
+    print("packages: " + ", ".join(f"{name} {_version(name)}" for name in packages.split()))
+    sets = backends.isas()
+    if sets:
+        module = backends.cpu_module()
+        compiler = module.compiler if module.compiler[0].isalpha() else f"GCC {module.compiler}"
+        openmp = "with" if module.openmp else "WITHOUT"
+        print(f"C++ kernels: built by {compiler}, {openmp} OpenMP")
+        print(f"instruction sets that run here: {', '.join(sets)}; in use: {backends.isa()}")
+    else:
+        print("C++ kernels: not built")
+    for name, reason in backends.report().items():
+        print(f"backend {name}: {'can run' if reason is None else f'cannot run: {reason}'}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
