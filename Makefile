@@ -3,7 +3,7 @@
 #
 #   make demo [IMAGE=photo.jpg]   segment a picture, with the speed and the parity beside it
 #   make test                     the fast tests
-#   make bench                    the whole network, then every fused op, against torch
+#   make bench                    the whole network (and bench.png), then every fused op, against torch
 #   make lint                     ruff, clang-format, mypy
 #   make clean                    remove what was built; $(VENV) stays
 #
@@ -34,7 +34,7 @@ test: $(installed_dev) $(built)
 	$(python) -m pytest
 
 bench: $(installed_bench) $(built)
-	$(python) -m fastscnn_fast bench
+	$(python) -m fastscnn_fast bench --plot bench.png
 	$(python) -m pytest benchmarks --benchmark-only
 
 lint: $(installed_dev)
@@ -44,7 +44,7 @@ lint: $(installed_dev)
 	$(python) -m mypy
 
 clean:
-	rm -rf build dist demo_out *.egg-info fastscnn_fast/_cpu*.so
+	rm -rf build dist demo_out bench.png *.egg-info fastscnn_fast/_cpu*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f $(VENV)/fastscnn-*
 

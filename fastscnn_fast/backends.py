@@ -12,6 +12,10 @@ from types import ModuleType
 import torch
 
 from .config import Config
+from .plan import program
+
+#: The dtypes that networks compute in; which of them a backend can, it says itself.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("fastscnn_fast")
 
@@ -39,11 +43,19 @@ def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> st
         return f"device must be cpu, got {device}"
     if dtype != torch.float32:
         return f"dtype must be torch.float32, got {dtype}"
+    try:
+        _cpu_module.packed_bytes([value for layer in program(config) for value in layer.encode()])
+    except ValueError as error:
+        return str(error)
     return None
 
 
 def _reference_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if dtype.is_floating_point else f"dtype must be a floating dtype, got {dtype}"
+    if device.type == "meta":
+        return "the meta device holds no weights"
+    if dtype not in DTYPES:
+        return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}"
+    return None
 
 
 def _absent(kernels: str) -> Callable[[Config, torch.device, torch.dtype], str]:
@@ -62,6 +74,11 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def forced() -> str:
+    """What FASTSCNN_BACKEND asks for, "auto" where it is unset or empty."""
+    return os.environ.get("FASTSCNN_BACKEND") or "auto"
+
+
 def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) -> str:
     """The backend to use for ``name``; "auto" is FASTSCNN_BACKEND where set, else the first that can run.
 
@@ -70,7 +87,7 @@ def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) 
         RuntimeError: the backend that was asked for cannot run; the message says why.
     """
     if name == "auto":
-        name = os.environ.get("FASTSCNN_BACKEND", "auto")
+        name = forced()
     if name == "auto":
         reasons = {b.name: b.why_not(config, device, dtype) for b in BACKENDS.values()}
         chosen = next((n for n, reason in reasons.items() if reason is None), None)
@@ -115,7 +132,7 @@ def isa() -> str:
     Raises:
         ValueError: FASTSCNN_ISA names one that cannot run here.
     """
-    return _isa(os.environ.get("FASTSCNN_ISA"))
+    return _isa(os.environ.get("FASTSCNN_ISA") or None)
 
 
 @cache

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, data
-from .fused import FusedFastSCNN, fuse
+from .fused import FusedFastSCNN
 from .model import FastSCNN
 
 #: Parity with float64: logits may err this much (:func:`relative_error`) and this share of the labels may
@@ -67,7 +67,7 @@ def untrained_model(preset: str = "paper", num_classes: int = 19) -> FastSCNN:
     Every batch norm has the statistics of a drawn street, and the last convolution is scaled so that each
     class has logits of mean 0 and variance 1 there: otherwise one class would win everywhere.
     """
-    x = picture_tensor(data.street(0)[0])
+    x = picture_tensor(data.street(0, 192, 256)[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FastSCNN(num_classes, preset)
@@ -104,7 +104,6 @@ def compare(
     x: Tensor,
     rounds: int,
     compiled: bool = True,
-    say: Callable[[str], None] = print,
 ) -> list[Result]:
     """Measure every contestant on ``x`` (normalised float32), in turns: A B C D E, A B C D E, ...
 
@@ -121,7 +120,7 @@ def compare(
             EAGER_LAST: partial(last.reference, columns),
         }
         if compiled:
-            build = _compiled(last, columns, say)
+            build = _compiled(last, columns)
             if build is not None:
                 contestants[COMPILED] = build
         contestants[LOGITS] = partial(fast, columns)
@@ -152,21 +151,19 @@ def _parity(y: Tensor, exact: Tensor) -> tuple[float | None, float]:
     return error, float((labels != exact.argmax(1)).double().mean())
 
 
-def _compiled(
-    model: FastSCNN, x: Tensor, say: Callable[[str], None]
-) -> Callable[[], Tensor] | None:
+def _compiled(model: FastSCNN, x: Tensor) -> Callable[[], Tensor] | None:
     """``model.reference(x)`` compiled with its weights frozen in; None, with a word, where that fails."""
     import torch._inductor.config as inductor
 
     torch.compiler.reset()
     call = partial(torch.compile(model.reference, dynamic=False), x)
-    say("torch.compile is building its kernels, which takes a minute ...")
+    print("torch.compile is building its kernels, which takes a minute ...")
     try:
         with inductor.patch(freezing=True):
             call()
     except Exception as error:  # no C++ compiler, or whatever else inductor meets
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        say(f"torch.compile is left out: {reason}")
+        print(f"torch.compile is left out: {reason}")
         return None
     return call
 
@@ -186,30 +183,27 @@ def _interleaved(
 
 
 def bench(
+    model: FastSCNN,
+    fast: FusedFastSCNN,
     sizes: Sequence[tuple[int, int]],
-    preset: str,
     rounds: int,
-    compiled: bool,
-    say: Callable[[str], None] = print,
+    compiled: bool = True,
 ) -> list[Result]:
-    """:func:`compare` at each (height, width), on a drawn street, with untrained weights."""
-    model = untrained_model(preset)
-    fast = fuse(model)
+    """:func:`compare` on a drawn street at each (height, width)."""
     results = []
     for height, width in sizes:
         x = normalised(model, picture_tensor(data.street(0, height, width)[0]))
-        results += compare(model, fast, x, rounds, compiled, say)
+        results += compare(model, fast, x, rounds, compiled)
     return results
 
 
 def machine(command: str) -> dict[str, str]:
-    """What a measurement depends on."""
-    isa = backends.isa() if backends.isas() else "none"
+    """What a measurement depends on, besides the networks."""
     return {
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "instruction set": isa,
+        "instruction set": backends.isa() if backends.isas() else "none",
         "command": command,
         "date": date.today().isoformat(),
     }
@@ -314,17 +308,9 @@ def plot(path: str | Path, results: Sequence[Result], about: dict[str, str]) -> 
         axes.set_title(size, loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("milliseconds a picture, median and 20-80 %; less is better")
-    keys = ("processor", "threads", "torch", "instruction set", "date")
     figure.suptitle(
-        "Fast-SCNN: "
-        + ", ".join(
-            f"{about[k]} threads"
-            if k == "threads"
-            else f"torch {about[k]}"
-            if k == "torch"
-            else about[k]
-            for k in keys
-        ),
+        f"Fast-SCNN on {about['processor']}, {about['threads']} threads, torch {about['torch']},"
+        f" backend {about['backend']} ({about['instruction set']}), {about['date']}",
         fontsize=9,
     )
     figure.savefig(path, dpi=130, format="png")

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -374,7 +375,7 @@ def from_state_dict(
             raise CheckpointError(
                 f"{source}: layout {closest!r} has no {absent[0]!r} auxiliary head"
             )
-        fits.append((_Fit(config, layout, shapes), name))
+        fits.append((_Fit(source, config, layout, shapes), name))
     fit, name = min(fits, key=lambda pair: pair[0].problems)
     if fit.problems:
         which = f"layout {closest!r}" if name == closest else f"layout {closest!r}, preset {name!r}"
@@ -393,7 +394,7 @@ def _from_own(state: Any, config: Config, source: str) -> FastSCNN:
             raise CheckpointError(
                 f"{source}: {field} is {stated!r} by its config, {value!r} by its tensors"
             )
-    fit = _Fit(config, _CANONICAL, shapes)
+    fit = _Fit(source, config, _CANONICAL, shapes)
     if fit.problems:
         raise CheckpointError(f"{source}: its tensors do not belong to its config: {fit}")
     return _build(config, tensors)
@@ -410,9 +411,12 @@ def _config(source: str, make: Any, *args: Any, **values: Any) -> Config:
 class _Fit:
     """How far the keys and shapes of a file are from those of one network in one layout."""
 
-    def __init__(self, config: Config, layout: Layout, shapes: Shapes) -> None:
+    def __init__(self, source: str, config: Config, layout: Layout, shapes: Shapes) -> None:
         self.config = config
-        self.names = _names(config, layout)
+        try:
+            self.names = _names(config, layout)
+        except RuntimeError as error:  # more elements than torch can count
+            raise CheckpointError(f"{source}: {error}") from None
         wanted = {self.names[name]: shape for name, shape in _shapes(config).items()}
         self.missing = [k for k in wanted if k not in shapes and not _optional(k)]
         self.unexpected = [k for k in shapes if k not in wanted]
@@ -613,9 +617,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config | None
         raise CheckpointError(
             f"{source}: has {size} bytes, more than a checkpoint may ({MAX_BYTES})"
         )
+    path.open("rb").close()
     try:
         state, config = (_safetensors if path.suffix == ".safetensors" else _torch)(path, size)
-    except (CheckpointError, OSError):
+    except CheckpointError:
         raise
     except Exception as error:  # a broken file can make the parsers raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -646,7 +651,10 @@ def _torch(path: Path, size: int) -> tuple[Any, None]:
             f"{path}: holds Python objects that are not tensors ({', '.join(foreign[:3])}); they were "
             "not loaded. Save a state_dict of tensors instead: torch.save(model.state_dict(), path)"
         )
-    return torch.load(path, map_location="cpu", weights_only=True), None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True), None
+    except UnpicklingError:  # whose message advises to load it unsafely
+        raise ValueError("a pickle that torch.load(weights_only=True) refuses") from None
 
 
 def _is_zip(file: BinaryIO) -> bool:

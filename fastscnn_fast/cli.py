@@ -45,6 +45,7 @@ _LABELS, _OVERLAY = "_labels.png", "_overlay.png"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEMO_STREET = (12, 512, 1024)  # seed, height, width
 _DEMO_ROUNDS = 10
+_DEMO_PIXELS = 1024 * 2048  # speed is measured on at most so many: a large photo would take minutes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         "--onnx", type=Path, required=True, metavar="OUT", help="the file to write"
     )
     command.add_argument(
-        "--weights", type=Path, metavar="F", help="checkpoint, .safetensors or .pth (none: untrained)"
+        "--weights",
+        type=Path,
+        metavar="F",
+        help="checkpoint, .safetensors or .pth (none: untrained)",
     )
     command.add_argument(
         "--size",
@@ -187,7 +191,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_network_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--weights", type=Path, metavar="F", help="checkpoint, .safetensors or .pth (none: untrained)"
+        "--weights",
+        type=Path,
+        metavar="F",
+        help="checkpoint, .safetensors or .pth (none: untrained)",
     )
     command.add_argument(
         "--backend",
@@ -287,7 +294,7 @@ def _write(
     files = [name.with_name(name.name + ending) for ending in (_LABELS, _OVERLAY)]
     name.parent.mkdir(parents=True, exist_ok=True)
     label_image(labels, palette).save(files[0])
-    overlay(pixels, labels, classes, palette).save(files[1])
+    overlay(pixels, labels, classes, palette).save(files[1], compress_level=3)
     return files
 
 
@@ -314,25 +321,25 @@ def _demo(args: argparse.Namespace) -> int:
     print("wrote " + ", ".join(map(str, files)))
 
     height, width = run_size(pixels)
-    shrink = min(1.0, (1024 * 2048 / (height * width)) ** 0.5)  # a large photo would take minutes
+    shrink = min(1.0, (_DEMO_PIXELS / (height * width)) ** 0.5)
     pixels = resized(pixels, (max(32, round(height * shrink)), max(32, round(width * shrink))))
     x = bench.normalised(model, bench.picture_tensor(pixels))
     results = bench.compare(model, fast, x, _DEMO_ROUNDS, compiled=False)
-    _report(results, bench.machine(args.command_line), fast)
+    _report(results, _about(fast, args))
     if args.weights is None:
         print(UNTRAINED)
     return 0 if all(result.passed for result in results) else 1
 
 
-def _report(
-    results: Sequence[bench.Result], about: dict[str, str], fast: FusedFastSCNN | None = None
-) -> None:
+def _about(fast: FusedFastSCNN, args: argparse.Namespace) -> dict[str, str]:
+    return {"backend": fast.backend, **bench.machine(args.command_line)}
+
+
+def _report(results: Sequence[bench.Result], about: dict[str, str]) -> None:
     print()
     print(bench.table(results))
     print()
     print(bench.LEGEND)
-    if fast is not None:
-        print(f"backend: {fast.backend}")
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
 
 
@@ -342,8 +349,10 @@ def _report(
 def _bench(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    results = bench.bench(args.size, args.preset, args.rounds, not args.no_compile)
-    about = bench.machine(args.command_line)
+    model = bench.untrained_model(args.preset)
+    fast = fuse(model)
+    results = bench.bench(model, fast, args.size, args.rounds, not args.no_compile)
+    about = _about(fast, args)
     _report(results, about)
     if args.csv is not None:
         bench.write_csv(args.csv, results, about)

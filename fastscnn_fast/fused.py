@@ -6,12 +6,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from . import backends, ops
+from . import backends, ops, structure
 from .fold import FoldedWeights, fold
+from .reference import normalise
 
 if TYPE_CHECKING:
     from .model import FastSCNN
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether x is a dual tensor of forward-mode differentiation, which torch.no_grad() leaves on."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 class FusedFastSCNN(nn.Module):
@@ -44,7 +51,7 @@ class FusedFastSCNN(nn.Module):
         Raises:
             ValueError: wrong shape or device, or a picture too small for the first convolution.
             TypeError: wrong dtype.
-            RuntimeError: x requires grad while gradients are enabled.
+            RuntimeError: x requires grad while gradients are enabled, or has a tangent.
         """
         return self._run(x, "logits")
 
@@ -61,13 +68,15 @@ class FusedFastSCNN(nn.Module):
         return self._run(x, "labels")
 
     def _run(self, x: Tensor, output: str) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
+        if (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x):
             raise RuntimeError(
-                "x must not require grad: the fused network has no gradient (use torch.no_grad(),"
-                " or FastSCNN.reference(x) to differentiate)"
+                "x must not require grad or have a tangent: the fused network has no gradient (use"
+                " torch.no_grad(), or FastSCNN.reference(x) to differentiate)"
             )
         if x.dtype not in (self.dtype, torch.uint8):
             raise TypeError(f"x must be of dtype {self.dtype} or torch.uint8, got {x.dtype}")
+        if x.dtype == torch.uint8 and self.dtype != torch.float32:  # the ops' floats for raw pixels
+            x = normalise(x, self.config, self.dtype)
         return ops.network(x, self.weights, self.program, output, self.backend)
 
     def extra_repr(self) -> str:
@@ -84,7 +93,7 @@ def fuse(model: FastSCNN, backend: str = "auto", dtype: torch.dtype | None = Non
 
     Raises:
         TypeError: not a FastSCNN.
-        ValueError: unknown backend.
+        ValueError: unknown backend, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
         RuntimeError: the backend cannot run, and why.
     """
     from .model import FastSCNN
@@ -94,7 +103,9 @@ def fuse(model: FastSCNN, backend: str = "auto", dtype: torch.dtype | None = Non
             f"model must be a fastscnn_fast.FastSCNN, got {type(model).__name__}"
             " (fastscnn_fast.accelerate takes other implementations)"
         )
+    structure.check(model)
     weight = model.classifier.conv.weight
     dtype = weight.dtype if dtype is None else dtype
     chosen = backends.choose(backend, model.config, weight.device, dtype)
-    return FusedFastSCNN(fold(model), chosen, dtype).to(weight.device)
+    with torch.inference_mode(False):  # the copy outlives the caller's mode
+        return FusedFastSCNN(fold(model), chosen, dtype).to(weight.device)

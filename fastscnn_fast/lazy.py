@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_, itemgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -9,87 +12,90 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends
-from .fused import FusedFastSCNN, fuse
+from .fused import FusedFastSCNN, fuse, has_tangent
+from .structure import SETTINGS, Unfusable, submodules
 
 if TYPE_CHECKING:
     from .model import FastSCNN
 
-
-class Unfusable(Exception):
-    """The module's structure is not the one its config describes; the message says where."""
+_WATCHED = (*SETTINGS, "training", "_forward_hooks", "_forward_pre_hooks")
 
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """What must be equal for a submodule to compute, in eval mode, what the config says it does."""
-    if type(module) is nn.Conv2d:
-        m = module
-        shape = (m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation)
-        return (nn.Conv2d, *shape, m.groups, m.padding_mode, m.bias is None)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return (nn.BatchNorm2d, module.num_features, module.affine, module.running_mean is None)
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return (nn.Dropout,)
-    return (type(module),)
-
-
-class _Fused:
-    """A fused copy and everything whose change makes it stale."""
+class _Decision:
+    """The fused copy of a model, or why there is none, and everything whose change may make it another."""
 
     def __init__(self, model: FastSCNN) -> None:
-        self._check_structure(model)
-        modules = [m for name, m in model.named_modules() if name]
-        parents = [model, *modules]
-        self.children = [(m._modules, k, c) for m in parents for k, c in m._modules.items()]
-        self.modules = [(m, type(m), m.__dict__) for m in modules]
-        self.tensors = [
-            (table, key, tensor, tensor._version, tensor.data_ptr())
-            for m in parents
-            for table in (m._parameters, m._buffers)
-            for key, tensor in cast(dict[str, Any], table).items()
-            if tensor is not None
+        self.modules = [module for _, module in submodules(model)]
+        self.states = [vars(module) for module in self.modules]
+        self.getters = [itemgetter(*(k for k in _WATCHED if k in state)) for state in self.states]
+        self.hooks = [
+            state[key] for state in self.states for key in ("_forward_hooks", "_forward_pre_hooks")
         ]
-        self.network = fuse(model)
+        self.tables = [
+            table
+            for module in (model, *self.modules)
+            for table in (module._modules, module._parameters, module._buffers)
+            if table
+        ]
+        self.forced, self.seen = backends.forced(), list(self._look(model))
+        tensors = [value for value in self.seen if type(value) in (Tensor, nn.Parameter)]
+        self.counted = not any(tensor.is_inference() for tensor in tensors)
+        self.tensors = tensors if self.counted else []
+        self.contents = self._contents()
+        # While the storages live, nothing else can come to lie at their addresses.
+        self.storages = [tensor.untyped_storage() for tensor in self.tensors]
+        self.network: FusedFastSCNN | None = None
+        self.refusal: str | None = None
+        try:
+            self._fuse(model)
+        except Unfusable as reason:
+            self.refusal = str(reason)
 
-    @staticmethod
-    def _check_structure(model: FastSCNN) -> None:
-        with torch.device("meta"):
-            plain = type(model).from_config(model.config)
-        for part in ("learning_to_downsample", "global_features", "feature_fusion", "classifier"):
-            got, want = (
-                {name: _kind(m) for name, m in cast(nn.Module, getattr(net, part)).named_modules()}
-                for net in (model, plain)
+    def _fuse(self, model: FastSCNN) -> None:
+        if any(state["training"] for state in self.states):
+            raise Unfusable("a submodule is in training mode")
+        if not self.counted:
+            raise Unfusable(
+                "a parameter is an inference tensor, whose changes torch does not count"
             )
-            changed = [name for name in {**want, **got} if want.get(name) != got.get(name)]
-            if changed:
-                raise Unfusable(f"submodule {part}.{changed[0]} was replaced")
+        network = fuse(model)
+        if network.backend != "reference":  # plain torch is that already; the reason was logged
+            self.network = network
 
-    def stale(self) -> bool:
-        return any(table.get(key) is not child for table, key, child in self.children) or any(
-            table.get(key) is not tensor
-            or tensor._version != version
-            or tensor.data_ptr() != address
-            for table, key, tensor, version, address in self.tensors
+    def _look(self, model: FastSCNN) -> Iterator[Any]:
+        """What must stay the very same objects: settings, hooks, types, submodules, tensors."""
+        return chain(
+            (model.config,),
+            chain.from_iterable([get(state) for get, state in zip(self.getters, self.states)]),
+            map(bool, self.hooks),
+            map(contains, self.states, repeat("forward")),
+            map(type, self.modules),
+            chain.from_iterable([table.values() for table in self.tables]),
+            (self,),  # so that a table that grew or shrank cannot go unnoticed
         )
 
-    def overridden(self) -> str | None:
-        """Why the submodules must run one by one just now, or None."""
-        for module, kind, state in self.modules:
-            if state["training"]:
-                return "a submodule is in training mode"
-            if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-                return "a submodule has a forward hook"
-            if type(module) is not kind or "forward" in state:
-                return "a submodule's forward was replaced"
-        return None
+    def _contents(self) -> list[int]:
+        """What changes when a tensor is written to or its ``.data`` is replaced."""
+        return [
+            *map(attrgetter("_version"), self.tensors),
+            *map(Tensor.data_ptr, self.tensors),
+        ]
+
+    def holds(self, model: FastSCNN) -> bool:
+        return (
+            backends.forced() == self.forced
+            and all(map(is_, self._look(model), self.seen))
+            and self._contents() == self.contents
+        )
 
 
 class LazyFusion:
     """Mixin of FastSCNN: ``fused_for(x)`` is the fused network where it may stand in for plain torch."""
 
-    _fused: _Fused | Unfusable | None = None
+    _fused: _Decision | None = None
 
     def refuse(self) -> None:
-        """Fuse anew at the next call: needed after writes through ``.data``, which torch does not count."""
+        """Fuse anew at the next call: needed after writes that torch does not count, as through ``.data``."""
         object.__setattr__(self, "_fused", None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,55 +105,48 @@ class LazyFusion:
     def fused_for(self, x: Tensor) -> FusedFastSCNN | None:
         """The fused network to run ``x`` with, or None where plain torch must run."""
         model = cast("FastSCNN", self)
-        if model.training or torch.is_grad_enabled() or _being_traced(x):
+        if torch.compiler.is_compiling():
             return None
-        reason = self._refused_input(x)
+        if model.training or torch.is_grad_enabled():
+            # An optimiser's step may follow, and those with fused=True write without counting.
+            self.refuse()
+            return None
+        if _being_traced(x) or getattr(model, "_is_replica", False):
+            return None
+        decision = self._fused
+        if decision is None or not decision.holds(model):
+            decision = _Decision(model)
+            object.__setattr__(self, "_fused", decision)
+        reason = decision.refusal
+        if decision.network is not None:
+            reason = _refused_input(x, decision.network)
         if reason is None:
-            fused = self._current(model)
-            if isinstance(fused, Unfusable):
-                reason = str(fused)
-            elif fused.network.backend == "reference":  # the reason is logged where it was chosen
-                return None
-            else:
-                reason = fused.overridden()
-                if reason is None:
-                    return fused.network
+            return decision.network
         backends.log_once(f"FastSCNN runs unfused: {reason}")
         return None
 
-    def _refused_input(self, x: Tensor) -> str | None:
-        """Why x, or what surrounds the call, is left to plain torch; None where it is not."""
-        model = cast("FastSCNN", self)
-        weight = model.classifier.conv.weight
-        if torch.is_autocast_enabled(x.device.type):
-            return "autocast is enabled"
-        if any(tensor.is_inference() for tensor in (weight, model.classifier.conv.weight)):
-            return "the parameters are inference tensors, whose changes torch does not count"
-        if x.device != weight.device or x.dtype not in (weight.dtype, torch.uint8):
-            return f"x must be {weight.dtype} or torch.uint8 on {weight.device}, got {x.dtype} on {x.device}"
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-            return "a global forward hook is set"
-        return None
-
-    def _current(self, model: FastSCNN) -> _Fused | Unfusable:
-        fused = self._fused
-        if not isinstance(fused, _Fused) or fused.stale():
-            try:
-                fused = _Fused(model)
-            except Unfusable as error:
-                return error
-            object.__setattr__(self, "_fused", fused)
-        return fused
-
 
 def _being_traced(x: Tensor) -> bool:
-    """Compiling, exporting, tracing, or running under a mode or subclass that must see every op."""
+    """Exporting, tracing, or running under a mode, a transform or a kind of tensor that must see every op."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_scripting()
+        type(x) not in (Tensor, nn.Parameter)
+        or x.is_meta
+        or x.layout is not torch.strided
         or torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
-        or type(x) not in (Tensor, nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or has_tangent(x)
     )
+
+
+def _refused_input(x: Tensor, network: FusedFastSCNN) -> str | None:
+    """Why x, or what surrounds the call, is left to plain torch; None where it is not."""
+    device, dtype = network.weights.device, network.dtype
+    if x.device != device or x.dtype not in (dtype, torch.uint8):
+        return f"x must be {dtype} or torch.uint8 on {device}, got {x.dtype} on {x.device}"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is enabled"
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return "a global forward hook is set"
+    return None

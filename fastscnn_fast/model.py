@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from .config import Activation, Config, preset as config_preset
 from .lazy import LazyFusion
+from .reference import normalise
 
 _ACTIVATIONS: dict[Activation, Any] = {"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Bilinear resize of (N, C, h, w) to (N, C, *size)."""
-    return F.interpolate(x, list(size), mode="bilinear", align_corners=align_corners)
+    return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
 
 class ConvBNAct(nn.Module):
@@ -298,15 +299,12 @@ class FastSCNN(LazyFusion, nn.Module):
         return resize(logits, size, self.config.align_corners)
 
     def _normalised(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # symbolic tracing knows neither shape nor dtype
+            return x
         if x.dim() != 4 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"x must be (N, {self.config.in_channels}, H, W), got shape {tuple(x.shape)}"
             )
         if x.dtype != torch.uint8:
             return x
-        weight = self.learning_to_downsample.stem.conv.weight
-        mean, std = (
-            torch.tensor(v, dtype=weight.dtype, device=x.device)[:, None, None]
-            for v in (self.config.mean, self.config.std)
-        )
-        return (x.to(weight.dtype) / 255 - mean) / std
+        return normalise(x, self.config, self.learning_to_downsample.stem.conv.weight.dtype)

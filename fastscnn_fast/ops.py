@@ -25,7 +25,6 @@ OUTPUTS = ("logits", "probabilities", "labels")
 _TAG = struct.Struct("<4I2Q32x")
 _MAGIC, _VERSION = 0x4E435346, 1
 _LAYOUTS = {"reference": 0, "cpu": 1}
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 # ---------------------------------------------------------------- packed weights
@@ -72,7 +71,7 @@ def pack(
         f"dtype must be {' or '.join(map(str, wanted))} for backend {backend}, got {dtype}",
     )
     program = encode(layers)
-    flat = [torch.zeros(0, dtype=dtype)]
+    flat = [torch.zeros(0, dtype=dtype, device="cpu")]
     for index, (layer, named) in enumerate(zip(layers, tensors, strict=True)):
         for name, shape in layer.weights().items():
             if name not in named or tuple(named[name].shape) != shape:
@@ -84,12 +83,12 @@ def pack(
     plain = torch.cat(flat)
     if backend == "cpu":
         cpu = backends.cpu_module()
-        packed = torch.empty(cpu.packed_bytes(program), dtype=torch.uint8)
+        packed = torch.empty(cpu.packed_bytes(program), dtype=torch.uint8, device="cpu")
         cpu.pack(program, plain.data_ptr(), plain.numel(), packed.data_ptr())
         return packed
     size = _TAG.size + plain.numel() * plain.element_size()
     tag = _TAG.pack(
-        _MAGIC, _VERSION, _LAYOUTS["reference"], _DTYPES.index(dtype), _hash(program), size
+        _MAGIC, _VERSION, _LAYOUTS["reference"], backends.DTYPES.index(dtype), _hash(program), size
     )
     return torch.cat([torch.frombuffer(bytearray(tag), dtype=torch.uint8), plain.view(torch.uint8)])
 
@@ -106,7 +105,7 @@ def _unpack(weights: Tensor, program: tuple[int, ...]) -> list[dict[str, Tensor]
         raise ValueError("weights must be packed for the reference backend, got another layout")
     if program_hash != _hash(program) or size != weights.numel():
         raise ValueError("weights must be packed for these layers, got weights of other layers")
-    plain = weights[_TAG.size :].view(_DTYPES[dtype])
+    plain = weights[_TAG.size :].view(backends.DTYPES[dtype])
     tensors, at = [], 0
     for layer in _decoded(program):
         named = {}
@@ -126,21 +125,25 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    return _DTYPES if backend == "reference" else (torch.float32,)
+    return backends.DTYPES if backend == "reference" else (torch.float32,)
 
 
 def _check_input(
     name: str, x: Tensor, channels: int, weights: Tensor, backend: str, raw: bool = False
 ) -> None:
-    _require(x.dim() == 4, f"{name} must be (N, C, H, W), got {x.dim()} dimensions")
-    _require(x.shape[1] == channels, f"{name} must have {channels} channels, got {x.shape[1]}")
-    _require(x.device == weights.device, f"{name} must be on {weights.device}, got {x.device}")
-    _require(backend in _LAYOUTS, f"backend must be one of {', '.join(_LAYOUTS)}, got {backend!r}")
-    if raw and x.dtype == torch.uint8:
-        return
-    wanted = _dtypes(backend)
-    allowed = ", ".join(map(str, wanted)) + (" or torch.uint8" if raw else "")
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"{name} must be (N, {channels}, H, W), got shape {tuple(x.shape)}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {x.layout}")
+    if x.device != weights.device:
+        raise ValueError(f"{name} must be on {weights.device}, got {x.device}")
+    if weights.dtype != torch.uint8:
+        raise TypeError(f"weights must be packed by pack(), got {weights.dtype}")
+    if backend not in _LAYOUTS:
+        raise ValueError(f"backend must be one of {', '.join(_LAYOUTS)}, got {backend!r}")
+    wanted = (*_dtypes(backend), torch.uint8) if raw else _dtypes(backend)
     if x.dtype not in wanted:
+        allowed = ", ".join(map(str, wanted))
         raise TypeError(f"{name} must be of dtype {allowed} for backend {backend}, got {x.dtype}")
 
 
@@ -184,8 +187,8 @@ def _dense(x: Tensor) -> Tensor:
     """x in channels-last memory with channels padded by zeros: itself where it already is so."""
     channels, memory = x.shape[1], x.permute(0, 2, 3, 1)
     if channels % 16:
-        return torch.nn.functional.pad(memory, (0, -channels % 16)).permute(0, 3, 1, 2)
-    return memory.contiguous().permute(0, 3, 1, 2)
+        memory = torch.nn.functional.pad(memory, (0, -channels % 16))
+    return memory.contiguous().permute(0, 3, 1, 2)  # pad keeps what it takes for x's layout
 
 
 def _picture(x: Tensor) -> tuple[int, bool, torch.Size, tuple[int, ...]]:
@@ -193,6 +196,8 @@ def _picture(x: Tensor) -> tuple[int, bool, torch.Size, tuple[int, ...]]:
 
 
 def _call(program: Sequence[int], weights: Tensor) -> tuple[str, tuple[int, ...], int, int, int]:
+    if weights.device.type != "cpu":
+        raise ValueError(f"weights must be on the cpu for backend cpu, got {weights.device}")
     threads = torch.get_num_threads()
     weights = weights.contiguous()
     return (backends.isa(), tuple(program), weights.data_ptr(), weights.numel(), threads)

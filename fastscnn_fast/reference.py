@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import Activation
+from .config import Activation, Config
 from .plan import Layer
 
 Weights = Mapping[str, Tensor]
+
+
+def normalise(x: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
+    """Raw pixels (N, C, H, W) as floats of ``dtype``: (x / 255 - config.mean) / config.std."""
+    mean, std = (
+        torch.tensor(v, dtype=dtype, device=x.device)[:, None, None]
+        for v in (config.mean, config.std)
+    )
+    return (x.to(dtype) / 255 - mean) / std
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

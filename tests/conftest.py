@@ -8,6 +8,9 @@ from secrets import randbits
 
 import numpy
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # thousands of small calls on a busy machine
+
 import torch
 from hypothesis import settings
 

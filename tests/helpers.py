@@ -193,12 +193,25 @@ def random_weights(layer: Layer, gain: float = 2.0) -> dict[str, Tensor]:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Gives every batch norm statistics and an affine of its own, so that folding cannot go unnoticed."""
+    """Weights that keep activations at size 1, so that no layer's share is lost, and busy batch norms.
+
+    Every batch norm has statistics and an affine of its own: folding cannot go unnoticed.
+    """
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
     return model
+
+
+def small_network(num_classes: int = 5, **overrides: Any) -> FastSCNN:
+    """A network of every kind of layer that fuses quickly, in eval mode."""
+    overrides = {"bottleneck_repeats": (1, 2, 1), **overrides}
+    network = randomise(FastSCNN(num_classes, **overrides)).eval()
+    assert isinstance(network, FastSCNN)
+    return network

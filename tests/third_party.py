@@ -103,13 +103,15 @@ class Tramac(Net):
 
         def neck(i: int, o: int, s: int) -> nn.Module:
             t = 6 * i
-            body = seq(
-                cba(i, t), cba(t, t, 3, s, 1, groups=t), conv(t, o), nn.BatchNorm2d(o)
-            )
+            body = seq(cba(i, t), cba(t, t, 3, s, 1, groups=t), conv(t, o), nn.BatchNorm2d(o))
             return Residual("block", body, s == 1 and i == o)
 
         self.learning_to_downsample = nn.ModuleDict(
-            {"conv": cba(3, 32, 3, 2, stem_padding), "dsconv1": ds(32, 48, 2), "dsconv2": ds(48, 64, 2)}
+            {
+                "conv": cba(3, 32, 3, 2, stem_padding),
+                "dsconv1": ds(32, 48, 2),
+                "dsconv2": ds(48, 64, 2),
+            }
         )
         ppm = {f"conv{i}": cba(128, 32) for i in (1, 2, 3, 4)} | {"out": cba(256, 128)}
         self.global_feature_extractor = nn.ModuleDict(
@@ -229,9 +231,7 @@ class SegmenTron(Net):
         g: dict[str, nn.Module] = {
             f"bottleneck{i + 1}": stage for i, stage in enumerate(self.stages(neck))
         }
-        g["ppm"] = nn.ModuleDict(
-            {"convs": nn.ModuleList(ConvBn(conv(128, 32)) for _ in range(4))}
-        )
+        g["ppm"] = nn.ModuleDict({"convs": nn.ModuleList(ConvBn(conv(128, 32)) for _ in range(4))})
         g["out"] = ConvBn(conv(256, 128))
         self.global_feature_extractor = nn.ModuleDict(g)
         self.feature_fusion = nn.ModuleDict(
@@ -267,11 +267,14 @@ class SegmenTron(Net):
 
 
 class MMSeg(Net):
-    """``forward`` returns logits at 1/8. ``legacy`` is mmsegmentation before 0.17."""
+    """``forward`` returns logits at 1/8. ``legacy`` is mmsegmentation before 0.17.
+
+    ``paper`` is the paper's own network (1x1 after the pooling, dilation 4) under the same keys.
+    """
 
     corners = False
 
-    def __init__(self, classes: int = 19, legacy: bool = False, heads: bool = True) -> None:
+    def __init__(self, classes: int = 19, legacy: bool = False, paper: bool = False) -> None:
         super().__init__()
         act = nn.ReLU6 if legacy else nn.ReLU
         mid = nn.ReLU if legacy else nn.Identity
@@ -303,8 +306,9 @@ class MMSeg(Net):
         g["ppm"] = nn.ModuleList(
             seq(nn.AdaptiveAvgPool2d(b), ConvBn(conv(128, 32))) for b in (1, 2, 3, 6)
         )
-        g["out"] = ConvBn(conv(256, 128) if legacy else conv(256, 128, 3, 1, 1))
-        refine = conv(128, 128) if legacy else conv(128, 128, 3, 1, 1, groups=128)
+        g["out"] = ConvBn(conv(256, 128) if legacy or paper else conv(256, 128, 3, 1, 1))
+        d = 4 if paper else 1
+        refine = conv(128, 128) if legacy else conv(128, 128, 3, 1, d, dilation=d, groups=128)
         fusion = {
             "dwconv": ConvBn(refine),
             "conv_lower_res": ConvBn(conv(128, 128), nn.Identity),
@@ -321,8 +325,7 @@ class MMSeg(Net):
         self.decode_head = nn.ModuleDict(
             {"conv_seg": conv(128, classes, bias=True), "convs": convs}
         )
-        if heads:
-            self.auxiliary_head = nn.ModuleList([head(128), head(64)])
+        self.auxiliary_head = nn.ModuleList([head(128), head(64)])
 
     def forward(self, x: Tensor) -> Tensor:
         def ds(block: Any, x: Tensor) -> Tensor:

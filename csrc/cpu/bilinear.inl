@@ -21,7 +21,7 @@ static void samples(Sample* table, int in, int out, bool align_corners) {
   for (int i = 0; i < out; i++) table[i] = sample(i, in, out, align_corners);
 }
 
-// out = low_weight * a + high_weight * b over n floats, a multiple of 16.
+// out = low_weight * a + high_weight * b over n floats, a multiple of kLanes.
 FASTSCNN_INLINE void blend(const float* a, const float* b, float low_weight, float high_weight,
                            size_t n, float* out) {
   const vf wa = splat(low_weight), wb = splat(high_weight);

@@ -38,10 +38,13 @@ inline std::vector<Layer> decode(const Program& program) {
     l.bin_count = int(bins);
     for (int64_t b = 0; b < bins; b++) l.bins[b] = int(v[kFields + b]);
     const bool known = v[0] <= int(Op::upsample_classify) && v[9] <= 2 && v[10] <= 2;
-    bool sound = l.in >= 1 && l.out >= 1 && (l.stride == 1 || l.stride == 2) && l.dilation >= 1 &&
+    const bool pyramid = l.op == Op::pyramid_pooling;
+    const bool needs_mid = pyramid || l.op == Op::inverted_residual || l.op == Op::feature_fusion;
+    bool sound = l.in >= 1 && l.out >= 1 && (l.mid >= 1 || !needs_mid) &&
+                 (l.stride == 1 || l.stride == 2) && l.dilation >= 1 && l.padding <= 1 &&
+                 (l.kernel == 1 || l.kernel == 3) &&
                  (l.op != Op::stem_conv || (l.in <= 4 && l.stride == 2)) &&
-                 (l.op != Op::pyramid_pooling || bins >= 1) && (l.kernel == 1 || l.kernel == 3) &&
-                 l.padding <= 1 && (!l.residual || (l.stride == 1 && l.in == l.out));
+                 (!l.residual || (l.stride == 1 && l.in == l.out)) && pyramid == (bins > 0);
     for (int b = 0; b < l.bin_count; b++) sound &= l.bins[b] >= 1;
     if (!known || !sound)
       throw std::invalid_argument("program must hold layers as plan.py encodes them, got layer " +

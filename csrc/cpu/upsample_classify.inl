@@ -62,14 +62,14 @@ struct LowLogits {
   // Takes row y from (w, channels) logits.
   void take_row(int y, const float* in, size_t channels) {
     float* planes = rows + size_t(y) * classes * pitch;
-    float sum = 0;  // of zeros: NaN where any logit is infinite or NaN
+    float sum = 0;  // of zeros: NaN where a logit, or a difference of two, may be infinite or NaN
     for (int x = 0; x < w; x++, in += channels) {
       float best = in[0];
       int label = 0;
       for (int c = 0; c < classes; c++) {
         const float v = in[c];
         planes[c * pitch + x] = v;
-        sum += v * 0.0f;
+        sum += v * 2.0f * 0.0f;
         if (v > best) best = v, label = c;
       }
       labels[size_t(y) * pitch + x] = uint8_t(label);
@@ -93,11 +93,18 @@ static RowGroup row_group(int y, int end, int in, int out, bool align_corners) {
 // read again here.
 static void write_row(const float* a, const float* b, Sample s, int n, float* out) {
   const vf wa = splat(s.low_weight), wb = splat(s.high_weight);
-  int i = 0;
-  for (; i < n && reinterpret_cast<uintptr_t>(out + i) % sizeof(vf); i++)
-    out[i] = s.low_weight * a[i] + s.high_weight * b[i];
+  if (n < kLanes) {
+    float v[kLanes];
+    blend(a, b, s.low_weight, s.high_weight, kLanes, v);
+    __builtin_memcpy(out, v, n * sizeof(float));
+    return;
+  }
+  // The first and the last vector overlap their neighbours: same values, no scalar code.
+  blend(a, b, s.low_weight, s.high_weight, kLanes, out);
+  int i = int(-(reinterpret_cast<uintptr_t>(out) / sizeof(float)) % kLanes);
   for (; i + kLanes <= n; i += kLanes) stream(out + i, fma(load(b + i), wb, load(a + i) * wa));
-  for (; i < n; i++) out[i] = s.low_weight * a[i] + s.high_weight * b[i];
+  i = n - kLanes;
+  blend(a + i, b + i, s.low_weight, s.high_weight, kLanes, out + i);
 }
 
 struct Upsample {

@@ -1,0 +1,200 @@
+"""Every fused op at every layer shape of the network: plain torch, torch.compile and ours.
+
+A time is reported only where the result passed the parity bound in the same run. See README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor
+from helpers import assert_labels, assert_parity, random_weights
+from torch import Tensor, nn
+
+from fastscnn_fast import backends, ops, reference
+from fastscnn_fast.config import Config, preset
+from fastscnn_fast.plan import Shape, Step, plan
+
+Run = Callable[[], Tensor]
+
+#: What an op can take or return; a forward pass to logits runs the first.
+VARIANTS = {"stem_conv": ("float32", "uint8"), "upsample_classify": ops.OUTPUTS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of the plan, in one variant; ``calls`` is how often a forward pass to logits runs it."""
+
+    step: Step
+    calls: int
+    variant: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.step.layer.name} {self.variant}".strip()
+
+    @property
+    def shape(self) -> str:
+        """Inputs and output as C x H x W."""
+        inputs = "+".join(map(_text, self.step.inputs))
+        return f"{inputs}>{_text(self.step.output)}"
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def cases(config: Config, height: int, width: int) -> list[Case]:
+    """The distinct steps of ``plan(config, height, width)``, in the order of execution."""
+    steps = plan(config, height, width)
+    unnamed = [replace(step, layer=replace(step.layer, name="")) for step in steps]
+    return [
+        Case(step, 0 if number else unnamed.count(unnamed[index]), variant)
+        for index, step in enumerate(steps)
+        if unnamed.index(unnamed[index]) == index
+        for number, variant in enumerate(VARIANTS.get(step.layer.op, ("",)))
+    ]
+
+
+class Plain(nn.Module):
+    """The op of :mod:`fastscnn_fast.reference`, its weights as buffers that torch.compile can freeze."""
+
+    def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.layer, self.size, self.output = case.step.layer, case.step.output[1:], case.variant
+        for name, tensor in weights.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.layer.op == "upsample_classify":
+            (x,) = inputs
+            return reference.upsample_classify(x, self.layer, self.size, self.output)
+        weights = {name: self.get_buffer(name) for name in self.layer.weights()}
+        result: Tensor = getattr(reference, self.layer.op)(*inputs, self.layer, weights)
+        return result
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case with random channels-last inputs, float32 weights, torch's own result and the true one.
+
+    Of labels, the true one is the logits.
+    """
+
+    case: Case
+    inputs: tuple[Tensor, ...]
+    weights: dict[str, Tensor]
+    own: Tensor
+    ref64: Tensor
+
+    def check(self, y: Tensor) -> None:
+        """Raises AssertionError where ``y`` is not equal, as the parity tests define it."""
+        if self.case.variant == "labels":
+            assert_labels(y, self.ref64, tolerance=1e-5)
+        else:
+            assert_parity(y, self.own, self.ref64)
+
+    @property
+    def bytes(self) -> int:
+        """Step.elements x 4, less for pictures and labels of bytes."""
+        return sum(t.nbytes for t in (*self.inputs, *self.weights.values(), self.own))
+
+
+def _reference(work: Work) -> Run:
+    plain = Plain(work.case, work.weights)
+    return lambda: plain(*work.inputs)
+
+
+def _compile(work: Work) -> Run:
+    torch.compiler.reset()
+    compiled = torch.compile(Plain(work.case, work.weights), dynamic=False)
+    with torch.no_grad(), inductor.patch(freezing=True):
+        compiled(*work.inputs)
+    return lambda: compiled(*work.inputs)
+
+
+def _ours(work: Work) -> Run:
+    reason = backends.report()["cpu"]
+    if reason is not None:
+        pytest.skip(reason)
+    layer, size = work.case.step.layer, work.case.step.output[1:]
+    packed = ops.pack([layer], [work.weights], "cpu")
+    arguments = (size, work.case.variant) if layer.op == "upsample_classify" else ()
+    op = getattr(ops, layer.op)
+    return lambda: op(*work.inputs, packed, layer, *arguments)
+
+
+CONTENDERS: dict[str, Callable[[Work], Run]] = {
+    "reference": _reference,
+    "compile": _compile,
+    "ours": _ours,
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = cases(_config(metafunc.config), *metafunc.config.getoption("size"))
+    names = [case.name.replace(" ", "-") for case in every]
+    metafunc.parametrize("work", every, ids=names, indirect=True, scope="module")
+    metafunc.parametrize("contender", CONTENDERS)
+
+
+def _config(options: pytest.Config) -> Config:
+    return preset(options.getoption("preset"))
+
+
+@pytest.fixture(scope="module")
+def work(request: pytest.FixtureRequest, seed: int) -> Work:
+    case: Case = request.param
+    torch.manual_seed(seed)
+    inputs = tuple(_random(shape, case) for shape in case.step.inputs)
+    weights = random_weights(case.step.layer)
+    exact = {name: tensor.double() for name, tensor in weights.items()}
+    wide = (x if x.dtype == torch.uint8 else x.double() for x in inputs)
+    checked = replace(case, variant="logits") if case.variant == "labels" else case
+    with torch.no_grad():
+        own = Plain(case, weights)(*inputs)
+        return Work(case, inputs, weights, own, Plain(checked, exact)(*wide))
+
+
+def _random(shape: Shape, case: Case) -> Tensor:
+    if case.variant == "uint8":
+        x = torch.randint(256, (1, *shape), dtype=torch.uint8)
+    else:
+        x = torch.randn(1, *shape)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.benchmark(min_rounds=10, warmup=True, warmup_iterations=5, disable_gc=True)
+def test_op(
+    work: Work,
+    contender: str,
+    machine: dict[str, str],
+    benchmark: Any,
+    results: list[dict[str, Any]],
+) -> None:
+    run, case = CONTENDERS[contender](work), work.case
+    benchmark.group = f"{case.name} {case.shape}"
+    with torch.no_grad():
+        work.check(run())
+        benchmark(run)
+    if not benchmark.enabled:
+        return
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info |= {
+        "layer": case.name,
+        "shape": case.shape,
+        "calls": case.calls,
+        "contender": contender,
+        "ms": seconds * 1e3,
+        "bytes": work.bytes,
+        "flops": case.step.flops,
+        "gb_per_s": work.bytes / seconds / 1e9,
+        "gflop_per_s": case.step.flops / seconds / 1e9,
+        "isa": machine["isa"],
+        "threads": int(machine["threads"]),
+    }
+    results.append(benchmark.extra_info)

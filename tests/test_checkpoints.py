@@ -1,0 +1,624 @@
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastscnn_fast import FastSCNN, load_checkpoint
+from fastscnn_fast.checkpoints import (
+    LAYOUTS,
+    MAX_BYTES,
+    CheckpointError,
+    from_state_dict,
+    save_checkpoint,
+    to_layout,
+)
+from fastscnn_fast.config import PRESETS, preset
+
+Shapes = dict[str, tuple[int, ...]]
+LISTS = Path(__file__).parent / "data" / "layout_keys.txt"
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+SMALL = {
+    "downsample_channels": (16, 16, 32),
+    "bottleneck_channels": (16, 32, 48),
+    "bottleneck_repeats": (1, 2, 1),
+    "expansion": 2,
+    "pyramid_channels": 32,
+    "fusion_channels": 48,
+}
+
+
+def key_lists() -> dict[str, Shapes]:
+    """Name -> key -> shape of every published implementation, from ``data/layout_keys.txt``."""
+    lists: dict[str, Shapes] = {}
+    for line in LISTS.read_text().splitlines():
+        line = line.partition("#")[0].strip()
+        if line.startswith("["):
+            shapes = lists.setdefault(line.strip("[]"), {})
+        elif line:
+            module, what, *rest = line.split()
+            if what == "bn":
+                shapes |= {f"{module}.{name}": (int(rest[0]),) for name in BATCH_NORM}
+                shapes[f"{module}.num_batches_tracked"] = ()
+            else:
+                shape = tuple(map(int, what.split("x")))
+                shapes[f"{module}.weight"] = shape
+                if rest == ["bias"]:
+                    shapes[f"{module}.bias"] = shape[:1]
+    lists["tramac_aux"] = lists["tramac"]
+    lists["tramac"] = {k: s for k, s in lists["tramac"].items() if not k.startswith("auxlayer")}
+    lists["mmseg_legacy"] = lists["mmseg"] | {
+        "backbone.global_feature_extractor.out.conv.weight": (128, 256, 1, 1),
+        "backbone.feature_fusion.dwconv.conv.weight": (128, 128, 1, 1),
+    }
+    return lists
+
+
+def random_state(shapes: Shapes) -> dict[str, Tensor]:
+    return {
+        key: torch.randn(shape) if not key.endswith("num_batches_tracked") else torch.tensor(7)
+        for key, shape in shapes.items()
+    }
+
+
+def layout_of(name: str) -> str:
+    return name.removesuffix("_aux")
+
+
+def expected_config(name: str, **overrides: Any) -> Any:
+    aux = name not in ("tramac", "leftthomas")
+    return preset(layout_of(name), aux=aux, **overrides)
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
+    )
+
+
+def check_round_trip(state: dict[str, Tensor], name: str, path: Path) -> None:
+    torch.save({"meta": {"epoch": 3}, "state_dict": state}, path)
+    model = load_checkpoint(path)
+    assert model.config == expected_config(name)
+    assert not model.training
+    assert same_tensors(to_layout(model, layout_of(name)), state)
+
+
+NAMES = sorted(key_lists())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_comes_back_byte_for_byte(name: str, tmp_path: Path) -> None:
+    check_round_trip(random_state(key_lists()[name]), name, tmp_path / "weights.pth")
+
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="no complete key lists beside the checkout")
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"mmseg_legacy"}))
+def test_complete_key_lists(name: str) -> None:
+    lines = (REFERENCE / f"keys_{name}.txt").read_text().splitlines()
+    rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
+    shapes = {key: tuple(ast.literal_eval(shape)) for key, shape, _ in rows}
+    assert shapes == key_lists()[name]
+    state = random_state(shapes)
+    assert same_tensors(to_layout(from_state_dict(state), layout_of(name)), state)
+
+
+def test_parameter_count_is_the_published_one() -> None:
+    model = from_state_dict(random_state(key_lists()["tramac"]))
+    assert sum(p.numel() for p in model.parameters()) == 1_138_051
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# --- what is derived -------------------------------------------------------------------------------------
+
+
+def wrap(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+WRAPPINGS = {
+    "plain": lambda s: s,
+    "ordered": OrderedDict,
+    "module.": lambda s: wrap(s, "module."),
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3, "optimizer": {"state": {}}},
+    "model": lambda s: {"model": s, "best_pred": 0.5},
+    "model_state_dict": lambda s: {"model_state_dict": s},
+    "net": lambda s: {"net": s},
+    "everything": lambda s: {"model": {"state_dict": wrap(s, "module._orig_mod.model.")}},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrappers_are_stripped(wrapping: str) -> None:
+    model = FastSCNN(5, "tramac", aux=True, **SMALL)
+    state = to_layout(model, "tramac")
+    got = from_state_dict(WRAPPINGS[wrapping](state))
+    assert got.config == model.config
+    assert same_tensors(to_layout(got, "tramac"), state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_widths_classes_and_channels_are_derived(layout: str, tmp_path: Path) -> None:
+    name = "paper" if layout == "fastscnn_fast" else layout
+    aux = layout != "leftthomas"
+    more = {"in_channels": 4, "aux_channels": 64} if aux else {"in_channels": 1}
+    model = FastSCNN(7, name, aux=aux, **SMALL, **more)
+    torch.save(to_layout(model, layout), tmp_path / "weights.pt")
+    assert load_checkpoint(tmp_path / "weights.pt").config == model.config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_own_keys_tell_the_preset(name: str) -> None:
+    for aux in {False, bool(PRESETS[name].aux_taps)}:
+        model = FastSCNN(3, name, aux=aux, **SMALL)
+        config = from_state_dict(model.state_dict()).config
+        same_function = {"zacario": {"dropout": 0.1}}
+        assert config == preset(
+            name, num_classes=3, aux=aux, **SMALL, **same_function.get(name, {})
+        )
+        assert from_state_dict(model.state_dict(), preset=name).config == model.config
+
+
+def test_one_of_two_auxiliary_heads() -> None:
+    shapes = {k: s for k, s in key_lists()["mmseg"].items() if "auxiliary_head.1" not in k}
+    state = random_state(shapes)
+    model = from_state_dict(state)
+    assert model.config.aux_taps == ("global",)
+    assert same_tensors(to_layout(model, "mmseg"), state)
+
+
+def test_other_pooling_bins_must_be_given() -> None:
+    model = FastSCNN(3, **SMALL, pyramid_bins=(1, 4, 5))
+    with pytest.raises(CheckpointError, match=r"pyramid_bins must be given, since the 3 branches"):
+        from_state_dict(model.state_dict())
+    assert from_state_dict(model.state_dict(), pyramid_bins=(1, 4, 5)).config == model.config
+
+
+def test_num_batches_tracked_may_be_missing() -> None:
+    state = FastSCNN(3, **SMALL).state_dict()
+    bare = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    assert len(bare) < len(state)
+    assert same_tensors(from_state_dict(bare).state_dict(), state)
+
+
+def test_overrides_and_normalisation(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(to_layout(FastSCNN(3, "tramac", **SMALL), "tramac"), path)
+    model = load_checkpoint(
+        path, mean=[0.1, 0.2, 0.3], std=(0.4, 0.5, 0.6), bottleneck_activation="relu6"
+    )
+    assert model.config.mean == (0.1, 0.2, 0.3)
+    assert model.config.std == (0.4, 0.5, 0.6)
+    assert model.config.bottleneck_activation == "relu6"
+    for wrong in ({"mean": (0.5,)}, {"colour": 1}, {"aux": True}, {"num_classes": 4}):
+        with pytest.raises(CheckpointError, match=r"weights\.pth: "):
+            load_checkpoint(path, **wrong)
+    with pytest.raises(CheckpointError, match="no 'global' auxiliary head"):
+        load_checkpoint(path, preset="paper", aux=True)
+    with pytest.raises(ValueError, match="preset must be one of"):
+        load_checkpoint(path, preset="papier")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = FastSCNN(3, **SMALL).to(dtype)
+    save_checkpoint(model, tmp_path / "own.safetensors")
+    assert same_tensors(
+        load_checkpoint(tmp_path / "own.safetensors").state_dict(), model.state_dict()
+    )
+
+
+def test_mixed_dtypes_become_the_widest() -> None:
+    state = FastSCNN(3, **SMALL).half().state_dict()
+    state["classifier.conv.bias"] = state["classifier.conv.bias"].float()
+    model = from_state_dict(state)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_weights_are_copies_and_random_numbers_untouched() -> None:
+    state = FastSCNN(3, **SMALL).state_dict()
+    before = torch.get_rng_state()
+    model = from_state_dict(state)
+    assert torch.equal(torch.get_rng_state(), before)
+    bias = state["classifier.conv.bias"].clone()
+    with torch.no_grad():
+        model.classifier.conv.bias += 1
+    assert torch.equal(state["classifier.conv.bias"], bias)
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def test_own_file_comes_back_exactly(tmp_path: Path) -> None:
+    model = FastSCNN(
+        11, "mmseg", aux=True, **SMALL, pyramid_bins=(2, 5), mean=(0.1, 0.2, 0.3), in_channels=3
+    )
+    path = tmp_path / "own.safetensors"
+    save_checkpoint(model, path)
+    got = load_checkpoint(path)
+    assert got.config == model.config
+    assert same_tensors(got.state_dict(), model.state_dict())
+    assert load_checkpoint(path, mean=(0.5, 0.5, 0.5)).config.mean == (0.5, 0.5, 0.5)
+    x = torch.randn(1, 3, 40, 56)
+    assert torch.equal(got.reference(x), model.eval().reference(x))
+    with pytest.raises(CheckpointError, match="carries its own config"):
+        load_checkpoint(path, preset="mmseg")
+    with pytest.raises(ValueError, match=r"path must end in \.safetensors"):
+        save_checkpoint(model, tmp_path / "own.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bottleneck_repeats": [10**9, 2, 1]}, r"bottleneck_repeats is \(1000000000, 2, 1\)"),
+        ({"fusion_bias": True}, r"missing \(first: feature_fusion\.low\.conv\.bias\)"),
+        ({"num_classes": 4}, "num_classes is 4 by its config, 3 by its tensors"),
+        ({"num_classes": 0}, "num_classes must be an integer of at least 1"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_own_file_whose_config_lies(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = FastSCNN(3, **SMALL)
+    config = json.dumps(model.config.to_dict() | change)
+    save_file(
+        dict(model.state_dict()), tmp_path / "own.safetensors", {"fastscnn_fast.config": config}
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "own.safetensors")
+
+
+def test_foreign_safetensors_and_old_torch_files(tmp_path: Path) -> None:
+    state = to_layout(FastSCNN(3, "segmentron", aux=True, **SMALL), "segmentron")
+    save_file(state, tmp_path / "foreign.safetensors")
+    torch.save(
+        {"state_dict": wrap(state, "module.")},
+        tmp_path / "old.pth",
+        _use_new_zipfile_serialization=False,
+    )
+    for name in ("foreign.safetensors", "old.pth"):
+        assert same_tensors(to_layout(load_checkpoint(tmp_path / name), "segmentron"), state)
+
+
+# --- layouts that cannot be written ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "layout", "message"),
+    [
+        ("paper", {}, "tramac", "stem_padding is 0, got 1"),
+        ("tramac", {}, "mmseg", "stem_padding is 1, got 0"),
+        ("mmseg", {}, "mmseg_legacy", "stem_padding is 0, got 1"),
+        ("tramac", {"bottleneck_activation": "relu6"}, "tramac", "bottleneck_activation is 'relu'"),
+        ("tramac", {"pyramid_bins": (1, 2, 3, 4)}, "tramac", r"pyramid_bins is \(1, 2, 3, 6\)"),
+        ("tramac", {"aux": True, "aux_taps": ("global",)}, "tramac", "aux_taps is"),
+        ("leftthomas", {"aux": True, "aux_taps": ("global",)}, "leftthomas", "aux is False"),
+        ("zacario", {"aux": False}, "zacario", "aux is True, got False"),
+        ("paper", {}, "caffe", "layout must be one of fastscnn_fast, tramac"),
+    ],
+)
+def test_layout_of_another_architecture_is_refused(
+    name: str, overrides: dict[str, Any], layout: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_layout(FastSCNN(3, name, **SMALL, **overrides), layout)
+
+
+def test_same_function_under_another_name() -> None:
+    model = FastSCNN(3, "tramac", aux=True, **SMALL)
+    assert to_layout(from_state_dict(to_layout(model, "zacario")), "tramac").keys() == (
+        to_layout(model, "tramac").keys()
+    )
+    assert to_layout(model, "fastscnn_fast").keys() == model.state_dict().keys()
+
+
+# --- wrong, broken and hostile files ---------------------------------------------------------------------
+
+
+def test_wrong_network_names_the_closest_layout() -> None:
+    state = random_state(key_lists()["segmentron"])
+    del state["classifier.dsconv1.block.pointwise.weight"]
+    state["extra.weight"] = torch.zeros(1)
+    state["auxlayer2.0.weight"] = torch.zeros(32, 64, 3, 3)
+    with pytest.raises(CheckpointError) as caught:
+        from_state_dict(state, source="x.pth")
+    assert str(caught.value) == (
+        "x.pth: no known Fast-SCNN; closest is layout 'segmentron': "
+        "1 missing (first: classifier.dsconv1.block.pointwise.weight); "
+        "1 unexpected (first: extra.weight); 1 of another shape "
+        "(first: auxlayer2.0.weight is (32, 64, 3, 3), should be (32, 128, 3, 3))"
+    )
+    with pytest.raises(CheckpointError, match=r"closest is layout .*: \d+ missing .* 1 unexpected"):
+        from_state_dict({"fc.weight": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (3,), (19, 128), (0, 128, 1, 1), (19, 128, 1, 1, 1), (2**30, 2**30, 1, 1)]
+)
+def test_odd_shapes_are_only_errors(shape: tuple[int, ...]) -> None:
+    for key in ("classifier.conv.1.weight", "learning_to_downsample.conv.conv.0.weight"):
+        state = random_state(key_lists()["tramac"])
+        state[key] = torch.zeros(()).expand(shape)
+        with pytest.raises(CheckpointError):
+            from_state_dict(state)
+
+
+def test_a_network_beyond_counting_is_only_an_error() -> None:
+    state = random_state(key_lists()["tramac"])
+    for key in list(state):
+        if key.endswith("weight") and state[key].dim() == 4:
+            state[key] = torch.zeros(()).expand(1 << 40, 1, 1, 1)
+    with pytest.raises(CheckpointError):
+        from_state_dict(state)
+
+
+cyclic: dict[str, Any] = {}
+cyclic["state_dict"] = cyclic
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds a NoneType, not a dictionary of tensors"),
+        ([torch.zeros(1)], "holds a list"),
+        (torch.zeros(3), "holds a Tensor"),
+        ({}, "holds no tensors"),
+        ({"state_dict": {}}, "holds no tensors"),
+        ({"epoch": 3}, "'epoch' is a int"),
+        ({3: torch.zeros(1)}, "3 is a Tensor"),
+        ({"a.weight": torch.zeros(3, dtype=torch.int32)}, "a.weight is of torch.int32"),
+        (cyclic, "nested more than 8 dictionaries deep"),
+    ],
+)
+def test_files_without_named_tensors(content: Any, message: str, tmp_path: Path) -> None:
+    for new in (True, False):
+        torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=new)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path / "x.pth")
+
+
+def test_special_tensors_are_refused(tmp_path: Path) -> None:
+    for tensor in (torch.eye(3).to_sparse(), torch.zeros(3, device="meta")):
+        with pytest.raises(CheckpointError, match="not an ordinary dense tensor"):
+            from_state_dict({"a.weight": tensor})
+        torch.save({"a.weight": tensor}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match="not tensors"):
+            load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.fixture
+def valid(tmp_path: Path) -> dict[str, bytes]:
+    """One valid file of each kind: name -> content."""
+    model = FastSCNN(2, **SMALL)
+    save_checkpoint(model, tmp_path / "a.safetensors")
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    torch.save(model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    return {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+
+def test_truncated_files(valid: dict[str, bytes], tmp_path: Path) -> None:
+    for name, content in valid.items():
+        for length in {0, 1, 4, 8, 9, 100, 1000, len(content) // 2, len(content) - 1}:
+            path = tmp_path / name
+            path.write_bytes(content[:length])
+            with pytest.raises(CheckpointError, match="is empty" if length == 0 else "damaged"):
+                load_checkpoint(path)
+
+
+def test_damaged_files_never_raise_anything_else(valid: dict[str, bytes], tmp_path: Path) -> None:
+    for name, content in valid.items():
+        for _ in range(40):
+            damaged = bytearray(content)
+            for _ in range(random.randint(1, 4)):
+                near = random.choice((100, 3000, len(content)))
+                at = random.choice((0, max(0, len(content) - near))) + random.randrange(near)
+                damaged[min(at, len(content) - 1)] = random.randrange(256)
+            (tmp_path / name).write_bytes(damaged)
+            with contextlib.suppress(CheckpointError):
+                load_checkpoint(tmp_path / name)
+
+
+def test_foreign_bytes(tmp_path: Path) -> None:
+    contents = (b"hello", b"\x89PNG\r\n\x1a\n", b"{}", b"PK\x03\x04", b"\x80\x02.", bytes(5000))
+    for content in contents:
+        for name in ("x.pth", "x.safetensors", "x"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+                load_checkpoint(tmp_path / name)
+
+
+def test_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "nothing.pth")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_checkpoint(tmp_path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.pth")
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            load_checkpoint(tmp_path / "pipe.pth")
+
+
+def test_huge_sparse_file_is_not_read(tmp_path: Path) -> None:
+    for name in ("x.pth", "x.safetensors"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(MAX_BYTES + 1)
+        with pytest.raises(CheckpointError, match=r"has 1073741825 bytes, more than"):
+            load_checkpoint(tmp_path / name)
+
+
+class Call:
+    """Pickles as a call of ``function(*arguments)``."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def old_file(payload: Any) -> bytes:
+    """A file of torch before 1.6 around any pickle."""
+    stream = io.BytesIO()
+    torch.save({}, stream, _use_new_zipfile_serialization=False)
+    parts, at = [], 0
+    for _ in range(3):  # magic number, version, system
+        reader = io.BytesIO(stream.getvalue()[at:])
+        pickle.load(reader)
+        parts.append(stream.getvalue()[at : at + reader.tell()])
+        at += reader.tell()
+    return b"".join([*parts, pickle.dumps(payload, 2), pickle.dumps([], 2)])
+
+
+def new_file(payload: Any, compression: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        content = payload if isinstance(payload, bytes) else pickle.dumps(payload, 2)
+        archive.writestr("x/data.pkl", content)
+        archive.writestr("x/version", "3\n")
+        for name, record in records.items():
+            archive.writestr(f"x/data/{name}", record)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def thrifty() -> Any:
+    """Fails the test where it makes the process grow by more than half a gigabyte."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 500_000, f"the process grew by {grown} kB"
+
+
+@pytest.mark.parametrize("make", [new_file, old_file])
+def test_code_is_never_executed(make: Any, tmp_path: Path) -> None:
+    marker, path = tmp_path / "executed", tmp_path / "x.pth"
+    for call in (
+        Call(os.system, f"touch {marker}"),
+        Call(eval, f"open({str(marker)!r}, 'w')"),
+        Call(open, str(marker), "w"),
+        Call(os.mkdir, str(marker)),
+    ):
+        for payload in (call, {"state_dict": {"a": call}}, {"a.weight": torch.zeros(1), "b": call}):
+            if make is new_file and "a.weight" in (payload if isinstance(payload, dict) else ()):
+                torch.save(payload, path)
+            else:
+                path.write_bytes(make(payload))
+            with pytest.raises(CheckpointError, match="Python objects that are not tensors"):
+                load_checkpoint(path)
+            assert not marker.exists()
+    (tmp_path / "x.safetensors").write_bytes(make(Call(os.mkdir, str(marker))))
+    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+        load_checkpoint(tmp_path / "x.safetensors")
+    path.write_bytes(pickle.dumps(Call(os.mkdir, str(marker))))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_a_pickled_module_says_what_to_do(tmp_path: Path) -> None:
+    torch.save(FastSCNN(2, **SMALL), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"Save a state_dict of tensors instead"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+def test_an_archive_of_code_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({}, 2))
+        archive.writestr("x/constants.pkl", pickle.dumps((), 2))
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.usefixtures("thrifty")
+@pytest.mark.parametrize("make", [new_file, old_file])
+def test_a_small_pickle_cannot_fill_memory(make: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(make({"a": Call(bytearray, 1 << 33)}))
+    with pytest.raises(CheckpointError, match=r"not tensors \(.*bytearray\)"):
+        load_checkpoint(path)
+    path.write_bytes(make({"a": "x" * (1 << 22)}))
+    with pytest.raises(CheckpointError, match="more than 4194304 bytes that are not tensors"):
+        load_checkpoint(path)
+
+
+@pytest.mark.usefixtures("thrifty")
+def test_a_compressed_archive_cannot_fill_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(new_file({}, zipfile.ZIP_DEFLATED, zeros=bytes(1 << 26)))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(CheckpointError, match="compressed or self-overlapping"):
+        load_checkpoint(path)
+
+
+@pytest.mark.usefixtures("thrifty")
+def test_tensors_cannot_claim_more_than_the_file_has(tmp_path: Path) -> None:
+    one = torch.zeros(1)
+    for new in (True, False):
+        torch.save(
+            {"a.weight": one.expand(1 << 31)},
+            tmp_path / "x.pth",
+            _use_new_zipfile_serialization=new,
+        )
+        with pytest.raises(CheckpointError, match="tensors claim 8589934592 bytes"):
+            load_checkpoint(tmp_path / "x.pth")
+
+        torch.save({"a.weight": one}, tmp_path / "x.pth", _use_new_zipfile_serialization=new)
+        content = (tmp_path / "x.pth").read_bytes()
+        numel, large = b"K\x01", b"J" + struct.pack("<i", (1 << 31) - 1)
+        assert content.count(numel) >= 1
+        pieces = content.split(numel)
+        for i in range(
+            1, len(pieces)
+        ):  # each number 1 of the pickle in turn: counts, sizes, strides
+            claim = numel.join(pieces[:i]) + large + numel.join(pieces[i:])
+            if new:
+                with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                    record = archive.read("x/data.pkl")
+                parts = record.split(numel)
+                if i >= len(parts):
+                    break
+                lie = numel.join(parts[:i]) + large + numel.join(parts[i:])
+                claim = new_file(lie, **{"0": bytes(4)})
+            (tmp_path / "y.pth").write_bytes(claim)
+            with pytest.raises(CheckpointError):
+                load_checkpoint(tmp_path / "y.pth")
+
+
+@pytest.mark.usefixtures("thrifty")
+def test_safetensors_headers_cannot_fill_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+
+    def header(tensors: Any) -> bytes:
+        text = tensors if isinstance(tensors, bytes) else json.dumps(tensors).encode()
+        return struct.pack("<Q", len(text)) + text
+
+    big = {"dtype": "F32", "shape": [1 << 31], "data_offsets": [0, 1 << 33]}
+    for content in (
+        struct.pack("<Q", 1 << 33) + b"{}",
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        header({"a.weight": big}),
+        header({"a.weight": big | {"data_offsets": [0, 4]}}) + bytes(4),
+        header(b"[" * 100_000),
+        header({"__metadata__": {"fastscnn_fast.config": "[" * 100_000}}),
+        header({"__metadata__": {"fastscnn_fast.config": "[]"}}),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+            load_checkpoint(path)

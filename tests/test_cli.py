@@ -1,0 +1,249 @@
+"""The command line as a new user meets it."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import functools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastscnn_fast import bench, checkpoints, cli, data, fuse
+
+UNTRAINED_MODEL = functools.cache(bench.untrained_model)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Small pictures, and one thread: threads of busy machines wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(bench, "untrained_model", UNTRAINED_MODEL)
+    monkeypatch.setattr(cli, "_DEMO_STREET", (12, 64, 96))
+    monkeypatch.setattr(cli, "_DEMO_ROUNDS", 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    image = Image.fromarray(data.street(2, 48, 64)[0])
+    for name in ("a.png", "a.jpg", "b.png", "sub/a.png"):
+        image.save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_segment_writes_labels_and_overlay_for_each_picture(pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["segment", str(pictures), "-o", str(out)]) == 0
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+    stems = ("a", "a_png", "b", "sub/a")
+    assert names == sorted(f"{s}_{kind}.png" for s in stems for kind in ("labels", "overlay"))
+    with Image.open(out / "b_labels.png") as labels:
+        assert (labels.mode, labels.size) == ("P", (64, 48)) and np.asarray(labels).max() < 11
+    printed = capsys.readouterr()
+    assert "UNTRAINED" in printed.err
+    assert printed.out.startswith("4 segmented, 0 skipped")
+
+
+def test_results_are_no_pictures_the_next_time(pictures, capsys):
+    for _ in range(2):
+        assert cli.main(["segment", str(pictures), "-o", str(pictures)]) == 0
+        assert capsys.readouterr().out.startswith("4 segmented")
+
+
+def test_a_picture_given_twice_is_segmented_once(pictures, tmp_path, capsys):
+    arguments = [str(pictures / "b.png"), str(pictures / "sub" / ".." / "b.png"), str(pictures)]
+    assert cli.main(["segment", *arguments, "-o", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("4 segmented")
+
+
+def test_the_same_name_in_two_folders_does_not_overwrite(pictures, tmp_path):
+    out = tmp_path / "out"
+    assert (
+        cli.main(["segment", *(str(pictures / n) for n in ("a.png", "sub/a.png")), "-o", str(out)])
+        == 0
+    )
+    assert sorted(path.name for path in out.glob("*_labels.png")) == [
+        "a_labels.png",
+        "a_png_labels.png",
+    ]
+
+
+def test_unreadable_pictures_are_reported_and_skipped(pictures, tmp_path, capsys):
+    (pictures / "broken.jpg").write_bytes((pictures / "a.jpg").read_bytes()[:200])
+    (tmp_path / "empty").mkdir()
+    arguments = [str(pictures), str(tmp_path / "nowhere.png"), str(tmp_path / "empty")]
+    assert cli.main(["segment", *arguments, "-o", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("4 segmented, 3 skipped")
+    for what in ("broken.jpg: cannot be read", "nowhere.png: does not exist", "empty: no pictures"):
+        assert what in printed.err
+    assert not list((tmp_path / "out").glob("broken*"))
+
+
+def test_weights_size_and_backend(pictures, tmp_path, capsys):
+    weights = tmp_path / "net.safetensors"
+    checkpoints.save_checkpoint(bench.untrained_model("tramac", num_classes=7), weights)
+    command = ["segment", str(pictures / "b.png"), "--weights", str(weights), "--size", "64x96"]
+    results = []
+    for backend in ("auto", "reference"):
+        out = tmp_path / backend
+        assert cli.main([*command, "--backend", backend, "-o", str(out)]) == 0
+        with Image.open(out / "b_labels.png") as labels:
+            results.append(np.asarray(labels))
+    assert results[0].shape == (48, 64) and (results[0] == results[1]).mean() > 0.999
+    assert "UNTRAINED" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "nowhere.pth"], "nowhere.pth: No such file"),
+        (["--backend", "triton"], "backend triton cannot run: "),
+        (
+            ["--backend", "cpu", "--dtype", "bfloat16"],
+            "dtype must be torch.float32, got torch.bfloat16",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_status_2(
+    arguments, message, pictures, tmp_path, capsys
+):
+    command = ["segment", str(pictures), "-o", str(tmp_path / "out"), *arguments]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fastscnn_fast: error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["segment", "x.png"],
+        ["segment", "x.png", "-o", "out", "--size", "31x64"],
+        ["segment", "x.png", "-o", "out", "--size", "wide"],
+        ["bench", "--threads", "0"],
+        ["bench", "--preset", "nothing"],
+        ["export"],
+    ],
+)
+def test_wrong_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: fastscnn_fast" in capsys.readouterr().err
+
+
+def test_demo_draws_segments_and_measures(tmp_path, capsys):
+    assert cli.main(["demo", "-o", str(tmp_path)]) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["street.png", "street_labels.png", "street_overlay.png", "street_truth.png"]
+    printed = capsys.readouterr().out
+    for what in (bench.EAGER_LAST, bench.LOGITS, bench.LABELS, "UNTRAINED", "backend: ", "64x96"):
+        assert what in printed
+    assert "parity failed" not in printed
+
+
+@pytest.mark.parametrize(("size", "measured"), [((20, 50), "32x50"), ((96, 192), "64x128")])
+def test_demo_takes_a_picture_of_any_size(size, measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_DEMO_PIXELS", 64 * 128)
+    Image.fromarray(data.street(3, *size)[0]).save(tmp_path / "mine.png")
+    out = tmp_path / "out"
+    assert cli.main(["demo", str(tmp_path / "mine.png"), "-o", str(out)]) == 0
+    assert f"| {measured} " in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["mine_labels.png", "mine_overlay.png"]
+    with Image.open(out / "mine_labels.png") as labels:
+        assert labels.size == size[::-1]
+
+
+def test_bench_prints_a_table_and_writes_csv_and_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / "bench.csv", tmp_path / "bench.png"]
+    arguments = ["--size", "32x64", "33x49", "--rounds", "2", "--threads", "2"]
+    outputs = ["--no-compile", "--csv", str(files[0]), "--plot", str(files[1])]
+    assert cli.main(["bench", *arguments, "--preset", "tramac", *outputs]) == 0
+    printed = capsys.readouterr().out
+    assert "| 33x49 | fastscnn_fast labels" in printed and "threads: 2" in printed
+    with open(files[0], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == 2 * [
+        bench.EAGER,
+        bench.EAGER_LAST,
+        bench.LOGITS,
+        bench.LABELS,
+    ]
+    assert all(row["passed"] == "True" and row["threads"] == "2" for row in rows)
+    with Image.open(files[1]) as plot:
+        assert plot.format == "PNG" and plot.width > 600
+
+
+def test_bench_goes_on_where_torch_compile_fails(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler here\nwith a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fail)
+    assert cli.main(["bench", "--size", "32x32", "--rounds", "1"]) == 0
+    assert "torch.compile is left out: no C++ compiler here\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bench_measures_torch_compile(capsys):
+    assert cli.main(["bench", "--size", "64x96", "--rounds", "2"]) == 0
+    assert f"| {bench.COMPILED}" in capsys.readouterr().out
+
+
+def test_a_plot_without_matplotlib_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = ["bench", "--size", "32x32", "--rounds", "1", "--no-compile"]
+    assert cli.main([*command, "--plot", str(tmp_path / "x.png")]) == 2
+    printed = capsys.readouterr()
+    assert "| 32x32 |" in printed.out  # the measurement is not lost
+    assert "fastscnn_fast[plot]" in printed.err
+
+
+def test_a_contestant_that_fails_parity_gets_no_speed_up():
+    model = bench.untrained_model(num_classes=3)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.classifier.conv.weight.mul_(1.01)
+    x = bench.normalised(model, bench.picture_tensor(data.street(0, 64, 64)[0]))
+    results = {r.name: r for r in bench.compare(model, fuse(wrong), x, 1, compiled=False)}
+    assert results[bench.EAGER].passed and results[bench.EAGER_LAST].speedup == 1
+    assert not results[bench.LOGITS].passed and results[bench.LOGITS].speedup is None
+    assert "parity failed" in bench.table(list(results.values()))
+
+
+def test_relative_error_sees_nan_and_is_blind_to_no_offset():
+    exact = torch.randn(2, 3, 8, 8, dtype=torch.float64) + 1000
+    assert bench.relative_error(exact.float() + 1, exact) > 0.5
+    assert bench.relative_error(torch.full_like(exact, float("nan")), exact) == float("inf")
+    assert bench.relative_error(exact, exact) == 0
+
+
+def test_the_untrained_model_is_always_the_same_and_predicts_every_class():
+    first, second = (UNTRAINED_MODEL.__wrapped__(num_classes=5) for _ in range(2))
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+    assert not first.training
+    with torch.no_grad():
+        labels = first.reference(bench.picture_tensor(data.street(1)[0])).argmax(1)
+    assert len(labels.unique()) == 5
+
+
+def test_info_and_help_run_as_a_module():
+    for arguments, expected in ((["info"], "backend reference: can run"), (["--help"], "segment")):
+        run = subprocess.run(
+            [sys.executable, "-m", "fastscnn_fast", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert run.returncode == 0 and expected in run.stdout, run.stderr

@@ -1,0 +1,145 @@
+"""The ONNX file against plain torch at sizes it was not traced at, and torch.export of the fused network."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_parity, randomise
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastscnn_fast import FastSCNN, checkpoints, cli, export, fuse
+from fastscnn_fast.config import PRESETS, Config
+
+# None of these is the traced one; 32x32 and 33x49 have 1x1 and 2x2 features where the pooling happens.
+SIZES = [(1, 32, 32), (3, 33, 49), (1, 97, 131), (2, 160, 224), (1, 375, 242)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of busy machines wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("size", [1, 2, 5, 6, 7, 12, 13, 64])
+def test_averaging_matrices_pool_as_torch_does(size, bins):
+    x = torch.randn(3, 5, size, 9, dtype=torch.float64)
+    rows, columns = (export.averaging_matrix(n, bins, x) for n in (size, 9))
+    assert torch.allclose(
+        rows @ x @ columns.T, F.adaptive_avg_pool2d(x, bins), rtol=1e-12, atol=1e-12
+    )
+
+
+def onnx_session(path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    ort = pytest.importorskip("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run(session, x: Tensor) -> Tensor:
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def exported(tmp_path, model):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    path = tmp_path / "net.onnx"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export.export_onnx(model.train(), path, size=(64, 96))
+    assert model.training and all(
+        torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()
+    )
+    model.eval()
+    return onnx_session(path)
+
+
+def check_logits(session, model):
+    exact = FastSCNN.from_config(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    for n, height, width in SIZES:
+        x = torch.randn(n, model.config.in_channels, height, width)
+        with torch.no_grad():
+            own, ref64 = model.reference(x), exact.reference(x.double())
+        assert_parity(run(session, x), own, ref64, floor=1e-5)
+
+
+def test_one_block_a_stage_at_sizes_it_was_not_traced_at(tmp_path):
+    model = randomise(FastSCNN(19, bottleneck_repeats=(1, 1, 1))).eval()
+    session = exported(tmp_path, model)
+    shape = session.get_inputs()[0].shape
+    assert [type(axis) for axis in shape] == [str, int, str, str]
+    config = json.loads(session.get_modelmeta().custom_metadata_map["fastscnn_fast"])
+    assert Config(**config) == model.config
+    check_logits(session, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_as_published(preset, tmp_path):
+    model = randomise(FastSCNN(19, preset)).eval()
+    check_logits(exported(tmp_path, model), model)
+
+
+def test_what_cannot_be_exported(monkeypatch, tmp_path):
+    model = FastSCNN(257).eval()
+    with pytest.raises(ValueError, match="at most 256 classes, the model has 257"):
+        export.export_onnx(model, tmp_path / "x.onnx", "labels")
+    with pytest.raises(ValueError, match="output must be logits or labels, got 'mask'"):
+        export.export_onnx(model, tmp_path / "x.onnx", "mask")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="size must be at least 32x32, got 31x64"):
+        export.export_onnx(model, tmp_path / "x.onnx", size=(31, 64))
+    monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
+    with pytest.raises(RuntimeError, match=r"needs torch 2\.6 or newer, got 2\.4\.1"):
+        export.export_onnx(model, tmp_path / "x.onnx")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"fastscnn_fast\[export\]"):
+        export.export_onnx(model, tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_exports_labels_of_a_grey_network(tmp_path, capsys):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    weights, path = tmp_path / "net.safetensors", tmp_path / "net.onnx"
+    model = randomise(FastSCNN(7, "tramac", in_channels=1, bottleneck_repeats=(1, 1, 1))).eval()
+    checkpoints.save_checkpoint(model, weights)
+    arguments = ["--weights", str(weights), "--size", "64x64", "--output", "labels"]
+    assert cli.main(["export", "--onnx", str(path), *arguments]) == 0
+    assert "mean (0.5,), std (0.25,)" in capsys.readouterr().out
+    x = torch.randn(2, 1, 65, 70)
+    labels = run(onnx_session(path), x)
+    with torch.no_grad():
+        expected = model.reference(x).argmax(1)
+    assert labels.dtype == torch.uint8 and labels.shape == (2, 65, 70)
+    assert (labels == expected).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_torch_export_of_the_fused_network_with_free_sizes(dtype):
+    from torch.export import Dim
+
+    fast = fuse(randomise(FastSCNN(7)).eval())
+
+    def batch(n: int, height: int, width: int) -> Tensor:
+        values = np.random.default_rng().integers(0, 256, (n, 3, height, width), np.uint8)
+        return torch.from_numpy(values).to(dtype)
+
+    axes = {
+        0: Dim("n", min=1, max=64),
+        2: Dim("h", min=32, max=4096),
+        3: Dim("w", min=32, max=4096),
+    }
+    program = torch.export.export(fast, (batch(2, 64, 96),), dynamic_shapes={"x": axes})
+    for size in SIZES:
+        x = batch(*size)
+        assert torch.equal(program.module()(x), fast(x))

@@ -1,0 +1,757 @@
+"""FastSCNN.forward fuses by itself exactly where that changes nothing but the time it takes.
+
+Whatever is done to a model, its next result must be that of plain torch on the model as it is then.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import err, randomise, small_network
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx import symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastscnn_fast import FastSCNN, backends, fuse
+from fastscnn_fast.config import PRESETS
+from fastscnn_fast.structure import SETTINGS, Unfusable, submodules
+
+pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+
+
+@pytest.fixture(scope="module")
+def plain() -> FastSCNN:
+    """Only to be copied."""
+    return small_network()
+
+
+@pytest.fixture
+def model(plain: FastSCNN) -> FastSCNN:
+    return copy.deepcopy(plain)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 64, 80)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log, in which every reason appears anew."""
+    backends.log_once.cache_clear()
+    caplog.set_level(logging.WARNING, "fastscnn_fast")
+    return caplog
+
+
+def assert_right(model: FastSCNN, x: Tensor, fused: bool) -> None:
+    """The model runs fused, or not, and is right; dropout draws the same numbers in both runs."""
+    with torch.no_grad():
+        assert (model.fused_for(x) is not None) == fused
+        torch.manual_seed(0)
+        y = model(x)
+        torch.manual_seed(0)
+        expected = model.reference(x)
+    if fused:
+        assert err(y, expected.double()) < 1e-4
+    else:
+        assert torch.equal(y, expected)
+
+
+# ---------------------------------------------------------------- when it fuses
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_fuses_in_eval_mode_without_gradients(preset, grad_mode, x):
+    model = small_network(preset=preset)
+    with grad_mode():
+        assert model.fused_for(x) is not None
+    assert_right(model, x, fused=True)
+    assert_right(model, torch.randint(256, x.shape, dtype=torch.uint8), fused=True)
+    assert_right(model.to(memory_format=torch.channels_last), x[:, :, 3:, 1:-1], fused=True)
+
+
+def test_runs_plain_in_training_mode_and_with_gradients(model, x):
+    assert model.fused_for(x) is None
+    y = model(x)
+    assert y.requires_grad and torch.equal(y, model.reference(x))
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.requires_grad_(False)
+    assert model.fused_for(x) is None
+    with torch.no_grad():
+        model.train()
+        assert model.fused_for(x) is None
+
+
+def test_the_auxiliary_heads_and_other_modules_of_the_user_do_not_matter(x):
+    model = small_network(aux=True)
+    model.criterion = nn.CrossEntropyLoss()
+    model.auxiliary["global"].register_forward_hook(lambda *_: None)
+    model.auxiliary["downsample"].train()
+    assert_right(model, x, fused=True)
+    model.auxiliary = nn.ModuleDict()
+    assert_right(model, x, fused=True)
+
+
+def test_a_subclass_fuses_what_it_inherits(x):
+    class Twice(FastSCNN):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model = randomise(Twice(5)).eval()
+    with torch.no_grad():
+        assert model.fused_for(x) is not None
+        assert err(model(x), model.reference(x).double() * 2) < 1e-4
+
+
+def test_a_hook_on_the_model_itself_sees_the_fused_result(model, x, no_grad):
+    seen = []
+    model.register_forward_hook(lambda module, args, result: seen.append(result))
+    y = model(x)
+    assert model.fused_for(x) is not None and seen[0] is y
+
+
+def test_a_submodule_used_twice(model, x):
+    model.classifier.dsconv2 = model.classifier.dsconv1
+    assert_right(model, x, fused=True)
+
+
+def test_fusing_draws_no_random_numbers(model, x, no_grad):
+    before = torch.get_rng_state()
+    model(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- changes that it must notice
+
+
+def weight_of(model: FastSCNN) -> nn.Parameter:
+    return model.global_features.bottleneck1[0].expand.conv.weight
+
+
+def train_step(optimizer: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable:
+    """One step in eval mode, as with frozen batch norms: no statistics change, only parameters."""
+
+    def step(model: FastSCNN) -> None:
+        with torch.enable_grad():
+            model(torch.randn(1, 3, 64, 64)).square().sum().backward()
+        optimizer(model.parameters(), **options).step()
+        model.zero_grad()
+
+    return step
+
+
+def train_statistics(model: FastSCNN) -> None:
+    model.train()
+    model(torch.randn(2, 3, 64, 64) * 3)
+    model.eval()
+
+
+def load(assign: bool) -> Callable[[FastSCNN], None]:
+    return lambda model: model.load_state_dict(small_network().state_dict(), assign=assign)
+
+
+def replace_data_twice(model: FastSCNN) -> None:
+    """The first storage is freed: the second new one could lie at its address."""
+    for _ in range(2):
+        weight_of(model).data = weight_of(model).data * 1.5
+
+
+def replace_parameter(model: FastSCNN) -> None:
+    conv = model.global_features.bottleneck1[0].expand.conv
+    conv.weight = nn.Parameter(conv.weight * 1.5)
+
+
+def replace_buffer(model: FastSCNN) -> None:
+    bn = model.classifier.dsconv1.pointwise.bn
+    bn.running_var = bn.running_var * 2
+
+
+def replace_convolution(model: FastSCNN) -> None:
+    model.classifier.conv = nn.Conv2d(128, 5, 1).eval()
+
+
+def replace_block(model: FastSCNN) -> None:
+    model.global_features.bottleneck2[1] = copy.deepcopy(
+        small_network()
+    ).global_features.bottleneck2[1]
+
+
+def change_eps(model: FastSCNN) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.1
+
+
+def change_normalisation(model: FastSCNN) -> None:
+    model.config = replace(model.config, mean=(0.1, 0.2, 0.3))
+
+
+def write_in_inference_mode(model: FastSCNN) -> None:
+    with torch.inference_mode():
+        weight_of(model).mul_(1.5)
+
+
+def swap_dropout(model: FastSCNN) -> None:
+    model.classifier.dropout = nn.Dropout2d(0.5).eval()
+
+
+def swap_tensors(model: FastSCNN) -> None:
+    torch.utils.swap_tensors(weight_of(model), nn.Parameter(weight_of(model) * 1.5))
+
+
+CHANGES: dict[str, Callable[[FastSCNN], Any]] = {
+    "write in place": lambda m: weight_of(m).mul_(1.5),
+    "write in inference mode": write_in_inference_mode,
+    "write through .data, then refuse": lambda m: (weight_of(m).data.mul_(1.5), m.refuse()),
+    "assign .data": lambda m: setattr(weight_of(m), "data", weight_of(m).data * 1.5),
+    "assign .data twice": replace_data_twice,
+    "assign to vector": lambda m: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(m.parameters()) * 1.1, m.parameters()
+    ),
+    "initialise": lambda m: m.apply(
+        lambda c: c.reset_parameters() if isinstance(c, nn.Conv2d) else None
+    ),
+    "swap tensors": swap_tensors,
+    "replace a parameter": replace_parameter,
+    "replace a buffer": replace_buffer,
+    "load": load(assign=False),
+    "load and assign": load(assign=True),
+    "SGD": train_step(torch.optim.SGD, lr=1e-9),
+    "Adam, foreach": train_step(torch.optim.Adam, foreach=True),
+    "Adam, one by one": train_step(torch.optim.Adam, foreach=False),
+    "Adam, fused": train_step(torch.optim.Adam, fused=True),
+    "batch statistics": train_statistics,
+    "batch statistics with gradients": torch.enable_grad()(train_statistics),
+    "replace a convolution": replace_convolution,
+    "replace a block": replace_block,
+    "replace dropout": swap_dropout,
+    "eps": change_eps,
+    "mean": change_normalisation,
+    "round to half and back": lambda m: m.half().float(),
+    "channels last": lambda m: m.to(memory_format=torch.channels_last),
+    "share memory": lambda m: m.share_memory(),
+    "freeze": lambda m: m.requires_grad_(False),
+    "synchronised batch norm": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed_and_fused_anew(change, model, x, no_grad):
+    pictures = torch.randint(256, x.shape, dtype=torch.uint8)
+    before = model(pictures)
+    assert model.fused_for(pictures) is model.fused_for(x) is not None
+    CHANGES[change](model)
+    assert_right(model, x, fused=True)
+    assert_right(model, pictures, fused=True)
+    if change not in ("replace dropout", "channels last", "share memory", "freeze") and (
+        "synchronised" not in change
+    ):
+        assert err(model(pictures), before.double()) > 1e-3 or "half" in change
+
+
+@pytest.mark.slow
+def test_compiled_training_is_noticed(model, x):
+    with torch.no_grad():
+        model(x)
+    compiled = torch.compile(model.train(), backend="aot_eager")
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(2):
+        compiled(x).square().sum().backward()
+        torch.compile(optimizer.step, backend="aot_eager")()
+    assert_right(model.eval(), x, fused=True)
+
+
+# ---------------------------------------------------------------- changes that leave it to plain torch
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class AlwaysDrop(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class Double(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def quantise(conv: nn.Conv2d) -> nn.Module:
+    """A module that holds its weight as bytes, as quantisation tools swap in."""
+
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = conv.weight.abs().max() / 127
+            self.register_buffer("weight", (conv.weight / self.scale).round().to(torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, self.weight * self.scale)
+
+    return Quantised()
+
+
+def configured(module: nn.Module, **values: Any) -> None:
+    for name, value in values.items():
+        assert hasattr(module, name)
+        setattr(module, name, value)
+
+
+def forward_of(module: nn.Module) -> None:
+    original = module.forward
+    module.forward = lambda x: original(x) * 2
+
+
+REFUSED: dict[str, Callable[[FastSCNN], Any]] = {
+    "forward hook": lambda m: m.classifier.register_forward_hook(lambda mod, args, y: y * 2),
+    "hook of keywords": lambda m: m.classifier.dsconv1.register_forward_hook(
+        lambda mod, args, kwargs, y: y * 2, with_kwargs=True
+    ),
+    "hook put in by hand": lambda m: m.classifier.conv._forward_hooks.update(
+        {0: lambda mod, args, y: y * 2}
+    ),
+    "forward pre-hook": lambda m: m.classifier.register_forward_pre_hook(
+        lambda mod, args: args[0] * 2
+    ),
+    "forward method": lambda m: forward_of(m.feature_fusion.act),
+    "another activation": lambda m: setattr(m.feature_fusion, "act", nn.GELU()),
+    "another convolution": lambda m: setattr(m.classifier, "conv", OwnConv(128, 5, 1)),
+    "another batch norm": lambda m: setattr(
+        m.learning_to_downsample.stem, "bn", OwnNorm(32).eval()
+    ),
+    "group norm": lambda m: setattr(m.learning_to_downsample.stem, "bn", nn.GroupNorm(4, 32)),
+    "no batch norm": lambda m: setattr(m.learning_to_downsample.stem, "bn", nn.Identity()),
+    "no affine": lambda m: setattr(
+        m.learning_to_downsample.stem, "bn", nn.BatchNorm2d(32, affine=False).eval()
+    ),
+    "no running statistics": lambda m: setattr(
+        m.learning_to_downsample.stem, "bn", nn.BatchNorm2d(32, track_running_stats=False).eval()
+    ),
+    "statistics dropped": lambda m: configured(
+        m.learning_to_downsample.stem.bn, running_mean=None, running_var=None
+    ),
+    "uncounted statistics": lambda m: configured(
+        m.learning_to_downsample.stem.bn, num_batches_tracked=None
+    ),
+    "dropout that always drops": lambda m: setattr(m.classifier, "dropout", AlwaysDrop()),
+    "dropout in training mode": lambda m: m.classifier.dropout.train(),
+    "batch norm in training mode": lambda m: m.classifier.dsconv1.pointwise.bn.train(),
+    "a whole part in training mode": lambda m: m.global_features.train(),
+    "added bias": lambda m: setattr(
+        m.classifier.dsconv1.pointwise.conv, "bias", nn.Parameter(torch.ones(128))
+    ),
+    "stride": lambda m: configured(m.learning_to_downsample.stem.conv, stride=(1, 1)),
+    "padding": lambda m: configured(m.learning_to_downsample.stem.conv, padding=(0, 0)),
+    "padding mode": lambda m: setattr(
+        m.learning_to_downsample.stem,
+        "conv",
+        nn.Conv2d(3, 32, 3, 2, 1, bias=False, padding_mode="reflect"),
+    ),
+    "dilation": lambda m: configured(m.feature_fusion.refine.conv, dilation=(2, 2), padding=(2, 2)),
+    "bins": lambda m: configured(m.global_features.pyramid, bins=(2, 2, 3, 6)),
+    "align_corners": lambda m: configured(m.feature_fusion, align_corners=True),
+    "no residual": lambda m: configured(m.global_features.bottleneck2[1], residual=False),
+    "block appended": lambda m: m.global_features.bottleneck3.append(nn.ReLU().eval()),
+    "block removed": lambda m: m.global_features.bottleneck2.pop(1),
+    "spectral norm by hook": lambda m: nn.utils.spectral_norm(m.classifier.conv),
+    "spectral norm": lambda m: parametrizations.spectral_norm(m.classifier.conv),
+    "weight norm": lambda m: parametrizations.weight_norm(m.classifier.conv),
+    "parametrised convolution": lambda m: parametrize.register_parametrization(
+        m.classifier.conv, "weight", Double()
+    ),
+    "parametrised batch norm": lambda m: parametrize.register_parametrization(
+        m.learning_to_downsample.stem.bn, "weight", Double()
+    ),
+    "pruned": lambda m: prune.l1_unstructured(m.classifier.conv, "weight", 0.5),
+    "quantised": lambda m: setattr(
+        m.classifier.dsconv1.pointwise, "conv", quantise(m.classifier.dsconv1.pointwise.conv)
+    ),
+    "wrapped": lambda m: setattr(m.classifier, "conv", nn.Sequential(m.classifier.conv)),
+    "another network": lambda m: setattr(m, "classifier", nn.Conv2d(128, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_other_networks_run_in_plain_torch_and_cannot_be_fused(change, model, x, no_grad, log):
+    before = model(x)
+    REFUSED[change](model)
+    assert_right(model, x, fused=False)
+    assert change == "uncounted statistics" or not torch.equal(model(x), before)
+    assert_right(model, x, fused=False)
+    (message,) = log.messages
+    assert message.startswith("FastSCNN runs unfused: ")
+    if "training mode" in change:
+        assert message == "FastSCNN runs unfused: a submodule is in training mode"
+        fuse(model)  # as it is in eval mode
+    else:
+        with pytest.raises(Unfusable, match="submodule"):
+            fuse(model)
+        assert_right(FastSCNN.from_config(model.config).eval(), x, fused=True)
+
+
+def test_every_attribute_of_a_submodule_is_watched_or_known_not_to_matter():
+    """What a submodule computes in eval mode follows from SETTINGS, its tensors, and these not at all."""
+    idle = {
+        *("training", "inplace", "momentum", "p", "affine", "track_running_stats", "num_features"),
+        *("in_channels", "out_channels", "kernel_size", "transposed", "output_padding"),
+    }
+    for preset in PRESETS:
+        for name, module in submodules(FastSCNN(5, preset)):
+            public = {key for key in vars(module) if not key.startswith("_")}
+            assert public <= idle | set(SETTINGS), name
+
+
+def test_it_fuses_again_once_hooks_and_training_are_over(model, x):
+    handle = model.classifier.register_forward_hook(lambda *_: None)
+    assert_right(model, x, fused=False)
+    handle.remove()
+    assert_right(model, x, fused=True)
+    model.classifier._forward_hooks = type(model.classifier._forward_hooks)()
+    handle = model.classifier.register_forward_hook(lambda *_: None)
+    assert_right(model, x, fused=False)
+    handle.remove()
+    model.classifier.dropout.train()
+    assert_right(model, x, fused=False)
+    model.eval()
+    assert_right(model, x, fused=True)
+    parametrizations.weight_norm(model.classifier.conv)
+    assert_right(model, x, fused=False)
+    parametrize.remove_parametrizations(model.classifier.conv, "weight")
+    assert_right(model, x, fused=True)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ],
+)
+def test_global_hooks_see_every_module(register, model, x, no_grad):
+    seen = set()
+    handle = register(lambda module, *_: seen.add(module))
+    try:
+        model(x)
+        assert seen > {module for _, module in submodules(model)} - {
+            model.global_features.pyramid.branches  # a list
+        }
+    finally:
+        handle.remove()
+    assert_right(model, x, fused=True)
+
+
+# ---------------------------------------------------------------- inputs and surroundings
+
+
+def test_refused_inputs_run_or_fail_as_in_plain_torch(model, x, no_grad, log):
+    for wrong in (x.double(), x.half(), x.to("meta"), x.int(), x.to_sparse(), x.bool()):
+        with pytest.raises((RuntimeError, TypeError, NotImplementedError, ValueError)):
+            model(wrong)
+    for shape in ((3, 64, 64), (1, 4, 64, 64), (1, 3, 0, 64), (1, 3, 64, 0)):
+        with pytest.raises(ValueError, match="x must be"):
+            model(torch.zeros(shape))
+    assert model(x[:0]).shape == (0, 5, 64, 80)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.fused_for(x) is None
+        assert torch.equal(model(x), model.reference(x)) and model(x).dtype == torch.bfloat16
+    assert_right(model, x, fused=True)
+    reasons = log.messages
+    assert len(set(reasons)) == len(reasons)
+    assert "FastSCNN runs unfused: autocast is enabled" in reasons
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_other_dtypes_run_in_plain_torch(dtype, model, x, no_grad, log):
+    model.to(dtype)
+    for _ in range(3):
+        assert_right(model, x.to(dtype), fused=False)
+        assert model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).dtype == dtype
+    (message,) = log.messages
+    assert (
+        message
+        == f"running on the reference backend: cpu: dtype must be torch.float32, got {dtype}"
+    )
+    assert_right(model.float(), x, fused=True)
+
+
+def test_a_model_of_two_dtypes_is_left_to_plain_torch(model, x, no_grad, log):
+    model.learning_to_downsample.stem.bn.double()
+    assert model.fused_for(x) is None
+    assert "several devices or dtypes" in log.messages[0]
+
+
+def test_a_model_on_the_meta_device(model, x, no_grad):
+    model.to("meta")
+    assert model(x.to("meta")).shape == (2, 5, 64, 80)
+    for run in (lambda: model(x), lambda: fuse(model)):
+        with pytest.raises(RuntimeError, match="meta"):
+            run()
+
+
+class Subclass(Tensor):
+    seen: list[Any] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Counter(TorchDispatchMode):
+    """Counts convolutions."""
+
+    convolutions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.convolutions += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_subclasses_see_every_op(model, x, no_grad):
+    model(x)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    with Counter() as counter:
+        assert torch.equal(model(x), model.reference(x))
+    assert counter.convolutions == 2 * convolutions
+    assert isinstance(model(x.as_subclass(Subclass)), Subclass)
+    assert Subclass.seen.count(nn.functional.conv2d) == convolutions
+    assert model.fused_for(nn.Parameter(x)) is not None
+
+
+def test_transforms_differentiate_and_batch_as_in_plain_torch(model, x):
+    model.requires_grad_(False)
+    with torch.no_grad():
+        model(x)
+        batched = torch.vmap(model)(torch.stack([x, -x]))
+        assert err(batched[1], model.reference(-x).double()) < 1e-4
+        ours, theirs = (torch.func.jvp(f, (x,), (x,))[1] for f in (model, model.reference))
+        assert theirs.any() and torch.equal(ours, theirs)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x)
+            assert torch.equal(forward_ad.unpack_dual(model(dual)).tangent, theirs)
+            assert model.fused_for(x) is not None
+    ours, theirs = (
+        torch.func.grad(lambda x, f=f: f(x).square().sum())(x) for f in (model, model.reference)
+    )
+    assert theirs.any() and torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_hold_plain_torch(model, x, no_grad):
+    expected, other = model.reference(x), torch.randn(1, 3, 65, 97)
+    model(x)
+    traced = {
+        "jit": torch.jit.trace(model, x, check_trace=False),
+        "fx": symbolic_trace(model),
+        "make_fx": make_fx(model)(x),
+        "export": torch.export.export(model, (x,), strict=False).module(),
+    }
+    for name, trace in traced.items():
+        assert "fastscnn" not in str(trace.graph), name
+        assert err(trace(x), expected.double()) < 1e-4, name
+    assert torch.equal(traced["fx"](other), model.reference(other))
+    assert_right(model, x, fused=True)
+
+
+def test_compiled_models_hold_plain_torch(model, x):
+    with torch.no_grad():
+        model(x)
+    targets = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model.reference(x))
+    assert targets and not any("fastscnn" in target for target in targets)
+    assert_right(model, x, fused=True)
+
+
+def test_fake_tensors(model, x, no_grad):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(x)).shape == (2, 5, 64, 80)
+
+
+# ---------------------------------------------------------------- inference tensors
+
+
+def test_a_model_made_in_inference_mode_is_never_fused(x, log):
+    with torch.inference_mode():
+        model = small_network()
+    for scope in (torch.no_grad, torch.inference_mode):
+        with scope():
+            assert model.fused_for(x) is None
+            assert torch.equal(model(x), model.reference(x))
+    assert "inference tensor" in log.messages[0]
+    with torch.no_grad():
+        assert err(fuse(model)(x), model.reference(x).double()) < 1e-4
+
+
+def test_a_copy_fused_in_inference_mode_is_an_ordinary_one(model, x):
+    with torch.inference_mode():
+        y = model(x.clone())
+        fast = model.fused_for(x)
+        assert y.is_inference() and not fast.weights.is_inference()
+    with torch.no_grad():
+        assert model.fused_for(x) is fast and not model(x).is_inference()
+        assert torch.equal(model(y.new_ones(x.shape)), fast(torch.ones_like(x)))
+    fast.load_state_dict(fast.state_dict())
+
+
+# ---------------------------------------------------------------- copies
+
+
+def names(model: nn.Module) -> list[Any]:
+    listings = (
+        model.named_parameters(),
+        model.named_buffers(),
+        model.named_modules(),
+        model.named_children(),
+    )
+    return [[name for name, _ in listing] for listing in listings] + [list(model.state_dict())]
+
+
+def test_the_fused_copy_is_invisible(model, x, no_grad):
+    def seen() -> list[Any]:
+        return [*names(model), repr(model), len(pickle.dumps(model)), len(list(model.modules()))]
+
+    before = seen()
+    assert model.fused_for(x) is not None
+    assert seen() == before
+
+
+def through(save: Callable[[Any, Any], Any], read: Callable[[Any], Any]) -> Callable:
+    def copied(model: FastSCNN) -> FastSCNN:
+        file = io.BytesIO()
+        save(model, file)
+        file.seek(0)
+        return read(file)
+
+    return copied
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": through(pickle.dump, pickle.load),
+    "torch.save": through(torch.save, lambda file: torch.load(file, weights_only=False)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_have_no_fused_copy_and_live_apart(way, model, x, no_grad):
+    y = model(x)
+    other = COPIES[way](model)
+    assert other._fused is None and model._fused is not None
+    assert torch.equal(other(x), y)
+    weight_of(other).mul_(2)
+    assert_right(other, x, fused=True)
+    assert torch.equal(model(x), y)
+
+
+def test_a_shallow_copy_shares_parameters(model, x, no_grad):
+    model(x)
+    other = copy.copy(model)
+    other(x)
+    weight_of(other).mul_(2)
+    assert_right(model, x, fused=True)
+    assert_right(other, x, fused=True)
+
+
+def test_replicas_of_data_parallel_run_plain(model, x, no_grad):
+    """As torch.nn.parallel.replicate makes them: parameters are attributes, and the cached copy is there."""
+    y = model(x)
+    replicas = {}
+    for name, module in reversed(list(model.named_modules())):
+        replica = replicas[name] = module._replicate_for_data_parallel()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            setattr(replica, key, None if tensor is None else tensor.detach() * 2)
+        for key in module._modules:
+            setattr(replica, key, replicas[f"{name}.{key}".lstrip(".")])
+    replica = replicas[""]
+    assert replica.fused_for(x) is None
+    assert torch.equal(replica(x), replica.reference(x)) and not torch.allclose(replica(x), y)
+    assert torch.equal(nn.DataParallel(model)(x), y) or torch.cuda.is_available()
+
+
+def test_functional_calls_use_the_parameters_given(model, x, no_grad):
+    y = model(x)
+    others = {name: p * 1.1 for name, p in model.named_parameters()}
+    ours = torch.func.functional_call(model, others, x)
+    expected = copy.deepcopy(model)
+    expected.load_state_dict(others, strict=False)
+    assert err(ours, expected.reference(x).double()) < 1e-4
+    assert torch.equal(model(x), y)
+
+
+# ---------------------------------------------------------------- environment and threads
+
+
+def test_the_environment_is_read_at_every_call(model, x, no_grad, monkeypatch, log):
+    assert_right(model, x, fused=True)
+    monkeypatch.setenv("FASTSCNN_BACKEND", "reference")
+    assert_right(model, x, fused=False)
+    monkeypatch.setenv("FASTSCNN_BACKEND", "cpu")
+    assert_right(model, x, fused=True)
+    assert not log.messages
+    for wrong, error in (("cuda", RuntimeError), ("opencl", ValueError)):
+        monkeypatch.setenv("FASTSCNN_BACKEND", wrong)
+        with pytest.raises(error, match=f"backend {wrong} cannot run: this version|got '{wrong}'"):
+            model(x)
+    monkeypatch.setenv("FASTSCNN_BACKEND", "")
+    assert_right(model, x, fused=True)
+
+
+def test_more_bins_than_the_kernels_take(x, no_grad, log):
+    model = small_network(
+        bottleneck_channels=(16, 16, 36), pyramid_bins=(1, 2, 3, 4, 5, 6, 7, 8, 9)
+    )
+    assert_right(model, x, fused=False)
+    assert "at most 8 bins" in log.messages[0]
+
+
+def test_many_threads_may_call_one_model(model):
+    pictures = [torch.randn(1 + i % 3, 3, 32 + 7 * i, 96 - 5 * i) for i in range(8)]
+    with torch.no_grad():
+        expected = [model.reference(x) for x in pictures]
+
+    def run(i: int) -> float:
+        if i % 10 == 0:
+            model.refuse()
+        with torch.no_grad():
+            return err(model(pictures[i % 8]), expected[i % 8].double())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(run, range(80))) < 1e-4

@@ -1,0 +1,602 @@
+"""Each fused op on the CPU against its plain-torch twin in float64.
+
+Every run is poisoned (helpers.run_poisoned): the result is NaN before, guard zones lie around it and around
+the inputs, and scratch memory is filled with garbage, so that one run also shows that every element is
+written, nothing else is, and nothing but the input is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    LAYOUTS,
+    assert_labels,
+    assert_parity,
+    in_layout,
+    random_weights,
+    run_poisoned,
+    threads,
+)
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+
+from fastscnn_fast import backends, ops, reference
+from fastscnn_fast.config import PRESETS
+from fastscnn_fast.plan import OPS, Layer, plan
+
+pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+
+Size = tuple[int, ...]  # (height, width)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and its input. ``sizes`` are those of x; of high and low; or of x and the result."""
+
+    layer: Layer
+    sizes: tuple[Size, ...]
+    batch: int = 1
+    layout: str = "channels_last"
+    raw: bool = False
+    output: str = "logits"
+
+    def enlarged(self, values: int = 64) -> Case:
+        """With a batch so large that the result has so many values.
+
+        The relative error of a few values says little: they may happen to cancel to almost nothing.
+        """
+        layer = self.layer
+        keeps_size = layer.op in ("pyramid_pooling", "feature_fusion", "upsample_classify")
+        h, w = self.sizes[-1] if layer.op == "upsample_classify" else self.sizes[0]
+        h, w = (h, w) if keeps_size else layer.output_size(h, w)
+        wanted = -(-values // (h * w * (layer.last_channels or layer.out_channels)))
+        return replace(self, batch=max(self.batch, wanted))
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        layer = self.layer
+        channels = {"feature_fusion": (layer.mid_channels, layer.in_channels)}
+        return tuple(
+            self._input((self.batch, c, *size))
+            for c, size in zip(channels.get(layer.op, (layer.in_channels,)), self.sizes)
+        )
+
+    def _input(self, shape: tuple[int, ...]) -> Tensor:
+        if self.raw:
+            return in_layout(torch.randint(256, shape, dtype=torch.uint8), self.layout)
+        return in_layout(torch.randn(shape), self.layout)
+
+    def reference(self, inputs: tuple[Tensor, ...], weights: dict[str, Tensor]) -> Tensor:
+        function = getattr(reference, self.layer.op)
+        if self.layer.op == "upsample_classify":
+            return function(*inputs, self.layer, self.sizes[1], self.output)
+        return function(*inputs, self.layer, weights)
+
+    def reference64(self, inputs: tuple[Tensor, ...], weights: dict[str, Tensor]) -> Tensor:
+        inputs = tuple(x if self.raw else x.double() for x in inputs)
+        return self.reference(inputs, {name: w.double() for name, w in weights.items()})
+
+    def arguments(self, inputs: tuple[Tensor, ...], weights: dict[str, Tensor]) -> tuple[Any, ...]:
+        """What the op takes, without the backend."""
+        packed = ops.pack([self.layer], [weights], "cpu")
+        rest = (*self.sizes[1], self.output) if self.layer.op == "upsample_classify" else ()
+        return (*inputs, packed, self.layer.encode(), *rest)
+
+    def __str__(self) -> str:
+        """The op and every field that differs from its default."""
+        plain = Layer(self.layer.op, "", self.layer.in_channels, self.layer.out_channels)
+        told = [self.layer.op, f"{self.layer.in_channels}to{self.layer.out_channels}"]
+        for key, value in vars(self.layer).items():
+            if key != "name" and value != getattr(plain, key):
+                text = "x".join(map(str, value)) if isinstance(value, tuple) else value
+                told.append(key if value is True else f"{key}={text}")
+        told += [f"{h}x{w}" for h, w in self.sizes] + [f"batch={self.batch}"] * (self.batch > 1)
+        told += [self.layout] * (self.layout != "channels_last") + ["raw"] * self.raw
+        return " ".join(told + [self.output] * (self.output != "logits"))
+
+
+@lru_cache(maxsize=2)  # the instruction sets share it
+def prepared(case: Case) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+    """Arguments of the op, torch's own float32 result and the float64 reference."""
+    inputs, weights = case.inputs(), random_weights(case.layer)
+    with threads(1):  # most cases are too small to share
+        ref64, own = case.reference64(inputs, weights), case.reference(inputs, weights)
+    return case.arguments(inputs, weights), own, ref64
+
+
+def check(case: Case) -> None:
+    arguments, own, ref64 = prepared(case)
+    assert_parity(run_poisoned(case.layer.op, *arguments), own, ref64)
+
+
+# ---------------------------------------------------------------- shapes
+# Real layers: all that any preset has. Their code depends on the size only through widths modulo the vector,
+# the tile and the depthwise block, through the resize ratios and through the threads' shares of rows, so a
+# quarter of the real size shows as much; `slow` runs the real one.
+
+
+def real_cases(height: int, width: int) -> Iterator[Any]:
+    seen = set()
+    for name, config in PRESETS.items():
+        for step in plan(config, height, width):
+            sizes = tuple(shape[1:] for shape in step.inputs)
+            if step.layer.op == "upsample_classify":
+                sizes += (step.output[1:],)
+            case = Case(replace(step.layer, name=""), sizes)
+            if case not in seen:
+                seen.add(case)
+                yield pytest.param(case, id=f"{name}-{step.layer.name}")
+
+
+@pytest.mark.parametrize("case", list(real_cases(128, 256)))
+def test_real_layers(case: Case, isa: str) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(real_cases(512, 1024)))
+def test_real_layers_at_full_size(case: Case, isa: str) -> None:
+    check(case)
+
+
+# Odd sizes: below one vector, tile or block in each direction (1x1, 2x3, 6x5), around the depthwise block of
+# 8 outputs (stride 1: widths 7, 8, 9, 15, 16, 17; stride 2: 15, 16, 17, 33) and around the tiles of 6 and 14
+# pixels (7, 15, 17), and one with every remainder at once (33x49). Heights below, at and above the number
+# of threads and the rows that a dilated window needs.
+SIZES: tuple[Size, ...] = (
+    *((1, 1), (2, 3), (6, 5), (3, 7), (1, 8), (5, 9), (4, 15), (2, 16), (3, 17)),
+    *((9, 13), (17, 8), (7, 33), (33, 49)),
+)
+
+# Each variant has some switch that no other has, or a channel count that is no multiple of 16.
+STEM_CONV = [
+    Layer("stem_conv", "", c, 32, stride=2, padding=padding)
+    for c in (1, 2, 3, 4)
+    for padding in (0, 1)
+] + [Layer("stem_conv", "", 3, 20, stride=2, activation="relu6")]
+DSCONV = [
+    Layer("dsconv", "", 32, 48, stride=2),
+    Layer("dsconv", "", 16, 32, mid_activation="relu"),
+    Layer("dsconv", "", 20, 40, stride=2, mid_activation="relu6", activation="relu6"),
+    Layer("dsconv", "", 40, 24, dilation=4, activation="none"),
+    Layer("dsconv", "", 16, 16, dilation=2),
+    Layer("dsconv", "", 16, 16, dilation=3, stride=2),
+    Layer("dsconv", "", 32, 32, last_channels=19),
+    Layer("dsconv", "", 24, 40, last_channels=33, mid_activation="relu"),
+    Layer("dsconv", "", 16, 64, last_channels=1),
+]
+INVERTED_RESIDUAL = [
+    Layer("inverted_residual", "", 16, 16, mid_channels=96, residual=True),
+    Layer("inverted_residual", "", 16, 16, mid_channels=96, activation="relu6", residual=True),
+    Layer("inverted_residual", "", 16, 32, mid_channels=48, stride=2, activation="relu6"),
+    Layer("inverted_residual", "", 20, 40, mid_channels=60, stride=2),
+    Layer("inverted_residual", "", 20, 20, mid_channels=100, residual=True),
+    Layer("inverted_residual", "", 24, 16, mid_channels=24, activation="none"),
+]
+PYRAMID_POOLING = [
+    Layer("pyramid_pooling", "", c, o, mid, kernel=kernel, align_corners=align, bins=bins)
+    for kernel in (1, 3)
+    for c, o, mid, bins, align in (
+        (32, 32, 8, (1, 2, 3, 6), False),
+        (32, 48, 32, (1,), True),
+        (40, 20, 20, (2, 4, 8), True),  # bins larger than most of SIZES
+        (16, 16, 2, (1, 2, 3, 4, 5, 6, 7, 8), False),
+    )
+]
+FEATURE_FUSION = [
+    Layer("feature_fusion", "", 32, 32, 16, dilation=4),
+    Layer("feature_fusion", "", 32, 32, 16, align_corners=True),
+    Layer("feature_fusion", "", 20, 40, 24, dilation=2, activation="relu6", align_corners=True),
+    Layer("feature_fusion", "", 16, 20, 40, dense=True),
+    Layer("feature_fusion", "", 40, 16, 20, dense=True, align_corners=True),
+]
+
+
+def quarter(size: Size) -> Size:
+    """The 1/32 features' size where ``size`` is the 1/8 features': two 3x3s of stride 2."""
+    return ((size[0] + 3) // 4, (size[1] + 3) // 4)
+
+
+VARIANTS = [*STEM_CONV, *DSCONV, *INVERTED_RESIDUAL, *PYRAMID_POOLING]
+ODD = [
+    Case(layer, (size,), batch=3 if size == (6, 5) else 1).enlarged()
+    for layer in VARIANTS
+    for size in SIZES
+    if layer.op != "stem_conv" or layer.padding == 1 or min(size) >= 3
+] + [
+    Case(layer, (size, low), batch=3 if size == (6, 5) else 1).enlarged()
+    for layer in FEATURE_FUSION
+    for size in SIZES
+    for low in {quarter(size), (3, 5), (1, 1)}
+]
+
+
+@pytest.mark.parametrize("case", ODD, ids=str)
+def test_odd_sizes(case: Case, isa: str) -> None:
+    check(case)
+
+
+# The stem reads pictures by their strides; every other op brings its input into one layout first, by one and
+# the same function.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("layer", STEM_CONV, ids=lambda layer: f"{layer.in_channels}")
+def test_pictures_of_any_strides(layer: Layer, raw: bool, layout: str, isa: str) -> None:
+    check(Case(layer, ((7, 18),), batch=2, layout=layout, raw=raw))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layer",
+    [DSCONV[1], DSCONV[3], INVERTED_RESIDUAL[0], PYRAMID_POOLING[0], FEATURE_FUSION[0]],
+    ids=lambda layer: f"{layer.op}{layer.in_channels}",
+)
+def test_activations_of_any_strides(layer: Layer, layout: str, isa: str) -> None:
+    sizes = ((6, 9), (2, 3)) if layer.op == "feature_fusion" else ((6, 9),)
+    check(Case(layer, sizes, batch=2, layout=layout))
+
+
+def test_surroundings_of_raw_pictures_do_not_matter(isa: str) -> None:
+    """Raw pixels have no NaN to be poisoned with: two fillings must give the same."""
+    layer = STEM_CONV[5]
+    picture = torch.randint(256, (2, 3, 7, 18), dtype=torch.uint8)
+    packed = ops.pack([layer], [random_weights(layer)], "cpu")
+    for layout in LAYOUTS:
+        one, other = (
+            run_poisoned("stem_conv", in_layout(picture, layout, byte), packed, layer.encode())
+            for byte in (0, 255)
+        )
+        assert torch.equal(one, other), layout
+
+
+# ---------------------------------------------------------------- upsample_classify
+
+
+def upsample(classes: int, align_corners: bool = False) -> Layer:
+    return Layer(
+        "upsample_classify", "", classes, classes, activation="none", align_corners=align_corners
+    )
+
+
+# Ratios: the network's 8, others up to a vector's width and beyond (one low column then serves a whole
+# block), around 1, and downsampling, where one vector of results needs more low columns than one load has.
+RATIOS: tuple[tuple[Size, Size], ...] = (
+    ((4, 8), (32, 64)),
+    ((5, 7), (33, 49)),
+    ((3, 5), (20, 36)),
+    ((2, 3), (67, 101)),
+    ((1, 1), (5, 9)),
+    ((1, 1), (1, 1)),
+    ((1, 6), (3, 1)),
+    ((6, 17), (6, 17)),
+    ((7, 16), (8, 15)),
+    ((9, 40), (4, 9)),
+    ((8, 70), (3, 17)),
+)
+UPSAMPLES = [
+    Case(upsample(classes, align), ratio, batch)
+    for classes, batch in ((19, 1), (11, 3))
+    for align in (False, True)
+    for ratio in RATIOS
+] + [Case(upsample(k), RATIOS[1]) for k in (1, 2, 15, 16, 17, 33, 256, 300)]
+LABEL_ULPS = 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("case", UPSAMPLES, ids=str)
+def test_upsampled_logits(case: Case, isa: str) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", UPSAMPLES, ids=str)
+def test_upsampled_probabilities(case: Case, isa: str) -> None:
+    check(replace(case, output="probabilities"))
+
+
+@pytest.mark.parametrize("case", UPSAMPLES, ids=str)
+def test_upsampled_labels(case: Case, isa: str) -> None:
+    """The largest logit's class, but where the two largest are within a few ulp."""
+    arguments, _, ref64 = prepared(case)
+    arguments = (*arguments[:-1], "labels")
+    if case.layer.in_channels > 256:
+        with pytest.raises(ValueError, match="256"):
+            run_poisoned("upsample_classify", *arguments)
+        return
+    labels = run_poisoned("upsample_classify", *arguments)
+    assert_labels(labels, ref64, LABEL_ULPS * arguments[0].abs().max().item())
+    assert (labels != ref64.argmax(1)).double().mean() < 1e-3
+
+
+def coarse_logits(batch: int, classes: int, height: int, width: int) -> Tensor:
+    """Small integers, so that resizing by powers of two is exact and ties are many."""
+    return torch.randint(-2, 3, (batch, classes, height, width)).float()
+
+
+# Exact resizes, so that every implementation sees the same ties and the same samples.
+EXACT = [
+    (upsample(classes, align), (4, width), (25, 8 * width - 7) if align else (32, 8 * width))
+    for classes in (2, 19)
+    for width in (5, 9)
+    for align in (False, True)
+]
+
+
+@pytest.mark.parametrize(("layer", "low", "size"), EXACT)
+def test_the_first_of_equal_logits_wins(layer: Layer, low: Size, size: Size, isa: str) -> None:
+    x = coarse_logits(2, layer.in_channels, *low)
+    x[1, :, 1:] = 0  # one class everywhere, the shortcut's case
+    case = Case(layer, (low, size), output="labels")
+    y = run_poisoned("upsample_classify", *case.arguments((x,), {}))
+    assert torch.equal(y, case.reference64((x,), {}))
+
+
+@pytest.mark.parametrize(("layer", "low", "size"), EXACT)
+def test_non_finite_logits(layer: Layer, low: Size, size: Size, isa: str) -> None:
+    """As torch has it: non-finite just where torch's are, and NaN is the largest of all."""
+    x = coarse_logits(2, layer.in_channels, *low)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        x[torch.rand(x.shape) < 0.01] = value
+    x[0, :, 0, 0] = float("-inf")
+    for output in ops.OUTPUTS:
+        case = Case(layer, (low, size), output=output)
+        y, ref64 = (
+            run_poisoned("upsample_classify", *case.arguments((x,), {})),
+            case.reference64((x,), {}),
+        )
+        if output == "labels":
+            assert torch.equal(y, ref64)
+        else:
+            torch.testing.assert_close(
+                y.double(), ref64, rtol=1e-6, atol=1e-6, equal_nan=True, msg=output
+            )
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30, 3e38])
+def test_labels_of_extreme_logits(magnitude: float, isa: str) -> None:
+    """Differences of finite logits may be infinite."""
+    x = (2 * torch.rand(1, 19, 5, 9) - 1) * magnitude
+    case = Case(upsample(19), ((5, 9), (40, 72)), output="labels")
+    y = run_poisoned("upsample_classify", *case.arguments((x,), {}))
+    logits64 = replace(case, output="logits").reference64((x,), {})
+    assert_labels(y, logits64, LABEL_ULPS * magnitude)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        STEM_CONV[5],
+        DSCONV[1],
+        INVERTED_RESIDUAL[0],
+        replace(PYRAMID_POOLING[0], mid_channels=16),
+        FEATURE_FUSION[0],
+    ],
+    ids=lambda layer: layer.op,
+)
+def test_nan_and_infinity_are_kept(layer: Layer, isa: str) -> None:
+    """One pixel of NaN or infinity spoils what it reaches, no more and no less.
+
+    Resizes by powers of two are exact: which pixels are reached is then no matter of rounding. Channels are
+    multiples of 16, as in every preset: where they are padded, infinity times the padding's 0 is NaN.
+    """
+    sizes = ((8, 16), (2, 4)) if layer.op == "feature_fusion" else ((8, 16),)
+    case, weights = Case(layer, sizes, batch=2), random_weights(layer)
+    for value in (float("nan"), float("inf")):
+        inputs = case.inputs()
+        inputs[0][1, 1, 5, 7] = value
+        y = run_poisoned(layer.op, *case.arguments(inputs, weights))
+        ref64 = case.reference64(inputs, weights)
+        assert torch.equal(y.isfinite(), ref64.isfinite())
+        torch.testing.assert_close(y.double(), ref64, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+INVARIANT = [
+    Case(layer, sizes, batch, output=output)
+    for batch in (1, 2, 3)
+    for layer, sizes, output in (
+        (STEM_CONV[5], ((21, 37),), "logits"),
+        (DSCONV[0], ((21, 37),), "logits"),
+        (DSCONV[3], ((11, 9),), "logits"),
+        (INVERTED_RESIDUAL[0], ((11, 9),), "logits"),
+        (INVERTED_RESIDUAL[2], ((2, 9),), "logits"),  # fewer rows than threads
+        (PYRAMID_POOLING[0], ((11, 9),), "logits"),
+        (PYRAMID_POOLING[4], ((11, 9),), "logits"),
+        (FEATURE_FUSION[0], ((21, 18), (6, 5)), "logits"),
+        (FEATURE_FUSION[3], ((21, 18), (6, 5)), "logits"),
+        (upsample(19), ((5, 7), (33, 49)), "logits"),
+        (upsample(19), ((5, 7), (33, 49)), "probabilities"),
+        (upsample(19), ((5, 7), (33, 49)), "labels"),
+    )
+]
+
+
+@pytest.mark.parametrize("case", INVARIANT, ids=str)
+def test_threads_and_batches_do_not_change_a_bit(case: Case, isa: str) -> None:
+    """Rows shared among threads, whole images a thread and images by themselves are the same arithmetic."""
+    inputs, weights = case.inputs(), random_weights(case.layer)
+    arguments = case.arguments(inputs, weights)
+    with threads(1):
+        alone = [
+            run_poisoned(case.layer.op, *(x[i : i + 1] for x in inputs), *arguments[len(inputs) :])
+            for i in range(case.batch)
+        ]
+    for count in (1, 2, 3, 4):
+        with threads(count):
+            assert torch.equal(run_poisoned(case.layer.op, *arguments), torch.cat(alone)), count
+
+
+# ---------------------------------------------------------------- random layers
+
+CHANNELS = st.integers(1, 40)
+ACTIVATIONS = st.sampled_from(["none", "relu", "relu6"])
+SIDE = st.integers(1, 20)
+SIZE = st.tuples(SIDE, SIDE)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    op = draw(st.sampled_from(OPS))
+    c, o, mid = draw(CHANNELS), draw(CHANNELS), draw(CHANNELS)
+    sizes, fields = (draw(SIZE),), dict[str, Any](activation=draw(ACTIVATIONS))
+    layout, raw = draw(st.sampled_from(LAYOUTS[:-1])), False
+    if op == "stem_conv":
+        c, raw = draw(st.integers(1, 4)), draw(st.booleans())
+        fields |= {"stride": 2, "padding": draw(st.integers(0, 1))}
+        sizes = ((sizes[0][0] + 2, sizes[0][1] + 2),)
+    elif op == "dsconv":
+        fields |= {"stride": draw(st.integers(1, 2)), "dilation": draw(st.integers(1, 6))}
+        fields |= {"mid_activation": draw(ACTIVATIONS), "last_channels": draw(st.integers(0, 40))}
+    elif op == "inverted_residual":
+        o = draw(st.sampled_from([c, o]))
+        fields |= {"stride": draw(st.integers(1, 2)), "mid_channels": 3 * mid}
+        fields |= {"residual": fields["stride"] == 1 and c == o and draw(st.booleans())}
+    elif op == "pyramid_pooling":
+        fields |= {"bins": tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=8)))}
+        fields |= {"mid_channels": mid, "kernel": draw(st.sampled_from([1, 3]))}
+    elif op == "feature_fusion":
+        sizes = (*sizes, draw(SIZE))
+        fields |= {"mid_channels": mid, "dense": draw(st.booleans())}
+        fields |= {"dilation": 1 if fields["dense"] else draw(st.integers(1, 6))}
+    else:
+        sizes, o = (*sizes, (draw(st.integers(1, 70)), draw(st.integers(1, 70)))), c
+    fields |= {"align_corners": draw(st.booleans())}
+    case = Case(Layer(op, "", c, o, **fields), sizes, draw(st.integers(1, 3)), layout, raw)
+    return case.enlarged()
+
+
+def check_random(case: Case, seed: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(seed)
+    prepared.cache_clear()
+    for isa in backends.isas():
+        monkeypatch.setenv("FASTSCNN_ISA", isa)
+        with threads(count):
+            check(case)
+
+
+SEEDS, COUNTS = st.integers(0, 2**31), st.integers(1, 3)
+
+
+@given(cases(), SEEDS, COUNTS)
+@settings(max_examples=100)
+def test_random_layers(case: Case, seed: int, count: int) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_random(case, seed, count, monkeypatch)
+
+
+@pytest.mark.slow
+@given(cases(), SEEDS, COUNTS)
+@settings(max_examples=2000)
+def test_many_random_layers(case: Case, seed: int, count: int) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_random(case, seed, count, monkeypatch)
+
+
+# ---------------------------------------------------------------- the dispatcher's view
+
+ONE_OF_EACH = [
+    Case(STEM_CONV[5], ((9, 12),)),
+    Case(STEM_CONV[5], ((9, 12),), raw=True),
+    Case(DSCONV[7], ((5, 6),), batch=2),
+    Case(INVERTED_RESIDUAL[3], ((5, 6),), batch=2),
+    Case(PYRAMID_POOLING[2], ((5, 6),)),
+    Case(FEATURE_FUSION[2], ((5, 6), (2, 2))),
+    *(Case(upsample(19), ((2, 3), (9, 12)), batch=2, output=output) for output in ops.OUTPUTS),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_opcheck(case: Case, backend: str) -> None:
+    inputs, weights = case.inputs(), random_weights(case.layer)
+    packed = ops.pack([case.layer], [weights], backend)
+    arguments = list(case.arguments(inputs, weights))
+    arguments[len(inputs)] = packed
+    op = getattr(torch.ops.fastscnn, case.layer.op)
+    results = torch.library.opcheck(op.default, (*arguments, backend))
+    assert set(results.values()) == {"SUCCESS"}
+    same = case.reference(inputs, weights)
+    torch.testing.assert_close(op(*arguments, backend), same, rtol=1e-4, atol=1e-4)
+
+
+def test_no_gradients() -> None:
+    case = Case(DSCONV[1], ((5, 6),))
+    (x,), weights = case.inputs(), random_weights(case.layer)
+    y = torch.ops.fastscnn.dsconv(x.requires_grad_(), *case.arguments((x,), weights)[1:], "cpu")
+    with pytest.raises(RuntimeError, match="no gradient"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_empty_batches(case: Case) -> None:
+    inputs, weights = case.inputs(), random_weights(case.layer)
+    nothing = tuple(x[:0] for x in inputs)
+    op = getattr(torch.ops.fastscnn, case.layer.op)
+    y = op(*case.arguments(nothing, weights), "cpu")
+    assert y.shape == (0, *case.reference(inputs, weights).shape[1:])
+
+
+X, WEIGHTS = torch.zeros(1, 16, 5, 6), random_weights(DSCONV[1])
+PACKED = ops.pack([DSCONV[1]], [WEIGHTS], "cpu") if backends.isas() else None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": X[0]}, ValueError, r"x must be \(N, 16, H, W\), got shape \(16, 5, 6\)"),
+        ({"x": X[:, :15]}, ValueError, r"x must be \(N, 16, H, W\), got shape \(1, 15, 5, 6\)"),
+        ({"x": X[:, :, :0]}, ValueError, "x must be at least 1x1, got 0x6"),
+        ({"x": X.double()}, TypeError, "x must be of dtype torch.float32 .*, got torch.float64"),
+        ({"x": X.byte()}, TypeError, "x must be of dtype torch.float32 .*, got torch.uint8"),
+        ({"x": X.to("meta")}, ValueError, "x must be on cpu, got meta"),
+        ({"backend": "tpu"}, ValueError, "backend must be one of reference, cpu, got 'tpu'"),
+        ({"layer": DSCONV[0]}, ValueError, r"x must be \(N, 32, H, W\), got shape"),
+        ({"layer": INVERTED_RESIDUAL[0]}, ValueError, "layer must be one encoded dsconv"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        ops.dsconv(**{"x": X, "weights": PACKED, "layer": DSCONV[1], "backend": "cpu", **change})
+
+
+def test_wrong_arguments_of_two_inputs() -> None:
+    layer = FEATURE_FUSION[0]
+    weights = ops.pack([layer], [random_weights(layer)], "cpu")
+    high, low = torch.zeros(2, 16, 8, 8), torch.zeros(2, 32, 2, 2)
+    with pytest.raises(ValueError, match="low must have high's batch 2, got 1"):
+        ops.feature_fusion(high, low[:1], weights, layer)
+    with pytest.raises(ValueError, match=r"low must be \(N, 32, H, W\), got shape"):
+        ops.feature_fusion(high, high, weights, layer)
+
+
+def test_wrong_outputs_and_sizes() -> None:
+    layer = upsample(2)
+    weights, x = ops.pack([layer], [{}], "cpu"), torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"output must be one of .*, got 'scores'"):
+        ops.upsample_classify(x, weights, layer, (8, 8), "scores")
+    with pytest.raises(ValueError, match="size must be at least 1x1, got 0x8"):
+        ops.upsample_classify(x, weights, layer, (0, 8))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        replace(PYRAMID_POOLING[0], bins=()),
+        replace(PYRAMID_POOLING[0], bins=(1, 0)),
+        replace(PYRAMID_POOLING[0], bins=(1,) * 9),
+        replace(STEM_CONV[0], stride=1),
+        replace(STEM_CONV[0], in_channels=5),
+        replace(DSCONV[0], stride=3),
+        replace(DSCONV[0], dilation=0),
+        replace(INVERTED_RESIDUAL[2], residual=True),
+    ],
+    ids=lambda layer: layer.op,
+)
+def test_impossible_layers_are_refused(layer: Layer) -> None:
+    with pytest.raises(ValueError, match="program must hold"):
+        ops.pack([layer], [random_weights(layer)], "cpu")

@@ -1,0 +1,192 @@
+"""Pictures of every kind in, labels and overlays out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastscnn_fast import FastSCNN, bench, data, fuse, segment
+from fastscnn_fast.segment import label_image, overlay, read_picture
+
+
+@pytest.fixture(scope="module")
+def model() -> FastSCNN:
+    return bench.untrained_model(num_classes=11)
+
+
+@pytest.fixture(scope="module")
+def fast(model):
+    return fuse(model)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return data.street(1, 75, 101)[0]
+
+
+def test_labels_of_raw_pixels_at_the_pictures_own_size(fast, pixels):
+    labels = segment(fast, pixels)
+    assert (labels.shape, labels.dtype) == ((75, 101), np.uint8)
+    assert len(np.unique(labels)) > 3
+    expected = fast.labels(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    assert np.array_equal(labels, expected)
+
+
+def test_a_path_an_image_an_array_and_a_module_agree(fast, model, pixels, tmp_path):
+    expected = segment(fast, pixels)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "street.png")
+    readonly = pixels.copy()
+    readonly.setflags(write=False)
+    mirrored = np.ascontiguousarray(pixels[:, ::-1])[:, ::-1]
+    for picture in (
+        image,
+        tmp_path / "street.png",
+        str(tmp_path / "street.png"),
+        readonly,
+        mirrored,
+    ):
+        assert np.array_equal(segment(fast, picture), expected)
+    assert np.array_equal(segment(model, pixels), expected)
+
+
+def test_a_module_that_cannot_be_fused_runs_in_plain_torch(model, pixels, monkeypatch):
+    monkeypatch.setattr(FastSCNN, "fused_for", lambda self, x: None)
+    plain = segment(model, pixels)
+    assert (plain == segment(fuse(model), pixels)).mean() > 0.999
+
+
+def test_modes_of_images(pixels):
+    image = Image.fromarray(pixels)
+    grey = image.convert("L")
+    rgb_of_grey = np.stack([np.asarray(grey)] * 3, -1)
+    assert np.array_equal(read_picture(grey), rgb_of_grey)
+    assert np.array_equal(read_picture(np.asarray(grey)), rgb_of_grey)
+    assert np.array_equal(read_picture(np.asarray(grey)[..., None]), rgb_of_grey)
+    assert np.array_equal(read_picture(image.convert("RGBA")), pixels)
+    assert np.array_equal(read_picture(np.asarray(image.convert("RGBA"))), pixels)
+    palette = image.quantize(64)
+    assert np.array_equal(read_picture(palette), np.asarray(palette.convert("RGB")))
+    palette.info["transparency"] = bytes(range(64))
+    assert np.array_equal(read_picture(palette), np.asarray(image.quantize(64).convert("RGB")))
+    assert read_picture(image.convert("1")).max() == 255
+    assert read_picture(image.convert("CMYK")).shape == pixels.shape
+
+
+def test_sixteen_bits_become_eight(tmp_path, pixels):
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))
+    deep = grey.astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    expected = np.stack([grey] * 3, -1)
+    assert np.array_equal(read_picture(tmp_path / "deep.png"), expected)
+    assert np.array_equal(read_picture(Image.fromarray(deep.astype(np.int32))), expected)
+    assert np.array_equal(read_picture(Image.fromarray(grey.astype(np.int32))), expected)
+    with pytest.raises(ValueError, match="at most 16 bits"):
+        read_picture(Image.fromarray(deep.astype(np.int32) * 2))
+
+
+def test_exif_turns_pictures_upright(tmp_path, pixels):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held turned: the picture is the file turned by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_picture(tmp_path / "turned.png"), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_the_networks_own_channels(channels, pixels):
+    fast = fuse(FastSCNN(5, in_channels=channels))
+    assert segment(fast, pixels).shape == (75, 101)
+    own = np.random.default_rng(0).integers(0, 256, (40, 50, channels), np.uint8)
+    assert np.shares_memory(read_picture(own, channels), own)
+    assert segment(fast, own).shape == (40, 50)
+
+
+def test_size_is_the_networks_and_the_labels_stay_the_pictures(fast, pixels):
+    labels = segment(fast, pixels, (64, 96))
+    assert labels.shape == (75, 101)
+    image = Image.fromarray(pixels).resize((96, 64), Image.Resampling.BILINEAR)
+    at_64 = Image.fromarray(segment(fast, image)).resize((101, 75), Image.Resampling.NEAREST)
+    assert np.array_equal(labels, np.asarray(at_64))
+    with pytest.raises(ValueError, match="size must be at least 32x32, got 31x64"):
+        segment(fast, pixels, (31, 64))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (31, 32)])
+def test_small_pictures(fast, size):
+    assert segment(fast, np.full((*size, 3), 99, np.uint8)).shape == size
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), "uint8 array, got float32"),
+        (np.zeros((8, 8, 5), np.uint8), r"got shape \(8, 8, 5\)"),
+        (np.zeros((0, 8, 3), np.uint8), "must have pixels"),
+        (np.zeros(8, np.uint8), r"got shape \(8,\)"),
+        (Image.new("RGB", (0, 5)), "must have pixels, got 5x0"),
+        (Image.new("F", (5, 5)), "floating-point"),
+        ("nowhere.jpg", "nowhere.jpg: does not exist"),
+        (".", ".: is a folder"),
+    ],
+)
+def test_what_is_no_picture(fast, picture, message):
+    with pytest.raises(ValueError, match=message):
+        segment(fast, picture)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_damaged_files_name_themselves(fast, tmp_path, pixels, damage):
+    path = tmp_path / "broken.png"
+    Image.fromarray(pixels).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}[damage]
+    )
+    with pytest.raises(ValueError, match=r"broken\.png: cannot be read: "):
+        segment(fast, path)
+
+
+def test_a_model_in_training_mode_is_refused(pixels):
+    with pytest.raises(ValueError, match="must be in eval mode"):
+        segment(FastSCNN(3), pixels)
+
+
+def test_more_classes_than_a_byte_holds_are_refused(pixels):
+    model = FastSCNN(257).eval()
+    for network in (model, fuse(model)):
+        with pytest.raises(ValueError, match="256"):
+            segment(network, pixels)
+
+
+def test_a_label_image_holds_the_ids_and_shows_the_colours():
+    labels = np.arange(11, dtype=np.uint8).repeat(4).reshape(11, 4)
+    image = label_image(labels, data.CAMVID_PALETTE)
+    assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
+    assert np.array_equal(np.asarray(image.convert("RGB"))[:, 0], data.CAMVID_PALETTE)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (60, 40), (500, 1500)])
+def test_an_overlay_tints_by_class_and_names_what_is_there(size):
+    pixels = np.full((*size, 3), 100, np.uint8)
+    labels = np.zeros(size, np.uint8)
+    labels[:, size[1] // 2 :] = 8
+    labels[0, 0] = data.CAMVID_IGNORE
+    image = np.asarray(overlay(pixels, labels, data.CAMVID_CLASSES, data.CAMVID_PALETTE, 0.5))
+    height, width = size
+    assert image.shape[0] > height and image.shape[1] >= width
+    assert np.array_equal(image[0, 0], pixels[0, 0])
+    legend = {tuple(colour) for colour in image[height:].reshape(-1, 3).tolist()}
+    for k in range(11):
+        assert (data.CAMVID_PALETTE[k] in legend) == bool((labels == k).any())
+    if width > 1:
+        assert (
+            np.abs(image[-1 - (image.shape[0] - height), width - 1] - np.array([82, 50, 114])).max()
+            <= 1
+        )
+
+
+def test_an_overlay_needs_labels_of_the_pictures_size(pixels):
+    with pytest.raises(ValueError, match=r"labels must be \(75, 101\)"):
+        overlay(pixels, np.zeros((3, 3), np.uint8), data.CAMVID_CLASSES, data.CAMVID_PALETTE)
