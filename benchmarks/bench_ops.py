@@ -94,7 +94,7 @@ class Work:
     def check(self, y: Tensor) -> None:
         """Raises AssertionError where ``y`` is not equal, as the parity tests define it."""
         if self.case.variant == "labels":
-            assert_labels(y, self.ref64, tolerance=1e-5)
+            assert_labels(y, self.ref64, tolerance=1e-4)
         else:
             assert_parity(y, self.own, self.ref64)
 
@@ -168,7 +168,7 @@ def _random(shape: Shape, case: Case) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.benchmark(min_rounds=10, warmup=True, warmup_iterations=5, disable_gc=True)
+@pytest.mark.benchmark(max_time=0.3, warmup=True, warmup_iterations=5, disable_gc=True)
 def test_op(
     work: Work,
     contender: str,

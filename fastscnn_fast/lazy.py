@@ -133,7 +133,6 @@ def _being_traced(x: Tensor) -> bool:
         or x.is_meta
         or x.layout is not torch.strided
         or torch.jit.is_tracing()
-        or torch.onnx.is_in_onnx_export()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or has_tangent(x)

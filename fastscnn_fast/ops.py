@@ -139,6 +139,9 @@ def _check_input(
         raise ValueError(f"{name} must be on {weights.device}, got {x.device}")
     if weights.dtype != torch.uint8:
         raise TypeError(f"weights must be packed by pack(), got {weights.dtype}")
+    if weights.dim() != 1 or not weights.is_contiguous():
+        got = f"shape {tuple(weights.shape)}, strides {weights.stride()}"
+        raise ValueError(f"weights must be contiguous and of one dimension, got {got}")
     if backend not in _LAYOUTS:
         raise ValueError(f"backend must be one of {', '.join(_LAYOUTS)}, got {backend!r}")
     wanted = (*_dtypes(backend), torch.uint8) if raw else _dtypes(backend)
@@ -199,7 +202,6 @@ def _call(program: Sequence[int], weights: Tensor) -> tuple[str, tuple[int, ...]
     if weights.device.type != "cpu":
         raise ValueError(f"weights must be on the cpu for backend cpu, got {weights.device}")
     threads = torch.get_num_threads()
-    weights = weights.contiguous()
     return (backends.isa(), tuple(program), weights.data_ptr(), weights.numel(), threads)
 
 

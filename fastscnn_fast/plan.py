@@ -183,12 +183,12 @@ class Step:
         elif layer.op == "inverted_residual":
             macs = prod(self.inputs[0][1:]) * c * m + pixels * (9 * m + m * o)
         elif layer.op == "pyramid_pooling":
-            grid = sum(b * b for b in layer.bins)
-            reach = c if layer.kernel == 1 else 9 * (c + len(layer.bins) * m)
-            interpolated = o if layer.kernel == 1 else m
-            macs = pixels * (len(layer.bins) * (c + 3 * interpolated) + reach * o) + grid * m * (
-                c + o
-            )
+            cells, branches = sum(b * b for b in layer.bins), len(layer.bins)
+            macs = (pixels * branches + cells * m) * c  # pooling, and the branches' 1x1s
+            if layer.kernel == 1:
+                macs += cells * m * o + pixels * (3 * branches + c) * o
+            else:
+                macs += pixels * (3 * branches * m + 9 * (c + branches * m) * o)
         elif layer.op == "feature_fusion":
             refine = prod(self.inputs[1]) * c if layer.dense else pixels * 9 * c
             macs = refine + pixels * (3 * c + (c + m) * o)

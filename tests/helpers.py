@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastscnn_fast import backends, ops
-from fastscnn_fast.model import FastSCNN
+from fastscnn_fast.config import Config
+from fastscnn_fast.model import FastSCNN, resize
 from fastscnn_fast.plan import Layer
 
 # ---------------------------------------------------------------- equality
@@ -215,3 +216,42 @@ def small_network(num_classes: int = 5, **overrides: Any) -> FastSCNN:
     network = randomise(FastSCNN(num_classes, **overrides)).eval()
     assert isinstance(network, FastSCNN)
     return network
+
+
+def noise(batch: int, channels: int, height: int, width: int) -> Tensor:
+    """Pictures (N, C, H, W) with structure of every size, as real ones have, so that no layer sees grey."""
+    octaves = [
+        resize(
+            torch.randn(batch, channels, (height >> k) + 1, (width >> k) + 1),
+            (height, width),
+            align_corners=False,
+        )
+        for k in range(7)
+    ]
+    return torch.stack(octaves).sum(0) / 2
+
+
+def lifelike(config: Config, pictures: Tensor | None = None) -> FastSCNN:
+    """A network that has seen ``pictures`` (noise by default) but learnt nothing, in eval mode.
+
+    Every activation has the size that training gives it: the batch norms' statistics are those of the
+    pictures. The last layer is scaled so that each class's logits have mean 0 and deviation 1 on them:
+    otherwise one class would win everywhere.
+    """
+    model = FastSCNN.from_config(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.momentum = None  # statistics of all batches seen
+    if pictures is None:
+        pictures = noise(8, config.in_channels, 96, 128)
+    with torch.no_grad():
+        model.train().reference(pictures)
+        logits = model.eval().reference(pictures)
+        last = model.classifier.conv
+        assert last.bias is not None
+        deviation, mean = torch.std_mean(logits, (0, 2, 3))
+        last.weight /= deviation[:, None, None, None]
+        last.bias.copy_((last.bias - mean) / deviation)
+    return model

@@ -10,7 +10,7 @@ import pytest
 import third_party
 import torch
 from helpers import randomise
-from test_checkpoints import key_lists
+from layouts import key_lists
 from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN, accelerate, backends, load_checkpoint

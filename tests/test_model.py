@@ -7,19 +7,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise
+from layouts import SMALL
 from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN
 from fastscnn_fast.config import PRESETS, preset
 
-SMALL = {
-    "downsample_channels": (16, 16, 32),
-    "bottleneck_channels": (16, 32, 48),
-    "bottleneck_repeats": (1, 2, 1),
-    "expansion": 2,
-    "pyramid_channels": 32,
-    "fusion_channels": 48,
-}
 PUBLISHED_PARAMETERS = {  # of the key lists, with all auxiliary heads; of the paper's Table 1
     "paper": 1_137_795,
     "tramac": 1_138_051 + 64 * 32 * 9 + 2 * 32 + 33 * 19,
@@ -234,8 +227,8 @@ def test_impossible_networks_are_refused() -> None:
 
 def test_a_few_steps_of_training_learn_something() -> None:
     model = small(classes=2).train()
-    x = torch.randn(2, 3, 64, 64)
-    target = torch.zeros(2, 64, 64, dtype=torch.long)
+    x = torch.randn(2, 3, 32, 64)
+    target = torch.zeros(2, 32, 64, dtype=torch.long)
     target[:, :, 32:] = 1  # the right half
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []

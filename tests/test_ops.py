@@ -443,7 +443,8 @@ SIZE = st.tuples(SIDE, SIDE)
 def cases(draw: st.DrawFn) -> Case:
     op = draw(st.sampled_from(OPS))
     c, o, mid = draw(CHANNELS), draw(CHANNELS), draw(CHANNELS)
-    sizes, fields = (draw(SIZE),), dict[str, Any](activation=draw(ACTIVATIONS))
+    sizes: tuple[Size, ...] = (draw(SIZE),)
+    fields: dict[str, Any] = {"activation": draw(ACTIVATIONS)}
     layout, raw = draw(st.sampled_from(LAYOUTS[:-1])), False
     if op == "stem_conv":
         c, raw = draw(st.integers(1, 4)), draw(st.booleans())

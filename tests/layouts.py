@@ -1,0 +1,53 @@
+"""The published implementations' keys and shapes, and a small network's widths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+LISTS = Path(__file__).parent / "data" / "layout_keys.txt"
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+SMALL = {
+    "downsample_channels": (16, 16, 32),
+    "bottleneck_channels": (16, 32, 48),
+    "bottleneck_repeats": (1, 2, 1),
+    "expansion": 2,
+    "pyramid_channels": 32,
+    "fusion_channels": 48,
+}
+
+
+def key_lists() -> dict[str, Shapes]:
+    """Name -> key -> shape of every published implementation, from ``data/layout_keys.txt``."""
+    lists: dict[str, Shapes] = {}
+    for line in LISTS.read_text().splitlines():
+        line = line.partition("#")[0].strip()
+        if line.startswith("["):
+            shapes = lists.setdefault(line.strip("[]"), {})
+        elif line:
+            module, what, *rest = line.split()
+            if what == "bn":
+                shapes |= {f"{module}.{name}": (int(rest[0]),) for name in BATCH_NORM}
+                shapes[f"{module}.num_batches_tracked"] = ()
+            else:
+                shape = tuple(map(int, what.split("x")))
+                shapes[f"{module}.weight"] = shape
+                if rest == ["bias"]:
+                    shapes[f"{module}.bias"] = shape[:1]
+    lists["tramac_aux"] = lists["tramac"]
+    lists["tramac"] = {k: s for k, s in lists["tramac"].items() if not k.startswith("auxlayer")}
+    lists["mmseg_legacy"] = lists["mmseg"] | {
+        "backbone.global_feature_extractor.out.conv.weight": (128, 256, 1, 1),
+        "backbone.feature_fusion.dwconv.conv.weight": (128, 128, 1, 1),
+    }
+    return lists
+
+
+def random_state(shapes: Shapes) -> dict[str, Tensor]:
+    return {
+        key: torch.randn(shape) if not key.endswith("num_batches_tracked") else torch.tensor(7)
+        for key, shape in shapes.items()
+    }

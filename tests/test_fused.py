@@ -1,0 +1,515 @@
+"""FusedFastSCNN as a module: what it takes, what it refuses, what it keeps, and what it allocates."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYOUTS, assert_labels, err, in_layout, small_network, threads
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, fuse, ops
+from fastscnn_fast.config import PRESETS
+
+pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+
+OUTPUTS = ("forward", "probabilities", "labels")
+
+
+@pytest.fixture(scope="module")
+def model() -> FastSCNN:
+    return small_network()
+
+
+@pytest.fixture(scope="module")
+def fast(model: FastSCNN) -> FusedFastSCNN:
+    return fuse(model)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 64, 80)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def assert_all_equal(fast: FusedFastSCNN, other: FusedFastSCNN, x: Tensor) -> None:
+    for output in OUTPUTS:
+        assert torch.equal(getattr(fast, output)(x), getattr(other, output)(x))
+
+
+# ---------------------------------------------------------------- what it computes
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_three_results(backend, model, x):
+    fast = fuse(model, backend)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double().reference(x.double())
+    logits, probabilities, labels = (getattr(fast, output)(x) for output in OUTPUTS)
+    assert (logits.dtype, logits.shape, logits.is_contiguous()) == (
+        torch.float32,
+        expected.shape,
+        True,
+    )
+    assert err(logits, expected) < 1e-5
+    assert torch.allclose(probabilities.double(), expected.softmax(1), atol=1e-4)
+    assert torch.allclose(probabilities.sum(1), torch.ones(2, 64, 80))
+    assert labels.shape == (2, 64, 80)
+    assert_labels(labels, expected, 1e-5 * expected.abs().max().item())
+    assert not logits.requires_grad and fast.backend == backend
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("raw", [False, True])
+def test_any_strides_are_the_same_picture(layout, raw, fast, x):
+    x = torch.randint(256, x.shape, dtype=torch.uint8) if raw else x
+    view = in_layout(x, layout)
+    assert_all_equal(fast, fast, view)
+    for output in OUTPUTS:
+        run = getattr(fast, output)
+        assert torch.equal(run(view), run(view.contiguous()))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_raw_pixels_are_normalised_floats(preset):
+    model = small_network(preset=preset, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    fast = fuse(model)
+    raw = torch.randint(256, (1, 3, 70, 45), dtype=torch.uint8)
+    mean, std = (
+        torch.tensor(v).double()[:, None, None] for v in (model.config.mean, model.config.std)
+    )
+    x = (raw.double() / 255 - mean) / std
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double().reference(x)
+    assert err(fast(raw), expected) < 1e-5
+    assert err(fast(x.float()), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype, model, x, no_grad):
+    other = copy.deepcopy(model).to(dtype)
+    fast = fuse(other)
+    assert (fast.backend, fast.dtype) == ("reference", dtype)
+    raw = torch.randint(256, x.shape, dtype=torch.uint8)
+    exact = copy.deepcopy(other).double()
+    for picture, picture64 in ((x.to(dtype), x.to(dtype).double()), (raw, raw)):
+        y, own, expected = fast(picture), other.reference(picture), exact.reference(picture64)
+        assert y.dtype == fast.probabilities(picture).dtype == dtype
+        assert err(y, expected) <= max(1.5 * err(own, expected), 1e-12)
+    assert fast.labels(raw).dtype == torch.uint8
+    down = fuse(other, dtype=torch.float32)
+    assert (down.backend, down.dtype) == ("cpu", torch.float32)
+    assert err(down(x), copy.deepcopy(other).double().reference(x.double())) < 1e-5
+
+
+def test_empty_batches(fast, x):
+    assert [getattr(fast, output)(x[:0]).shape for output in OUTPUTS] == [
+        (0, 5, 64, 80),
+        (0, 5, 64, 80),
+        (0, 64, 80),
+    ]
+
+
+def test_lazily_negated_conjugated_and_zero_tensors(fast, x):
+    z = torch.complex(x, x)
+    assert torch.equal(fast(torch._neg_view(-x)), fast(x))
+    assert torch.equal(fast(z.conj().imag), fast(-x))
+    zeros = torch._efficientzerotensor(x.shape)
+    assert torch.equal(fast(zeros), fast(torch.zeros_like(x)))
+
+
+# ---------------------------------------------------------------- extreme numbers
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_pixels_spoil_what_they_spoil_in_plain_torch(preset, value, isa, no_grad):
+    """Means over the whole picture spread one such pixel over its image, but not over its neighbours."""
+    model = small_network(preset=preset)
+    fast = fuse(model)
+    for height, width, row, column in (
+        (49, 66, 0, 0),
+        (48, 64, -1, -1),
+        (48, 64, 20, 30),
+        (51, 40, 0, 17),
+    ):
+        x = torch.randn(3, 3, height, width)
+        clean = fast(x)
+        x[1, 2, row, column] = value
+        y, expected = fast(x), model.reference(x)
+        assert torch.equal(y.isfinite(), expected.isfinite())
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y[::2], clean[::2])
+        if (
+            expected[1].isfinite().all()
+        ):  # stem_padding 0 never looks at the last row of an even size
+            assert (model.config.stem_padding, row) == (0, -1) and torch.equal(y, clean)
+        else:
+            assert not expected[1].isfinite().any()
+            assert fast.probabilities(x)[1].isnan().all()
+        assert torch.equal(fast.labels(x), y.argmax(1).to(torch.uint8))
+        assert torch.equal(fast(x[::2]), clean[::2])  # nothing lingers in scratch memory
+
+
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e10, 1e30, 3e38])
+def test_extreme_magnitudes(magnitude, model, fast, x, isa, no_grad):
+    """Where plain torch overflows so do we, though not at the very same pixels."""
+    x = x.clamp(-1, 1) * magnitude
+    y, own = fast(x), model.reference(x)
+    expected = copy.deepcopy(model).double().reference(x.double())
+    if own.isfinite().all():
+        assert err(y, expected) <= max(2 * err(own, expected), 1e-5)
+        assert_labels(fast.labels(x), expected, 1e-5 * expected.abs().max().item())
+    else:
+        assert expected.abs().max() > 1e36
+        right = (y - expected).abs() <= 1e-4 * expected.abs().max()
+        assert (right | ~y.isfinite()).all()
+
+
+def test_denormal_arithmetic_is_left_as_it_was(fast, x):
+    """Kernels flush denormals on each of their threads, and restore what was set."""
+    tiny = torch.full((200_000,), 1e-40)
+    for count in (1, 2):
+        with threads(count):
+            for run in (fast, fast.labels):
+                run(x)
+                run(x[:1])
+                assert (tiny * 0.5).gt(0).all() and tiny[0].item() * 0.5 > 0
+    assert (tiny.numpy() * tiny.numpy().dtype.type(0.5) > 0).all()
+    torch.set_flush_denormal(True)
+    try:
+        fast(x)
+        assert (tiny[:10] * 0.5).eq(0).all()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+REFUSED: dict[str, tuple[type[Exception], str, Callable[[Tensor], Tensor]]] = {
+    "three dimensions": (
+        ValueError,
+        r"x must be \(N, 3, H, W\), got shape \(3, 64, 80\)",
+        lambda x: x[0],
+    ),
+    "five dimensions": (ValueError, r"x must be \(N, 3, H, W\)", lambda x: x[None]),
+    "four channels": (
+        ValueError,
+        r"got shape \(2, 4, 64, 80\)",
+        lambda x: torch.cat([x, x], 1)[:, :4],
+    ),
+    "channels last": (ValueError, r"got shape \(2, 64, 80, 3\)", lambda x: x.permute(0, 2, 3, 1)),
+    "no rows": (ValueError, "at least 1x1, got 0x80", lambda x: x[:, :, :0]),
+    "no columns": (ValueError, "at least 1x1, got 64x0", lambda x: x[..., :0]),
+    "double": (TypeError, "torch.float32 or torch.uint8, got torch.float64", Tensor.double),
+    "half": (TypeError, "got torch.float16", Tensor.half),
+    "bfloat16": (TypeError, "got torch.bfloat16", Tensor.bfloat16),
+    "int": (TypeError, "got torch.int32", Tensor.int),
+    "bool": (TypeError, "got torch.bool", Tensor.bool),
+    "complex": (TypeError, "got torch.complex64", lambda x: x.to(torch.complex64)),
+    "sparse": (ValueError, "dense tensor, got torch.sparse_coo", Tensor.to_sparse),
+    "mkldnn": (ValueError, "dense tensor, got torch._mkldnn", Tensor.to_mkldnn),
+    "meta": (ValueError, "x must be on cpu, got meta", lambda x: x.to("meta")),
+    "grad": (RuntimeError, "x must not require grad", lambda x: x.requires_grad_()),
+    "graph": (RuntimeError, "x must not require grad", lambda x: x.requires_grad_() * 2),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_wrong_input_is_a_clear_error(wrong, output, fast, x):
+    error, message, spoil = REFUSED[wrong]
+    with pytest.raises(error, match=message):
+        getattr(fast, output)(spoil(x))
+
+
+def test_the_reference_backend_refuses_the_same(model, x):
+    fast = fuse(model, "reference")
+    for name, (error, message, spoil) in REFUSED.items():
+        if name in ("no rows", "no columns"):  # torch's own words
+            error, message = RuntimeError, "actual input size"
+        with pytest.raises(error, match=message):
+            fast(spoil(x.detach().clone()))
+
+
+def test_smallest_pictures(x):
+    fast = fuse(small_network(stem_padding=0))
+    assert fast(x[..., :3, :3]).isfinite().all()
+    with pytest.raises(ValueError, match="at least 3x3, got 3x2"):
+        fast(x[..., :3, :2])
+
+
+def test_gradients_are_refused_or_absent_but_never_zero(fast, model, x):
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(fast(leaf), fast(x))
+    with pytest.raises(RuntimeError, match="no gradient"):
+        ops.network(leaf, fast.weights, fast.program).sum().backward()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            with pytest.raises(RuntimeError, match="tangent"):
+                torch.func.jvp(fast, (x,), (x,))
+            with forward_ad.dual_level():
+                assert torch.equal(fast(x), fast(x))
+                with pytest.raises(RuntimeError, match="tangent"):
+                    fast.labels(forward_ad.make_dual(x, x))
+    with pytest.raises(RuntimeError, match="x must not require grad"):
+        torch.func.grad(lambda x: fast(x).sum())(x)
+
+
+def test_more_classes_than_a_byte_holds(x):
+    fast = fuse(small_network(257))
+    assert fast(x).shape == fast.probabilities(x).shape == (2, 257, 64, 80)
+    with pytest.raises(ValueError, match="at most 256 classes"):
+        fast.labels(x)
+    fast = fuse(small_network(256))
+    assert torch.equal(fast.labels(x), fast(x).argmax(1).to(torch.uint8))
+
+
+def test_autocast_and_inference_mode_change_nothing(fast, x):
+    expected = fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(fast(x.clone()), expected)
+        picture = x.clone()
+    assert torch.equal(fast(picture), expected)
+
+
+# ---------------------------------------------------------------- fuse()
+
+
+def test_fuse_leaves_the_model_alone(x):
+    model = small_network(aux=True).train()
+    before = copy.deepcopy(model.state_dict())
+    fast = fuse(model)
+    assert model.training and not fast.training
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    with torch.no_grad():
+        assert err(fast(x), model.eval().reference(x).double()) < 1e-5
+
+
+def test_fuse_takes_a_snapshot(x):
+    model = small_network()
+    fast = fuse(model)
+    expected = fast(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert torch.equal(fast(x), expected)
+
+
+def test_fuse_under_other_defaults(model, fast, x):
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        other = fuse(model)
+        y = other(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(y, fast(x)) and torch.equal(other.weights, fast.weights)
+
+
+def test_what_cannot_be_fused(model, fast):
+    for other in (nn.Conv2d(3, 3, 3), fast, None):
+        with pytest.raises(TypeError, match="model must be a fastscnn_fast.FastSCNN"):
+            fuse(other)
+    with pytest.raises(ValueError, match="backend must be auto or one of cuda, .*, got 'gpu'"):
+        fuse(model, "gpu")
+    for backend in ("cuda", "triton"):
+        with pytest.raises(
+            RuntimeError, match=f"backend {backend} cannot run: this version has no"
+        ):
+            fuse(model, backend)
+    with pytest.raises(RuntimeError, match="dtype must be torch.float32, got torch.float16"):
+        fuse(model, "cpu", torch.float16)
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(RuntimeError, match="dtype must be one of torch.float32"):
+            fuse(model, dtype=dtype)
+
+
+# ---------------------------------------------------------------- as a module
+
+
+def test_it_holds_one_buffer_and_nothing_to_train(fast):
+    assert list(fast.state_dict()) == ["weights"] and not list(fast.parameters())
+    assert [name for name, _ in fast.named_modules()] == [""] and not fast.training
+    assert repr(fast) == "FusedFastSCNN(num_classes=5, backend=cpu, dtype=torch.float32)"
+
+
+def saved(fast: FusedFastSCNN) -> FusedFastSCNN:
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[FusedFastSCNN], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda fast: pickle.loads(pickle.dumps(fast)),
+    "torch.save": saved,
+    **{name: getattr(nn.Module, name) for name in ("half", "double", "bfloat16", "float", "cpu")},
+    "to dtype": lambda fast: fast.to(torch.float16),
+    "to device": lambda fast: fast.to("cpu"),
+    "channels last": lambda fast: fast.to(memory_format=torch.channels_last),
+    "share memory": nn.Module.share_memory,
+    "train": nn.Module.train,
+    "freeze": lambda fast: fast.requires_grad_(False),
+    "in a sequence": lambda fast: nn.Sequential(fast)[0],
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_and_conversions_do_not_corrupt_it(way, fast, x):
+    other = COPIES[way](copy.deepcopy(fast))
+    assert other.weights.dtype == torch.uint8 and other.dtype == torch.float32
+    assert_all_equal(other, fast, x)
+    assert (other.config, other.backend, other.program) == (fast.config, fast.backend, fast.program)
+
+
+def test_state_dicts_fit_the_same_network_only(fast, x):
+    other = fuse(small_network())
+    assert not torch.equal(other(x), fast(x))
+    other.load_state_dict(fast.state_dict())
+    assert torch.equal(other(x), fast(x))
+    with pytest.raises(RuntimeError, match="size mismatch for weights"):
+        fuse(small_network(6, expansion=4)).load_state_dict(fast.state_dict())
+    same_size = fuse(small_network(6))  # both pad to 16 classes
+    same_size.load_state_dict(fast.state_dict())
+    with pytest.raises(ValueError, match="weights must be packed for these layers"):
+        same_size(x)
+
+
+def flipped(weights: Tensor, byte: int) -> Tensor:
+    weights = weights.clone()
+    weights[byte] ^= 1
+    return weights
+
+
+def misaligned(weights: Tensor) -> Tensor:
+    memory = torch.empty(weights.numel() + 1, dtype=torch.uint8)
+    memory[1:] = weights
+    return memory[1:]
+
+
+TAMPERED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "empty": ("untagged tensor of 0 bytes", lambda w: w[:0]),
+    "one byte": ("untagged tensor of 1 bytes", lambda w: w[:1]),
+    "a tag alone": ("of other layers", lambda w: w[:64]),
+    "short": ("of other layers", lambda w: w[:-4]),
+    "long": ("of other layers", lambda w: torch.cat([w, w[:4]])),
+    "without its tag": ("untagged", lambda w: w[64:]),
+    "random": ("untagged", lambda w: torch.zeros_like(w)),
+    "magic": ("untagged", lambda w: flipped(w, 0)),
+    "version": ("version", lambda w: flipped(w, 4)),
+    "layout": ("got layout 0", lambda w: flipped(w, 8)),
+    "layers": ("of other layers", lambda w: flipped(w, 16)),
+    "size": ("of other layers", lambda w: flipped(w, 24)),
+    "misaligned": ("aligned", misaligned),
+    "strided": ("contiguous", lambda w: torch.stack([w, w], 1)[:, 1]),
+    "a matrix": ("of one dimension", lambda w: w.view(2, -1)),
+    "signed": (r"packed by pack\(\), got torch.int8", lambda w: w.view(torch.int8)),
+    "cast": (r"packed by pack\(\), got torch.float32", Tensor.float),
+    "meta": ("x must be on meta, got cpu", lambda w: w.to("meta")),
+    "the other backend's": (
+        "got layout 0",
+        lambda w: fuse(small_network(), "reference").weights,
+    ),
+}
+
+
+@pytest.mark.parametrize("way", TAMPERED)
+def test_weights_that_are_not_its_own_raise(way, fast, x):
+    message, tamper = TAMPERED[way]
+    other = copy.deepcopy(fast)
+    other.weights = tamper(fast.weights)
+    for output in OUTPUTS:
+        with pytest.raises((ValueError, TypeError), match=message):
+            getattr(other, output)(x)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda w: w[:-4], lambda w: flipped(w, 16), lambda w: flipped(w, 8)]
+)
+def test_the_reference_backend_checks_its_weights_too(spoil, model, x):
+    fast = fuse(model, "reference")
+    fast.weights = spoil(fast.weights)
+    with pytest.raises(ValueError, match="weights must be packed for"):
+        fast(x)
+
+
+def test_on_the_meta_device_it_tells_shapes(fast, x):
+    other = copy.deepcopy(fast).to("meta")
+    shapes = [(getattr(other, output)(x.to("meta")).shape) for output in OUTPUTS]
+    assert shapes == [(2, 5, 64, 80), (2, 5, 64, 80), (2, 64, 80)]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_compiles_whole_for_any_size(output, fast):
+    run = getattr(fast, output)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 3, 64, 80), (1, 3, 65, 97), (3, 3, 71, 33)):
+        x = torch.randn(shape)
+        assert torch.equal(compiled(x), run(x))
+        with torch.no_grad():
+            assert torch.equal(compiled(x), run(x))
+    with pytest.raises(Exception, match="x must be"):
+        compiled(torch.randn(1, 4, 64, 64))
+
+
+@pytest.mark.slow
+def test_compiles_with_the_default_backend_among_other_modules(fast, x):
+    net = nn.Sequential(nn.Upsample(scale_factor=2), fast, nn.Softmax(1))
+    assert torch.allclose(torch.compile(net, fullgraph=True)(x), net(x), atol=1e-6)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_call_allocates_its_result_and_nothing_else(output, layout, fast, x):
+    run, view = getattr(fast, output), in_layout(x, layout)
+    y = run(view)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run(view)
+    events = profile.events()
+    allocations = [event for event in events if event.self_cpu_memory_usage > 0]
+    assert sum(event.self_cpu_memory_usage for event in allocations) == y.nbytes
+    assert {event.name for event in events if event.name.startswith("aten::")} == {
+        "aten::new_empty",
+        "aten::empty",
+    }
+
+
+def test_scratch_memory_stops_growing_once_warm(fast, x):
+    cpu = backends.cpu_module()
+    sizes = [(1, 3, 96, 128), (3, 3, 64, 64), (2, 3, 33, 49)]
+    for count in (1, 2):
+        with threads(count):
+            for size in sizes:
+                for output in OUTPUTS:
+                    getattr(fast, output)(torch.randn(size))
+    warm = cpu.scratch_bytes()
+    for _ in range(20):
+        for size in sizes:
+            for output in OUTPUTS:
+                getattr(fast, output)(torch.randn(size))
+    assert 0 < cpu.scratch_bytes() == warm

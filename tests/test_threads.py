@@ -1,0 +1,200 @@
+"""Threads and processes: torch.set_num_threads governs, calls may overlap, forked children run alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import err, small_network, threads
+from torch.utils.data import DataLoader
+from workers import Labels
+
+from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, fuse
+
+TESTS = Path(__file__).parent
+BEGIN = """
+import ctypes, os, sys, threading
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from helpers import small_network
+from workers import running_threads
+from fastscnn_fast import backends, fuse
+torch.manual_seed({seed})
+torch.set_num_threads(1)
+fast = fuse(small_network())
+x = torch.randn(2, 3, 64, 80)
+with open("/proc/self/maps") as maps:
+    openmp = {{line.split()[-1] for line in maps if "libgomp" in line}}
+"""
+
+pytestmark = [
+    pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks"),
+]
+
+
+@pytest.fixture
+def model() -> FastSCNN:
+    return small_network()
+
+
+@pytest.fixture
+def fast(model: FastSCNN) -> FusedFastSCNN:
+    return fuse(model)
+
+
+def python(script: str, seed: int) -> None:
+    """Runs a script in a fresh process, where no thread was started and every warning is an error."""
+    begin = BEGIN.format(root=str(TESTS.parent), tests=str(TESTS), seed=seed)
+    warnings = ["-W", "error", "-W", "ignore::DeprecationWarning"]  # 3.12 warns of forks
+    subprocess.run([sys.executable, *warnings, "-c", begin + script], check=True, timeout=120)
+
+
+def test_set_num_threads_governs(seed):
+    """Team by team: 1, 2 and 4 threads, shared images and whole ones, and torch's own pool with them."""
+    script = """
+assert len(openmp) == 1, openmp
+before = running_threads()
+expected = [fast(x), fast.labels(x)]
+assert running_threads() == before
+for count in (2, 4):
+    torch.set_num_threads(count)
+    for run in (fast, fast.labels):
+        run(x[:1])
+        assert running_threads() == before + count - 1, (count, running_threads())
+    assert torch.equal(fast(x), expected[0]) and torch.equal(fast.labels(x), expected[1])
+torch.zeros(10**6).add_(1)
+assert running_threads() == before + 3  # torch runs on the same threads
+torch.set_num_threads(1)
+assert torch.equal(fast(x), expected[0])
+"""
+    python(script, seed)
+
+
+def test_a_forked_child_runs_alone(seed):
+    """The parent's pool of threads does not survive a fork; waiting for it would never end."""
+    script = """
+torch.set_num_threads(2)
+expected = [fast(x), fast.probabilities(x), fast.labels(x)]
+busy = threading.Event()
+def work():
+    while not busy.is_set():
+        fast(x)
+worker = threading.Thread(target=work)
+worker.start()
+children = []
+for _ in range(8):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(4)
+            before = running_threads()
+            results = [fast(x), fast.probabilities(x), fast.labels(x)]
+            code = 3 if running_threads() != before else 2
+            torch.set_num_threads(1)  # torch's own parallel loops hang in a forked child
+            if code == 2 and all(map(torch.equal, results, expected)):
+                code = 0
+        finally:
+            os._exit(code)
+    children.append(child)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+busy.set()
+worker.join()
+assert codes == [0] * 8, codes
+assert torch.equal(fast(x), expected[0])
+"""
+    python(script, seed)
+
+
+def test_inside_an_openmp_team_of_the_caller_it_runs_alone(seed):
+    """As under a caller whose own parallel region calls back into Python."""
+    script = """
+torch.set_num_threads(2)
+expected, results = fast(x), []
+(gomp,) = map(ctypes.CDLL, openmp)
+gomp.omp_set_max_active_levels(4)
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def region(_):
+    torch.set_num_threads(2)
+    results.append((fast(x), running_threads()))
+before = running_threads()
+gomp.GOMP_parallel(region, None, 3, 0)
+assert len(results) == 3 and all(torch.equal(y, expected) for y, _ in results)
+assert max(count for _, count in results) <= before + 2  # this region's own
+assert torch.equal(fast(x), expected)
+"""
+    python(script, seed)
+
+
+def test_calls_from_many_threads_do_not_mix(fast):
+    """Each call has its own scratch memory, whatever the sizes; results are the same to the bit."""
+    pictures = [torch.randn(1 + i % 3, 3, 33 + 11 * i, 97 - 7 * i) for i in range(6)]
+    raw = [torch.randint(256, x.shape, dtype=torch.uint8) for x in pictures]
+    jobs = [(run, x) for x in (*pictures, *raw) for run in (fast, fast.probabilities, fast.labels)]
+    expected = [run(x) for run, x in jobs]
+
+    def work(index: int) -> bool:
+        run, x = jobs[index % len(jobs)]
+        return torch.equal(run(x), expected[index % len(jobs)])
+
+    for count in (1, 2):
+        with threads(count), ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(4 * len(jobs))))
+
+
+def test_scratch_memory_is_one_buffer_for_each_call_at_once(fast):
+    x = torch.randn(1, 3, 64, 64)
+    cpu, barrier = backends.cpu_module(), threading.Barrier(3)
+
+    def work(_: int) -> None:
+        barrier.wait()
+        for _ in range(20):
+            fast(x)
+
+    def sweep() -> int:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(work, range(3)))
+        return cpu.scratch_bytes()
+
+    fast(x)
+    one = cpu.scratch_bytes()
+    assert max(sweep() for _ in range(5)) <= 3 * one
+
+
+def test_other_threads_run_python_meanwhile(fast):
+    """The interpreter's lock is released during a call."""
+    x, running, seen = torch.randn(4, 3, 512, 512), threading.Event(), 0
+    worker = threading.Thread(target=lambda: (running.set(), fast(x), running.clear()))
+    worker.start()
+    running.wait()
+    while running.is_set():
+        seen += 1
+    worker.join()
+    assert seen > 100
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_of_a_data_loader(context, model, fast):
+    pictures = [torch.randn(1, 3, 40 + 8 * i, 64) for i in range(6)]
+    with torch.no_grad(), threads(2):
+        model(pictures[0])
+        expected = [(fast.labels(x), model.reference(x)) for x in pictures]
+        loader = DataLoader(
+            Labels(fast, model, pictures),
+            batch_size=None,
+            num_workers=2,
+            multiprocessing_context=context,
+        )
+        results = list(loader)
+    assert len(results) == 6
+    for (labels, logits, started), (right_labels, right_logits) in zip(results, expected):
+        assert torch.equal(torch.from_numpy(labels), right_labels)
+        assert err(torch.from_numpy(logits), right_logits.double()) < 1e-4
+        assert started == 0
