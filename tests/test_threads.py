@@ -76,6 +76,20 @@ assert torch.equal(fast(x), expected[0])
     python(script, seed)
 
 
+@pytest.mark.parametrize(
+    "variable", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=true", "OMP_NUM_THREADS=1"]
+)
+def test_fewer_threads_than_asked_for(variable, seed, monkeypatch):
+    """OpenMP may give a smaller team: no share of the work may be left undone."""
+    monkeypatch.setenv(*variable.split("="))
+    script = """
+expected = [fast(x), fast.labels(x), fast(x[:1])]
+torch.set_num_threads(3)
+assert all(map(torch.equal, [fast(x), fast.labels(x), fast(x[:1])], expected))
+"""
+    python(script, seed)
+
+
 def test_a_forked_child_runs_alone(seed):
     """The parent's pool of threads does not survive a fork; waiting for it would never end."""
     script = """
@@ -189,6 +203,7 @@ def test_workers_of_a_data_loader(context, model, fast):
         loader = DataLoader(
             Labels(fast, model, pictures),
             batch_size=None,
+            collate_fn=tuple,
             num_workers=2,
             multiprocessing_context=context,
         )

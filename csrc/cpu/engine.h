@@ -51,7 +51,8 @@ void network(const Call&, const Picture&, Output, void* out);
 
 // Bytes that the scratch pool holds.
 size_t scratch_bytes();
-// Sets every byte of the idle buffers: what scratch holds between calls never matters, as tests show.
+// Sets every byte of the idle buffers: what scratch holds between calls never matters, as tests
+// show.
 void fill_scratch(int byte);
 
 }  // namespace fastscnn

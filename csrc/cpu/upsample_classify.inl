@@ -89,22 +89,30 @@ static RowGroup row_group(int y, int end, int in, int out, bool align_corners) {
   return g;
 }
 
-// out[i] = low_weight * a[i] + high_weight * b[i], past the cache: the picture-sized result is not
-// read again here.
-static void write_row(const float* a, const float* b, Sample s, int n, float* out) {
+// Results of this size and more are written past the cache: nothing here reads them again.
+constexpr size_t kStreamedBytes = 1 << 20;
+constexpr size_t kCacheLine = 64;
+
+// out[i] = low_weight * a[i] + high_weight * b[i] for n floats; a and b are readable, out is not
+// writable, to the end of the last vector. A streamed row's ends are stored plainly up to whole
+// cache lines: a line written both ways would travel to memory and back.
+static void write_row(const float* a, const float* b, Sample s, int n, bool streamed, float* out) {
   const vf wa = splat(s.low_weight), wb = splat(s.high_weight);
-  if (n < kLanes) {
-    float v[kLanes];
-    blend(a, b, s.low_weight, s.high_weight, kLanes, v);
-    __builtin_memcpy(out, v, n * sizeof(float));
-    return;
-  }
-  // The first and the last vector overlap their neighbours: same values, no scalar code.
-  blend(a, b, s.low_weight, s.high_weight, kLanes, out);
-  int i = int(-(reinterpret_cast<uintptr_t>(out) / sizeof(float)) % kLanes);
-  for (; i + kLanes <= n; i += kLanes) stream(out + i, fma(load(b + i), wb, load(a + i) * wa));
-  i = n - kLanes;
-  blend(a + i, b + i, s.low_weight, s.high_weight, kLanes, out + i);
+  auto plainly = [&](int begin, int end) {
+    for (int i = begin; i < end; i += kLanes) {
+      float v[kLanes];
+      store(v, fma(load(b + i), wb, load(a + i) * wa));
+      __builtin_memcpy(out + i, v, min_of(kLanes, end - i) * sizeof(float));
+    }
+  };
+  constexpr int kLine = kCacheLine / sizeof(float);
+  const int before = int(-(reinterpret_cast<uintptr_t>(out) / sizeof(float)) % kLine);
+  if (!streamed || n < before + kLine) return plainly(0, n);
+  const int end = n - (n - before) % kLine;
+  plainly(0, before);
+  for (int i = before; i < end; i += kLanes)
+    stream(out + i, fma(load(b + i), wb, load(a + i) * wa));
+  plainly(end, n);
 }
 
 struct Upsample {
@@ -117,10 +125,13 @@ struct Upsample {
   void place(Bump& scratch, Output output) {
     columns.place(scratch, w);
     size_t floats = 0;
-    if (output == Output::logits) floats = size_t(2) * columns.blocks * kLanes;
+    if (output == Output::logits) floats = 2 * wide();
     if (output == Output::probabilities) floats = size_t(3) * low->classes * kLanes;
     buffer = scratch.take<float>(floats);
   }
+  // Floats of a widened row: a vector more than its blocks, so that a vector may be read at any
+  // pixel.
+  size_t wide() const { return size_t(columns.blocks + 1) * kLanes; }
   template <bool WINDOWED>
   void widen(const float* row, float* out) const {
     for (int i = 0; i < columns.blocks; i++) store(out + i * kLanes, columns.at<WINDOWED>(row, i));
@@ -128,7 +139,8 @@ struct Upsample {
 
   template <bool WINDOWED>
   void logits(float* out, Range rows) const {
-    float *a = buffer, *b = buffer + size_t(columns.blocks) * kLanes;
+    float *a = buffer, *b = buffer + wide();
+    const bool streamed = size_t(low->classes) * h * w * sizeof(float) >= kStreamedBytes;
     for (int c = 0; c < low->classes; c++) {
       int in_b = -1;  // the low row that b holds, widened
       for (int y = rows.begin; y < rows.end;) {
@@ -142,7 +154,7 @@ struct Upsample {
         widen<WINDOWED>(low->row(g.high, c), b);
         in_b = g.high;
         for (; y < g.end; y++)
-          write_row(a, b, sample(y, low->h, h, layer->align_corners), w,
+          write_row(a, b, sample(y, low->h, h, layer->align_corners), w, streamed,
                     out + (size_t(c) * h + y) * w);
       }
     }
@@ -165,13 +177,20 @@ struct Upsample {
           const Sample s = sample(row, low->h, h, layer->align_corners);
           blend(upper, lower, s.low_weight, s.high_weight, size_t(classes) * kLanes, value);
           softmax(value, classes);
-          for (int c = 0; c < classes; c++)
-            __builtin_memcpy(out + (size_t(c) * h + row) * w + x, value + c * kLanes,
-                             count * sizeof(float));
+          for (int c = 0; c < classes; c++) {
+            float* to = out + (size_t(c) * h + row) * w + x;
+            // Class planes of a power-of-two size share cache sets: whole vectors go past the
+            // cache.
+            if (count == kLanes && reinterpret_cast<uintptr_t>(to) % sizeof(vf) == 0)
+              stream(to, load(value + c * kLanes));
+            else
+              __builtin_memcpy(to, value + c * kLanes, count * sizeof(float));
+          }
         }
       }
       y = g.end;
     }
+    stream_fence();
   }
   static void softmax(float* value, int classes) {
     vf largest = load(value), sum = splat(0);
