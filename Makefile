@@ -34,7 +34,7 @@ test: $(installed_dev) $(built)
 	$(python) -m pytest
 
 bench: $(installed_bench) $(built)
-	$(python) -m fastscnn_fast bench --plot bench.png
+	$(python) -m fastscnn_fast bench
 	$(python) -m pytest benchmarks --benchmark-only
 
 lint: $(installed_dev)

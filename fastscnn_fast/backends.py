@@ -28,6 +28,10 @@ else:
     _cpu_module, _cpu_missing = _cpu, ""
 
 
+class CannotRun(RuntimeError):
+    """A backend cannot run what it was asked to; the message says why."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """``why_not(config, device, dtype)`` is None where the backend can run, else the reason."""
@@ -84,7 +88,7 @@ def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) 
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: the backend that was asked for cannot run; the message says why.
+        CannotRun: the backend that was asked for cannot run; the message says why.
     """
     if name == "auto":
         name = forced()
@@ -92,7 +96,7 @@ def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) 
         reasons = {b.name: b.why_not(config, device, dtype) for b in BACKENDS.values()}
         chosen = next((n for n, reason in reasons.items() if reason is None), None)
         if chosen is None:
-            raise RuntimeError(f"no backend can run: {reasons}")
+            raise CannotRun(f"no backend can run: {reasons}")
         if chosen == "reference":
             log_once(f"running on the reference backend: cpu: {reasons['cpu']}")
         return chosen
@@ -100,7 +104,7 @@ def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) 
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
     reason = BACKENDS[name].why_not(config, device, dtype)
     if reason is not None:
-        raise RuntimeError(f"backend {name} cannot run: {reason}")
+        raise CannotRun(f"backend {name} cannot run: {reason}")
     return name
 
 
@@ -114,10 +118,10 @@ def cpu_module() -> ModuleType:
     """The extension ``_cpu``.
 
     Raises:
-        RuntimeError: it is not built.
+        CannotRun: it is not built.
     """
     if _cpu_module is None:
-        raise RuntimeError(f"backend cpu cannot run: {_cpu_missing}")
+        raise CannotRun(f"backend cpu cannot run: {_cpu_missing}")
     return _cpu_module
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import backends, data
 from .fused import FusedFastSCNN
 from .model import FastSCNN
+from .reference import normalise
 
 #: Parity with float64: logits may err this much (:func:`relative_error`) and this share of the labels may
 #: differ, or twice as much as eager torch's own in float32, whichever is larger.
@@ -94,8 +95,7 @@ def picture_tensor(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 
 def normalised(model: FastSCNN, x: Tensor) -> Tensor:
     """uint8 (N, C, H, W) -> float32, as ``model`` normalises it."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.mean, model.config.std))
-    return (x.float() / 255 - mean) / std
+    return normalise(x, model.config, torch.float32)
 
 
 def compare(

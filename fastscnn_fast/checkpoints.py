@@ -541,7 +541,7 @@ _METADATA = "fastscnn_fast.config"
 # What tensors, and the plain values around them, are made of. torch.load(weights_only=True) allows more,
 # among it bytearray(n), which fills n bytes however small the file is.
 _HARMLESS = re.compile(
-    r"torch\.(storage\.)?\w*Storage|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
+    r"torch\.(storage\.)?(?!Untyped|Typed)\w*Storage|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
     r"|torch\.(Size|device|u?int\d+|b?float\d+|complex\d+|bool|double|half|long|short)"
     r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|_codecs\.encode"
 )

@@ -6,7 +6,8 @@ import argparse
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from . import __version__, backends, bench, data
 from .checkpoints import load_checkpoint
-from .config import PRESETS
+from .config import PRESETS, Config
 from .export import export_onnx
 from .fused import FusedFastSCNN, fuse
 from .model import FastSCNN
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command_line = "python -m fastscnn_fast " + shlex.join(argv)
     try:
         status: int = args.run(args)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 1
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"fastscnn_fast: error: {reason}", file=sys.stderr)
@@ -146,7 +150,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out torch.compile, which takes a minute a size",
     )
-    command.add_argument("--plot", type=Path, metavar="FILE", help="write the bars as PNG")
+    command.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        default=Path("bench.png"),
+        help="the bars as PNG (%(default)s); needs the extra [plot]",
+    )
     command.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     command.set_defaults(run=_bench)
 
@@ -237,11 +247,12 @@ def _segment(args: argparse.Namespace) -> int:
     for path, name in tqdm(jobs, unit="picture", disable=True if len(jobs) == 1 else None):
         try:
             pixels = read_picture(path, fast.config.in_channels)
+            labels = segment(fast, pixels, args.size)
         except ValueError as error:
             tqdm.write(f"skipped {error}", file=sys.stderr)
             skipped += 1
         else:
-            _write(args.out / name, pixels, segment(fast, pixels, args.size), fast)
+            _write(args.out / name, pixels, labels, fast)
     done = len(jobs) + len(problems) - skipped
     print(f"{done} segmented, {skipped} skipped; results: {args.out}/*{_LABELS}, *{_OVERLAY}")
     return 1 if skipped or not done else 0
@@ -357,8 +368,11 @@ def _bench(args: argparse.Namespace) -> int:
     if args.csv is not None:
         bench.write_csv(args.csv, results, about)
         print(f"wrote {args.csv}")
-    if args.plot is not None:
+    try:
         bench.plot(args.plot, results, about)
+    except ImportError as error:
+        print(f"no plot: {error}")
+    else:
         print(f"wrote {args.plot}")
     return 0 if all(result.passed for result in results) else 1
 
@@ -386,12 +400,22 @@ def _info(args: argparse.Namespace) -> int:
         compiler = module.compiler if module.compiler[0].isalpha() else f"GCC {module.compiler}"
         openmp = "with" if module.openmp else "WITHOUT"
         print(f"C++ kernels: built by {compiler}, {openmp} OpenMP")
-        print(f"instruction sets that run here: {', '.join(sets)}; in use: {backends.isa()}")
+        print(f"instruction sets that run here: {', '.join(sets)}")
+        print(f"instruction set in use: {_or_error(backends.isa)}")
     else:
         print("C++ kernels: not built")
     for name, reason in backends.report().items():
         print(f"backend {name}: {'can run' if reason is None else f'cannot run: {reason}'}")
+    choose = partial(backends.choose, "auto", Config(), torch.device("cpu"), torch.float32)
+    print(f"backend in use for float32 on the CPU: {_or_error(choose)}")
     return 0
+
+
+def _or_error(name: Callable[[], str]) -> str:
+    try:
+        return name()
+    except (ValueError, RuntimeError) as error:
+        return f"none: {error}"
 
 
 def _version(package: str) -> str:

@@ -17,7 +17,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Config:
     """One Fast-SCNN architecture (Poudel et al., BMVC 2019, Table 1). The defaults are the ``paper`` preset.
 
-    Sizes are channel counts unless said otherwise. ``mean`` and ``std`` normalise pictures scaled to
+    Sizes are channel counts unless said otherwise. More than 8 pooling bins run unfused. ``mean`` and ``std`` normalise pictures scaled to
     [0, 1], one value per input channel.
 
     Raises:

@@ -45,7 +45,7 @@ class _ExactPooling(PyramidPooling):
 class _Exportable(nn.Module):
     def __init__(self, model: FastSCNN, output: str) -> None:
         super().__init__()
-        self.network = copy.deepcopy(model).float().eval()
+        self.network = copy.deepcopy(model).cpu().float().eval()
         self.network.global_features.pyramid.__class__ = _ExactPooling
         self.labels = output == "labels"
 

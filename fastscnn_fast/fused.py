@@ -94,7 +94,7 @@ def fuse(model: FastSCNN, backend: str = "auto", dtype: torch.dtype | None = Non
     Raises:
         TypeError: not a FastSCNN.
         ValueError: unknown backend, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
-        RuntimeError: the backend cannot run, and why.
+        CannotRun: a RuntimeError: the backend cannot run, and why.
     """
     from .model import FastSCNN
 

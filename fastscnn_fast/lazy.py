@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .model import FastSCNN
 
 _WATCHED = (*SETTINGS, "training", "_forward_hooks", "_forward_pre_hooks")
+_END = object()
 
 
 class _Decision:
@@ -48,7 +49,7 @@ class _Decision:
         self.refusal: str | None = None
         try:
             self._fuse(model)
-        except Unfusable as reason:
+        except (Unfusable, backends.CannotRun) as reason:
             self.refusal = str(reason)
 
     def _fuse(self, model: FastSCNN) -> None:
@@ -71,7 +72,7 @@ class _Decision:
             map(contains, self.states, repeat("forward")),
             map(type, self.modules),
             chain.from_iterable([table.values() for table in self.tables]),
-            (self,),  # so that a table that grew or shrank cannot go unnoticed
+            (_END,),  # so that a table that grew or shrank cannot go unnoticed
         )
 
     def _contents(self) -> list[int]:
@@ -95,7 +96,11 @@ class LazyFusion:
     _fused: _Decision | None = None
 
     def refuse(self) -> None:
-        """Fuse anew at the next call: needed after writes that torch does not count, as through ``.data``."""
+        """Fuse anew at the next call.
+
+        Needed after writes that torch does not count: through ``.data``, numpy or torch.distributed, or by
+        an optimiser with ``fused=True``, unless this model's own ``forward`` ran with gradients before it.
+        """
         object.__setattr__(self, "_fused", None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,11 +110,7 @@ class LazyFusion:
     def fused_for(self, x: Tensor) -> FusedFastSCNN | None:
         """The fused network to run ``x`` with, or None where plain torch must run."""
         model = cast("FastSCNN", self)
-        if torch.compiler.is_compiling():
-            return None
-        if model.training or torch.is_grad_enabled():
-            # An optimiser's step may follow, and those with fused=True write without counting.
-            self.refuse()
+        if torch.compiler.is_compiling() or model.training or torch.is_grad_enabled():
             return None
         if _being_traced(x) or getattr(model, "_is_replica", False):
             return None

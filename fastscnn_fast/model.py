@@ -284,6 +284,8 @@ class FastSCNN(LazyFusion, nn.Module):
 
     def reference(self, x: Tensor) -> Any:
         """What :meth:`forward` computes, always in plain torch."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.refuse()  # a step of an optimiser may follow; with fused=True it writes uncounted
         x = self._normalised(x)
         size = x.shape[2:]
         features = {"downsample": self.learning_to_downsample(x)}
@@ -306,5 +308,7 @@ class FastSCNN(LazyFusion, nn.Module):
                 f"x must be (N, {self.config.in_channels}, H, W), got shape {tuple(x.shape)}"
             )
         if x.dtype != torch.uint8:
+            if not x.is_floating_point():
+                raise TypeError(f"x must be normalised floats or raw torch.uint8, got {x.dtype}")
             return x
         return normalise(x, self.config, self.learning_to_downsample.stem.conv.weight.dtype)

@@ -363,7 +363,9 @@ def _register(
 ) -> None:
     def run(*args: Any) -> Tensor:
         out = result(*args)
-        fill(out, *args)
+        # In the dtype asked for, whatever surrounds the call.
+        with torch.autocast(out.device.type, enabled=False):
+            fill(out, *args)
         return out
 
     _library.define(name + schema)

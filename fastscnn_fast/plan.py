@@ -23,6 +23,8 @@ ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "relu6")
 
 Shape = tuple[int, ...]
 
+_FIELDS = 14  # of an encoded layer, before its bins
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -84,10 +86,16 @@ class Layer:
 
     @staticmethod
     def decode(values: tuple[int, ...] | list[int]) -> list[Layer]:
-        """The layers of concatenated encodings, in order; names are lost."""
+        """The layers of concatenated encodings, in order; names are lost.
+
+        Raises:
+            ValueError: not the integers of whole layers.
+        """
         layers, at = [], 0
         while at < len(values):
             v = values[at + 1 : at + 1 + values[at]]
+            if values[at] < _FIELDS or len(v) != values[at] or min(v) < 0:
+                raise ValueError(f"layers must be as encode() writes them, got {tuple(v)}")
             layers.append(
                 Layer(
                     op=OPS[v[0]],
@@ -105,7 +113,7 @@ class Layer:
                     residual=bool(v[11]),
                     dense=bool(v[12]),
                     align_corners=bool(v[13]),
-                    bins=tuple(v[14:]),
+                    bins=tuple(v[_FIELDS:]),
                 )
             )
             at += 1 + values[at]

@@ -18,11 +18,12 @@ from fastscnn_fast.plan import Layer
 # ---------------------------------------------------------------- equality
 
 
-def err(y: Tensor, ref64: Tensor) -> float:
+def err(y: Tensor, ref64: Tensor, least: float = 0.0) -> float:
     """``||y - ref64|| / ||ref64 - its mean per channel||``; channels are dimension 1.
 
     A constant offset cannot hide an error that way. Where a channel holds one value, or the reference is
-    constant, the mean is left in. A result with NaN or infinity is infinitely wrong.
+    constant, the mean is left in. ``least`` is the smallest deviation per value that counts as one. A result
+    with NaN or infinity is infinitely wrong.
     """
     assert ref64.dtype == torch.float64, "the reference must be computed in float64"
     assert ref64.isfinite().all(), "the reference itself is not finite"
@@ -34,6 +35,7 @@ def err(y: Tensor, ref64: Tensor) -> float:
     spread = (ref64 - ref64.mean(others, keepdim=True)).norm().item()
     if spread <= 1e-9 * size:
         spread = size
+    spread = max(spread, least * ref64.numel() ** 0.5)
     difference = (y.double() - ref64).norm().item()
     if difference == 0:
         return 0.0
@@ -47,15 +49,20 @@ def border(x: Tensor, width: int = 2) -> Tensor:
 
 
 def assert_parity(
-    y: Tensor, own: Tensor, ref64: Tensor, factor: float = 2.0, floor: float = 1e-6
+    y: Tensor,
+    own: Tensor,
+    ref64: Tensor,
+    factor: float = 2.0,
+    floor: float = 1e-6,
+    least: float = 0.0,
 ) -> None:
     """``y`` (N, C, H, W) errs at most ``factor`` times as much as torch's ``own`` result in that dtype.
 
-    Both are measured against ``ref64``, over everything and over the border alone; errors up to
-    ``floor`` pass in any case.
+    Both are measured against ``ref64`` by :func:`err`, over everything and over the border alone; errors up
+    to ``floor`` pass in any case.
     """
     for where, part in (("everywhere", lambda x: x), ("on the border", border)):
-        ours, torchs = err(part(y), part(ref64)), err(part(own), part(ref64))
+        ours, torchs = (err(part(z), part(ref64), least) for z in (y, own))
         bound = max(factor * torchs, floor)
         assert ours <= bound < float("inf"), (
             f"error {where} {ours:.2e}, bound {bound:.2e}, torch's {torchs:.2e}"

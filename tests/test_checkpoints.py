@@ -517,6 +517,18 @@ def test_a_small_pickle_cannot_fill_memory(make: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("thrifty")
+@pytest.mark.parametrize("name", ["UntypedStorage", "TypedStorage"])
+def test_a_pickle_cannot_call_a_storage(name: str, tmp_path: Path) -> None:
+    call = f"ctorch.storage\n{name}\n".encode() + b"\x8a\x05" + (1 << 33).to_bytes(5, "little")
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + call + b"\x85R.")
+        archive.writestr("x/version", b"3\n")
+    with pytest.raises(CheckpointError, match=f"not tensors .*{name}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.usefixtures("thrifty")
 def test_a_compressed_archive_cannot_fill_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(new_file({}, zipfile.ZIP_DEFLATED, zeros=bytes(1 << 26)))

@@ -269,6 +269,11 @@ def test_gradients_are_refused_or_absent_but_never_zero(fast, model, x):
         torch.func.grad(lambda x: fast(x).sum())(x)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_runs_one_by_one(fast, x):
+    assert torch.equal(torch.vmap(fast.labels)(x[:, None])[:, 0], fast.labels(x))
+
+
 def test_more_classes_than_a_byte_holds(x):
     fast = fuse(small_network(257))
     assert fast(x).shape == fast.probabilities(x).shape == (2, 257, 64, 80)
@@ -278,7 +283,9 @@ def test_more_classes_than_a_byte_holds(x):
     assert torch.equal(fast.labels(x), fast(x).argmax(1).to(torch.uint8))
 
 
-def test_autocast_and_inference_mode_change_nothing(fast, x):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_and_inference_mode_change_nothing(backend, model, x):
+    fast = fuse(model, backend)
     expected = fast(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(x), expected)

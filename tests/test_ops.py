@@ -109,9 +109,9 @@ def prepared(case: Case) -> tuple[tuple[Any, ...], Tensor, Tensor]:
     return case.arguments(inputs, weights), own, ref64
 
 
-def check(case: Case) -> None:
+def check(case: Case, least: float = 0.0) -> None:
     arguments, own, ref64 = prepared(case)
-    assert_parity(run_poisoned(case.layer.op, *arguments), own, ref64)
+    assert_parity(run_poisoned(case.layer.op, *arguments), own, ref64, least=least)
 
 
 # ---------------------------------------------------------------- shapes
@@ -471,13 +471,18 @@ def cases(draw: st.DrawFn) -> Case:
     return case.enlarged()
 
 
-def check_random(case: Case, seed: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_random(case: Case, seed: int, count: int) -> None:
+    """Random layers may make values that hardly vary around a large mean, or that are almost all clamped
+    away. Neither says how large the numbers were that were rounded: those of the inputs, of size 1, and the
+    mean do.
+    """
     torch.manual_seed(seed)
     prepared.cache_clear()
-    for isa in backends.isas():
-        monkeypatch.setenv("FASTSCNN_ISA", isa)
-        with threads(count):
-            check(case)
+    least = max(1.0, prepared(case)[2].square().mean().sqrt().item())
+    with pytest.MonkeyPatch.context() as monkeypatch, threads(count):
+        for isa in backends.isas():
+            monkeypatch.setenv("FASTSCNN_ISA", isa)
+            check(case, least)
 
 
 SEEDS, COUNTS = st.integers(0, 2**31), st.integers(1, 3)
@@ -486,16 +491,14 @@ SEEDS, COUNTS = st.integers(0, 2**31), st.integers(1, 3)
 @given(cases(), SEEDS, COUNTS)
 @settings(max_examples=100)
 def test_random_layers(case: Case, seed: int, count: int) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        check_random(case, seed, count, monkeypatch)
+    check_random(case, seed, count)
 
 
 @pytest.mark.slow
 @given(cases(), SEEDS, COUNTS)
 @settings(max_examples=2000)
 def test_many_random_layers(case: Case, seed: int, count: int) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        check_random(case, seed, count, monkeypatch)
+    check_random(case, seed, count)
 
 
 # ---------------------------------------------------------------- the dispatcher's view
@@ -599,5 +602,5 @@ def test_wrong_outputs_and_sizes() -> None:
     ids=lambda layer: layer.op,
 )
 def test_impossible_layers_are_refused(layer: Layer) -> None:
-    with pytest.raises(ValueError, match="program must hold"):
+    with pytest.raises(ValueError, match="must"):
         ops.pack([layer], [random_weights(layer)], "cpu")

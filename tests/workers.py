@@ -37,3 +37,11 @@ class Labels(Dataset[tuple[Array, Array, int]]):
 def running_threads() -> int:
     """Threads of this process."""
     return len(os.listdir("/proc/self/task"))
+
+
+def openmp_libraries() -> set[str]:
+    """Paths of the GNU OpenMP libraries in this process: more than one would mean two pools of threads."""
+    if not os.path.exists("/proc/self/maps"):
+        return set()
+    with open("/proc/self/maps") as maps:
+        return {line.split()[-1] for line in maps if "libgomp" in line}

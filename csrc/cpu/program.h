@@ -20,9 +20,11 @@ inline std::vector<Layer> decode(const Program& program) {
   for (size_t at = 0; at < program.size(); at += 1 + size_t(program[at])) {
     const int64_t length = program[at];
     const int64_t bins = length - int64_t(kFields);
-    if (bins < 0 || bins > kMaxBins || at + size_t(length) >= program.size())
-      throw std::invalid_argument("program must hold whole layers of at most " +
-                                  std::to_string(kMaxBins) + " bins, got a layer of length " +
+    if (bins > kMaxBins)
+      throw std::invalid_argument("pyramid_bins must be at most " + std::to_string(kMaxBins) +
+                                  " values, got " + std::to_string(bins));
+    if (bins < 0 || at + size_t(length) >= program.size())
+      throw std::invalid_argument("program must hold whole layers, got a layer of length " +
                                   std::to_string(length));
     const int64_t* v = &program[at + 1];
     for (int64_t i = 0; i < length; i++)

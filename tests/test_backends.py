@@ -1,0 +1,190 @@
+"""Choosing a backend and an instruction set, by name, by environment and by what is there."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import err, small_network
+
+from fastscnn_fast import backends, fuse, ops
+from fastscnn_fast.config import PRESETS, Config
+
+CPU = torch.device("cpu")
+built = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log, in which every reason appears anew."""
+    backends.log_once.cache_clear()
+    caplog.set_level(logging.WARNING, "fastscnn_fast")
+    return caplog
+
+
+def choose(name: str = "auto", dtype: torch.dtype = torch.float32) -> str:
+    return backends.choose(name, Config(), CPU, dtype)
+
+
+@built
+def test_the_best_that_can_run_is_chosen(monkeypatch, log):
+    monkeypatch.delenv("FASTSCNN_BACKEND", raising=False)
+    assert choose() == "cpu" and not log.messages
+    assert [choose(name) for name in ("cpu", "reference")] == ["cpu", "reference"]
+    for _ in range(2):
+        assert choose(dtype=torch.bfloat16) == "reference"
+    assert log.messages == [
+        "running on the reference backend: cpu: dtype must be torch.float32, got torch.bfloat16"
+    ]
+
+
+@built
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_the_environment_forces_a_backend(name, monkeypatch, log):
+    x, model = torch.randn(1, 3, 64, 64), small_network()
+    monkeypatch.setenv("FASTSCNN_BACKEND", name)
+    fast = fuse(model)
+    assert fast.backend == choose() == name and not log.messages
+    with torch.no_grad():
+        assert err(fast(x), model.reference(x).double()) < 1e-5
+    assert fuse(model, "reference").backend == "reference"  # the argument is nearer
+
+
+@pytest.mark.parametrize("forced", ["argument", "environment"])
+def test_a_forced_backend_that_cannot_run_says_why(forced, monkeypatch):
+    def force(name: str, dtype: torch.dtype = torch.float32) -> None:
+        monkeypatch.setenv("FASTSCNN_BACKEND", name if forced == "environment" else "reference")
+        choose("auto" if forced == "environment" else name, dtype)
+
+    for name, kernels in (("cuda", "CUDA"), ("triton", "Triton")):
+        with pytest.raises(RuntimeError, match=f"{name} cannot run: this version has no {kernels}"):
+            force(name)
+    with pytest.raises(
+        RuntimeError, match=r"reference cannot run: dtype must be .*, got torch.int8"
+    ):
+        force("reference", torch.int8)
+    with pytest.raises(ValueError, match="backend must be auto or one of .*, got 'opencl'"):
+        force("opencl")
+
+
+@built
+def test_the_cpu_backend_says_what_it_cannot_run():
+    for device, dtype, reason in (
+        (torch.device("cuda", 0), torch.float32, "device must be cpu, got cuda:0"),
+        (CPU, torch.float16, "dtype must be torch.float32, got torch.float16"),
+    ):
+        assert backends.BACKENDS["cpu"].why_not(Config(), device, dtype) == reason
+    nine = Config(bottleneck_channels=(16, 16, 36), pyramid_bins=tuple(range(1, 10)))
+    assert "pyramid_bins must be at most 8" in str(
+        backends.BACKENDS["cpu"].why_not(nine, CPU, torch.float32)
+    )
+    for config in PRESETS.values():
+        assert backends.BACKENDS["cpu"].why_not(config, CPU, torch.float32) is None
+
+
+@built
+def test_empty_variables_count_as_unset(monkeypatch):
+    monkeypatch.setenv("FASTSCNN_BACKEND", "")
+    monkeypatch.setenv("FASTSCNN_ISA", "")
+    assert choose() == "cpu" and backends.isa() == backends.isas()[-1]
+
+
+@built
+def test_the_report_has_a_line_for_every_backend():
+    report = backends.report()
+    assert list(report) == ["cuda", "triton", "cpu", "reference"]
+    assert (report["cpu"], report["reference"]) == (None, None)
+    assert report["cuda"] and report["triton"]
+
+
+@built
+def test_every_instruction_set_computes_the_same(isa):
+    x, model = torch.randn(1, 3, 70, 90), small_network()
+    with torch.no_grad():
+        assert err(fuse(model)(x), model.reference(x).double()) < 1e-5
+
+
+@built
+def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+    fast, x = fuse(small_network()), torch.randn(1, 3, 64, 64)
+    monkeypatch.setenv("FASTSCNN_ISA", "sse9")
+    for run in (backends.isa, lambda: fast(x), lambda: fast.labels(x)):
+        with pytest.raises(ValueError, match=r"FASTSCNN_ISA must be one of portable.*, got 'sse9'"):
+            run()
+    monkeypatch.setenv("FASTSCNN_ISA", "portable")
+    assert fast(x).isfinite().all()
+    cpu = backends.cpu_module()
+    with pytest.raises(ValueError, match="isa must be one that this processor runs, got 'sse9'"):
+        cpu.network(
+            ("sse9", fast.program, fast.weights.data_ptr(), 0, 1), ops._picture(x), "logits", 0
+        )
+
+
+def test_without_the_extension_everything_runs_in_plain_torch():
+    """One logged reason, no warning; a forced cpu backend says what is missing."""
+    script = """
+import logging, sys, torch
+sys.modules["fastscnn_fast._cpu"] = None
+messages = []
+class Handler(logging.Handler):
+    def emit(self, record):
+        messages.append(record.getMessage())
+logging.getLogger("fastscnn_fast").addHandler(Handler())
+from fastscnn_fast import FastSCNN, backends, fuse, ops
+model, x = FastSCNN(5).eval(), torch.randn(1, 3, 64, 64)
+assert not messages and backends.isas() == []
+with torch.no_grad():
+    for _ in range(2):
+        assert torch.equal(model(x), model.reference(x))
+        fast = fuse(model)
+        assert torch.allclose(fast(x), model.reference(x), atol=1e-5)
+assert fast.backend == "reference" and fast.labels(x).dtype == torch.uint8
+(message,) = messages
+assert "the extension fastscnn_fast._cpu is not built" in message, message
+assert backends.report()["cpu"].startswith("the extension fastscnn_fast._cpu is not built")
+for run in (lambda: fuse(model, "cpu"), backends.isa, lambda: ops.network(x, fast.weights, fast.program)):
+    try:
+        run()
+    except RuntimeError as error:
+        assert "backend cpu cannot run: the extension fastscnn_fast._cpu is not built" in str(error)
+    else:
+        raise AssertionError("no error")
+"""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-W", "error", "-c", script]
+    subprocess.run(command, check=True, cwd=root, timeout=120)
+
+
+def test_import_and_use_warn_of_nothing():
+    script = """
+import torch
+from fastscnn_fast import FastSCNN, FusedFastSCNN, accelerate, fuse, load_checkpoint, segment
+from fastscnn_fast.compat import tramac
+model, x = FastSCNN(5, aux=True), torch.randn(2, 3, 64, 64)
+model(x)[0].sum().backward()
+model.eval()
+with torch.no_grad():
+    model(x), model(x.to(torch.uint8)), fuse(model).probabilities(x), fuse(model).labels(x)
+assert not torch.cuda.is_initialized()
+"""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(
+        command, check=True, cwd=root, timeout=120, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("", "") or not backends.isas()
+
+
+@built
+def test_a_forced_backend_leaves_what_it_cannot_run_to_plain_torch(monkeypatch, log):
+    monkeypatch.setenv("FASTSCNN_BACKEND", "cpu")
+    model, x = small_network().bfloat16(), torch.randn(1, 3, 64, 64).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(model(x), model.reference(x))
+    assert log.messages == [
+        "FastSCNN runs unfused: backend cpu cannot run: dtype must be torch.float32, got torch.bfloat16"
+    ]
