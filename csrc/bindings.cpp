@@ -1,7 +1,8 @@
-// fastscnn_fast._cpu: addresses and sizes in, nothing of torch. The only file that knows Python.
+// fastscnn_fast._cpu: addresses and sizes in, nothing of torch. Only bindings*.cpp know Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_training.h"
 #include "cpu/engine.h"
 
 namespace py = pybind11;
@@ -109,4 +110,5 @@ PYBIND11_MODULE(_cpu, m) {
         fs::network(call(c), picture(x), output(kind), reinterpret_cast<void*>(out));
       },
       unlocked);
+  bind_training(m);
 }

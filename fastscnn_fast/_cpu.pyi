@@ -23,3 +23,36 @@ def pyramid_pooling(call: _Call, x: _Batch, out: _Batch, /) -> None: ...
 def feature_fusion(call: _Call, high: _Batch, low: _Batch, out: _Batch, /) -> None: ...
 def upsample_classify(call: _Call, x: _Batch, output: str, out: int, h: int, w: int, /) -> None: ...
 def network(call: _Call, x: _Picture, output: str, out: int, /) -> None: ...
+
+# The training kernels (csrc/bindings_training.cpp) take (instruction set, threads, whether bfloat16, ...).
+def upsampled_loss(
+    isa: str,
+    threads: int,
+    bf16: bool,
+    logits: int,
+    shape: Sequence[int],
+    labels: int,
+    size: Sequence[int],
+    align_corners: bool,
+    targets: int,
+    target_sums: int,
+    gradient: int,
+    surprise: int,
+    /,
+) -> float: ...
+def batch_norm_forward(isa: str, threads: int, bf16: bool, /, *args: int | float) -> None: ...
+def batch_norm_backward(isa: str, threads: int, bf16: bool, /, *args: int) -> None: ...
+def depthwise_backward(
+    isa: str,
+    threads: int,
+    bf16: bool,
+    shape: Sequence[int],
+    stride: int,
+    dilation: int,
+    x: int,
+    y_gradient: int,
+    weight: int,
+    x_gradient: int,
+    weight_gradient: int,
+    /,
+) -> None: ...

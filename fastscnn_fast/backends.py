@@ -125,6 +125,12 @@ def cpu_module() -> ModuleType:
     return _cpu_module
 
 
+def training_module(device: torch.device) -> ModuleType | None:
+    """The extension, for its training kernels; None where plain torch must do (or is asked for)."""
+    asked = forced() in ("auto", "cpu")
+    return _cpu_module if asked and device.type == "cpu" else None
+
+
 def isas() -> list[str]:
     """Instruction sets compiled into the extension that this processor runs, the best last."""
     return [] if _cpu_module is None else list(_cpu_module.instruction_sets())

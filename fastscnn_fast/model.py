@@ -21,12 +21,22 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
 
-class ConvBNAct(nn.Module):
-    """Convolution, batch norm, activation: (N, C, H, W) -> (N, O, H', W').
+def batch_norm(bn: nn.Module, x: Tensor) -> Tensor:
+    """bn(x) for x (N, C, H, W).
 
     In training at batch 1 the norm may see one value per channel (the 1x1 pooling bin; every layer at 1/32
     of a 32x32 picture). Batch statistics of one value are undefined: the running statistics stand in.
     """
+    if bn.training and x.numel() == x.shape[1] and isinstance(bn, nn.BatchNorm2d):
+        return F.batch_norm(
+            x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps
+        )
+    y: Tensor = bn(x)
+    return y
+
+
+class ConvBNAct(nn.Module):
+    """Convolution, batch norm, activation: (N, C, H, W) -> (N, O, H', W')."""
 
     def __init__(
         self,
@@ -51,14 +61,8 @@ class ConvBNAct(nn.Module):
         self.act: nn.Module = _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        x, bn = self.conv(x), self.bn
-        if self.training and x.numel() == x.shape[1] and isinstance(bn, nn.BatchNorm2d):
-            x = F.batch_norm(
-                x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps
-            )
-        else:
-            x = bn(x)
-        return self.act(x)
+        y: Tensor = self.act(batch_norm(self.bn, self.conv(x)))
+        return y
 
 
 class DSConv(nn.Module):

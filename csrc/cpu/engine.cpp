@@ -8,15 +8,13 @@
 #include <mutex>
 #include <new>
 
+#include "denormals.h"
 #include "program.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
 #endif
 
 namespace fastscnn {
@@ -46,28 +44,6 @@ const Kernels& kernels_of(const std::string& isa) {
     if (isa == c.kernels->name && c.runs()) return *c.kernels;
   throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
 }
-
-// Denormals cost a hundred cycles each and are below every tolerance: flushed inside, restored
-// after.
-class FlushDenormals {
- public:
-#if defined(__x86_64__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  FlushDenormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t(1) << 24)));
-  }
-  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
 
 // ---------------------------------------------------------------- scratch
 
@@ -182,11 +158,7 @@ void for_each_image(int images, int threads, Run run) {
   const size_t scratch_bytes = aligned(run(alone, 0, Bump{}, &shared_bytes, Bump{}));
   shared_bytes = aligned(shared_bytes);
 
-#if defined(_OPENMP)
-  if (g_forked || omp_in_parallel()) threads = 1;
-#else
-  threads = 1;
-#endif
+  threads = allowed_threads(threads);
   const bool apart = images >= threads;
   const int teams = apart ? threads : 1;
   const Scratch memory(teams * shared_bytes + threads * scratch_bytes);
@@ -321,6 +293,14 @@ std::vector<std::string> instruction_sets() {
   for (const Candidate& c : kCandidates)
     if (c.runs()) names.push_back(c.kernels->name);
   return names;
+}
+
+int allowed_threads(int threads) {
+#if defined(_OPENMP)
+  if (!g_forked && !omp_in_parallel()) return std::max(threads, 1);
+#endif
+  (void)threads;
+  return 1;
 }
 
 size_t scratch_bytes() { return pool().total(); }

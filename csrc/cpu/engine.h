@@ -49,6 +49,10 @@ void feature_fusion(const Call&, Batch high, Batch low, Batch out);
 void upsample_classify(const Call&, Batch x, Output, void* out, int h, int w);
 void network(const Call&, const Picture&, Output, void* out);
 
+// How many threads a call may use: one in a forked child, which has none of OpenMP's, and within a
+// parallel region.
+int allowed_threads(int threads);
+
 // Bytes that the scratch pool holds.
 size_t scratch_bytes();
 // Sets every byte of the idle buffers: what scratch holds between calls never matters, as tests

@@ -16,6 +16,7 @@ namespace FASTSCNN_ISA {
 #include "feature_fusion.inl"
 #include "upsample_classify.inl"
 #include "network.inl"
+#include "training.inl"
 }  // namespace FASTSCNN_ISA
 
 #define FASTSCNN_STRING_(x) #x

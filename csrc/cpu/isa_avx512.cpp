@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "training.h"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
                              apply_to = function)

@@ -6,6 +6,7 @@
 #endif
 
 #include "kernels.h"
+#include "training.h"
 #define FASTSCNN_LANES 4
 #define FASTSCNN_ISA portable
 #define FASTSCNN_TABLE kPortable
