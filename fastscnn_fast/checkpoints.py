@@ -536,7 +536,12 @@ def _build(config: Config, tensors: Mapping[str, Tensor]) -> FastSCNN:
 
 # --- files -----------------------------------------------------------------------------------------------
 
+#: Trained weights that come with the package: ``paper`` preset, CamVid's 11 classes of street scenes.
+CAMVID11 = Path(__file__).parent / "weights" / "camvid11.safetensors"
+
 _METADATA = "fastscnn_fast.config"
+_DETAILS = "fastscnn_fast.details"
+_DTYPE = "fastscnn_fast.dtype"
 
 # What tensors, and the plain values around them, are made of. torch.load(weights_only=True) allows more,
 # among it bytearray(n), which fills n bytes however small the file is.
@@ -550,7 +555,7 @@ _TOO_MUCH = f"more than {MAX_PICKLE} bytes that are not tensors"
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] = CAMVID11,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     preset: str | None = None,
@@ -564,6 +569,7 @@ def load_checkpoint(
     :func:`save_checkpoint` come back as they were saved.
 
     Args:
+        path: by default the weights that come with the package.
         mean, std: the normalisation that the weights were trained with, one value per input channel;
             by default ImageNet's (or what :func:`save_checkpoint` wrote). No other layout records them.
         preset: for what shapes do not tell; by default the layout's own.
@@ -586,18 +592,56 @@ def load_checkpoint(
     return _from_own(state, _config(source, replace, config, **overrides), source)
 
 
-def save_checkpoint(model: FastSCNN, path: str | os.PathLike[str]) -> None:
-    """Writes the weights and the whole config (mean and std too) to a ``.safetensors`` file.
+def save_checkpoint(
+    model: FastSCNN,
+    path: str | os.PathLike[str],
+    details: Mapping[str, Any] | None = None,
+    stored_as: torch.dtype | None = None,
+) -> None:
+    """Writes the weights and the whole config (mean, std and size too) to a ``.safetensors`` file.
+
+    Args:
+        details: values for JSON that :func:`read_details` gives back: class names, scores, and so on.
+        stored_as: dtype of the weights in the file, torch.float16 for a small one; they come back in the
+            model's own dtype.
 
     Raises:
-        ValueError: another ending, by which :func:`load_checkpoint` would not know the file.
+        ValueError: another ending, by which :func:`load_checkpoint` would not know the file; weights that
+            are too large for ``stored_as``.
     """
     from safetensors.torch import save_file
 
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
     tensors = {name: tensor.contiguous() for name, tensor in _tensors_of(model).items()}
-    save_file(tensors, path, {_METADATA: json.dumps(model.config.to_dict())})
+    metadata = {_METADATA: json.dumps(model.config.to_dict())}
+    if stored_as is not None:
+        metadata[_DTYPE] = str(model.classifier.conv.weight.dtype).removeprefix("torch.")
+        tensors = {name: _stored(name, t, stored_as) for name, t in tensors.items()}
+    if details is not None:
+        metadata[_DETAILS] = json.dumps(details)
+    save_file(tensors, path, metadata)
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if not torch.equal(stored.isfinite(), tensor.isfinite()):
+        largest = tensor.abs().max().item()
+        raise ValueError(f"stored_as must hold {name}, up to {largest:.3g}, got {dtype}")
+    return stored
+
+
+def read_details(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The ``details`` that :func:`save_checkpoint` wrote; empty for a file without any."""
+    from safetensors import safe_open
+
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        details = json.loads((file.metadata() or {}).get(_DETAILS, "{}"))
+    return details if isinstance(details, dict) else {}
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config | None]:
@@ -619,7 +663,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config | None
         )
     path.open("rb").close()
     try:
-        state, config = (_safetensors if path.suffix == ".safetensors" else _torch)(path, size)
+        reader = _safetensors if path.suffix == ".safetensors" else _torch
+        state, config, dtype = reader(path, size)
     except CheckpointError:
         raise
     except Exception as error:  # a broken file can make the parsers raise anything
@@ -629,21 +674,30 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config | None
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > size:
         raise CheckpointError(f"{source}: its tensors claim {claimed} bytes, the file has {size}")
+    if dtype is not None:
+        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     return tensors, config
 
 
-def _safetensors(path: Path, size: int) -> tuple[Any, Config | None]:
+def _safetensors(path: Path, size: int) -> tuple[Any, Config | None, torch.dtype | None]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if _METADATA not in metadata:
-        return state, None
-    return state, _config(f"{path}: in its config", Config, **json.loads(metadata[_METADATA]))
+        return state, None, None
+    config = _config(f"{path}: in its config", Config, **json.loads(metadata[_METADATA]))
+    if _DTYPE not in metadata:
+        return state, config, None
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
+    if metadata[_DTYPE] not in dtypes:
+        rule = f"its dtype must be one of {', '.join(dtypes)}"
+        raise CheckpointError(f"{path}: {rule}, got {metadata[_DTYPE]!r}")
+    return state, config, dtypes[metadata[_DTYPE]]
 
 
-def _torch(path: Path, size: int) -> tuple[Any, None]:
+def _torch(path: Path, size: int) -> tuple[Any, None, None]:
     with path.open("rb") as file:
         used = _zip_globals(file, size) if _is_zip(file) else _pickle_globals(file)
     if foreign := sorted(name for name in used if not _HARMLESS.fullmatch(name)):
@@ -652,7 +706,7 @@ def _torch(path: Path, size: int) -> tuple[Any, None]:
             "not loaded. Save a state_dict of tensors instead: torch.save(model.state_dict(), path)"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), None
+        return torch.load(path, map_location="cpu", weights_only=True), None, None
     except UnpicklingError:  # whose message advises to load it unsafely
         raise ValueError("a pickle that torch.load(weights_only=True) refuses") from None
 

@@ -1,4 +1,4 @@
-"""The command line: segment, demo, bench, export, info."""
+"""The command line: segment, demo, bench, export, train, evaluate, info."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,33 +18,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from . import __version__, backends, bench, data
-from .checkpoints import load_checkpoint
+from . import __version__, backends, bench, data, evaluate, options, train
+from .checkpoints import CAMVID11, load_checkpoint, read_details
 from .config import PRESETS, Config
 from .export import export_onnx
 from .fused import FusedFastSCNN, fuse
 from .model import FastSCNN
-from .segment import label_image, overlay, read_picture, resized, run_size, segment
+from .segment import (
+    PICTURE_SUFFIXES,
+    label_image,
+    overlay,
+    read_picture,
+    resized,
+    run_size,
+    segment,
+)
 
-UNTRAINED = (
-    "No --weights given: the network is UNTRAINED (random weights). Its labels mean nothing;"
-    " this version comes without trained weights."
-)
-_SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
 _LABELS, _OVERLAY = "_labels.png", "_overlay.png"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEMO_STREET = (12, 512, 1024)  # seed, height, width
 _DEMO_ROUNDS = 10
 _DEMO_PIXELS = 1024 * 2048  # speed is measured on at most so many: a large photo would take minutes
@@ -94,13 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for the results")
     _add_network_options(command)
     command.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="dtype to compute in (%(default)s)"
+        "--dtype",
+        choices=options.DTYPES,
+        default="float32",
+        help="dtype to compute in (%(default)s)",
     )
     command.add_argument(
         "--size",
-        type=_size,
+        type=options.size,
         metavar="HxW",
-        help="size the network runs at; the labels keep the picture's own size (default: that size)",
+        help="size the network runs at (as many pixels as the weights were trained at, else the picture's"
+        " own size); the labels keep the picture's own size",
     )
     command.set_defaults(run=_segment)
 
@@ -130,20 +125,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--size",
-        type=_size,
+        type=options.size,
         nargs="+",
         metavar="HxW",
         default=[(512, 1024)],
         help="picture sizes (512x1024)",
     )
     command.add_argument(
-        "--threads", type=_count, metavar="N", help="CPU threads (torch's default)"
+        "--threads", type=options.count, metavar="N", help="CPU threads (torch's default)"
     )
     command.add_argument(
         "--preset", choices=PRESETS, default="paper", help="architecture (%(default)s)"
     )
     command.add_argument(
-        "--rounds", type=_count, metavar="R", default=30, help="timings of each (%(default)s)"
+        "--rounds",
+        type=options.count,
+        metavar="R",
+        default=30,
+        help="timings of each (%(default)s)",
     )
     command.add_argument(
         "--no-compile",
@@ -173,11 +172,12 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         type=Path,
         metavar="F",
-        help="checkpoint, .safetensors or .pth (none: untrained)",
+        default=CAMVID11,
+        help="checkpoint, .safetensors or .pth (the package's own, CamVid's 11 classes)",
     )
     command.add_argument(
         "--size",
-        type=_size,
+        type=options.size,
         metavar="HxW",
         default=(512, 1024),
         help="size to trace at, without influence on the result (512x1024)",
@@ -190,6 +190,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_export)
 
+    train.add_arguments(
+        commands.add_parser(
+            "train",
+            help="learn from labelled pictures",
+            description="Train a network by the paper's recipe, or what the options make of it. Data errors are"
+            " found first and named by file. Ctrl-C and SIGTERM save before they stop. Under torchrun the"
+            " batch is shared by all processes.",
+        )
+    )
+    evaluate.add_arguments(
+        commands.add_parser(
+            "evaluate",
+            help="score weights on labelled pictures",
+            description="Print IoU per class, mIoU and pixel accuracy of plain torch on full-size labels, and how"
+            " the fused network in each dtype differs from it.",
+        )
+    )
     command = commands.add_parser(
         "info",
         help="versions, compiler, instruction sets, backends",
@@ -204,7 +221,8 @@ def _add_network_options(command: argparse.ArgumentParser) -> None:
         "--weights",
         type=Path,
         metavar="F",
-        help="checkpoint, .safetensors or .pth (none: untrained)",
+        default=CAMVID11,
+        help="checkpoint, .safetensors or .pth (the package's own, CamVid's 11 classes)",
     )
     command.add_argument(
         "--backend",
@@ -214,31 +232,27 @@ def _add_network_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and min(int(height), int(width)) >= 32):
-        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH, each at least 32, got {text!r}")
-    return int(height), int(width)
+class Legend(NamedTuple):
+    """Names and colours of a network's classes."""
+
+    classes: Sequence[str]
+    palette: Sequence[data.Colour]
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _network(weights: Path | None) -> FastSCNN:
-    if weights is not None:
-        return load_checkpoint(weights)
-    print(UNTRAINED, file=sys.stderr)
-    return bench.untrained_model(num_classes=len(data.CAMVID_CLASSES))
+def _legend(weights: Path, model: FastSCNN) -> Legend:
+    """What the weights were saved with, else what is usual for so many classes."""
+    classes, palette = data.class_names(model.config.num_classes)
+    names = read_details(weights).get("classes")
+    return Legend(names if names and len(names) == len(classes) else classes, palette)
 
 
 # segment
 
 
 def _segment(args: argparse.Namespace) -> int:
-    fast = fuse(_network(args.weights), args.backend, _DTYPES[args.dtype])
+    model = load_checkpoint(args.weights)
+    legend = _legend(args.weights, model)
+    fast = fuse(model, args.backend, options.DTYPES[args.dtype])
     args.out.mkdir(parents=True, exist_ok=True)
     jobs, problems = _jobs(args.pictures)
     for problem in problems:
@@ -252,7 +266,7 @@ def _segment(args: argparse.Namespace) -> int:
             tqdm.write(f"skipped {error}", file=sys.stderr)
             skipped += 1
         else:
-            _write(args.out / name, pixels, labels, fast)
+            _write(args.out / name, pixels, labels, legend)
     done = len(jobs) + len(problems) - skipped
     print(f"{done} segmented, {skipped} skipped; results: {args.out}/*{_LABELS}, *{_OVERLAY}")
     return 1 if skipped or not done else 0
@@ -280,7 +294,7 @@ def _jobs(arguments: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[str]
 
 def _pictures_in(folder: Path) -> Iterator[tuple[Path, Path]]:
     for path in sorted(folder.rglob("*")):
-        known = path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+        known = path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
         if known and not path.name.endswith((_LABELS, _OVERLAY)) and path.is_file():
             yield path, path.relative_to(folder)
 
@@ -298,14 +312,13 @@ def _names(picture: Path) -> Iterator[Path]:
 
 
 def _write(
-    name: Path, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], fast: FusedFastSCNN
+    name: Path, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], legend: Legend
 ) -> list[Path]:
     """Both results of one picture."""
-    classes, palette = data.class_names(fast.config.num_classes)
     files = [name.with_name(name.name + ending) for ending in (_LABELS, _OVERLAY)]
     name.parent.mkdir(parents=True, exist_ok=True)
-    label_image(labels, palette).save(files[0])
-    overlay(pixels, labels, classes, palette).save(files[1], compress_level=3)
+    label_image(labels, legend.palette).save(files[0])
+    overlay(pixels, labels, *legend).save(files[1], compress_level=3)
     return files
 
 
@@ -313,32 +326,35 @@ def _write(
 
 
 def _demo(args: argparse.Namespace) -> int:
-    model = _network(args.weights)
+    model = load_checkpoint(args.weights)
+    legend = _legend(args.weights, model)
     fast = fuse(model, args.backend)
     args.out.mkdir(parents=True, exist_ok=True)
-    files = []
+    files, truth = [], None
     if args.image is None:
         name = "street"
         picture, truth = data.street(*_DEMO_STREET)
         files = [args.out / "street.png", args.out / "street_truth.png"]
         Image.fromarray(picture).save(files[0])
-        classes, palette = data.CAMVID_CLASSES, data.CAMVID_PALETTE
-        overlay(picture, truth, classes, palette).save(files[1])
+        overlay(picture, truth, data.CAMVID_CLASSES, data.CAMVID_PALETTE).save(files[1])
         pixels = read_picture(picture, model.config.in_channels)
     else:
         name = args.image.stem
         pixels = read_picture(args.image, model.config.in_channels)
-    files += _write(args.out / name, pixels, segment(fast, pixels), fast)
+    labels = segment(fast, pixels)
+    files += _write(args.out / name, pixels, labels, legend)
     print("wrote " + ", ".join(map(str, files)))
+    if truth is not None and tuple(legend.classes) == data.CAMVID_CLASSES:
+        scores = evaluate.Confusion(len(legend.classes))
+        scores.add(truth, labels)
+        print(f"labels of the street: {scores.accuracy:.1%} right, mIoU {scores.miou:.3f}")
 
-    height, width = run_size(pixels)
+    height, width = run_size(pixels, model.config)
     shrink = min(1.0, (_DEMO_PIXELS / (height * width)) ** 0.5)
     pixels = resized(pixels, (max(32, round(height * shrink)), max(32, round(width * shrink))))
     x = bench.normalised(model, bench.picture_tensor(pixels))
     results = bench.compare(model, fast, x, _DEMO_ROUNDS, compiled=False)
     _report(results, _about(fast, args))
-    if args.weights is None:
-        print(UNTRAINED)
     return 0 if all(result.passed for result in results) else 1
 
 
@@ -378,7 +394,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    model = _network(args.weights)
+    model = load_checkpoint(args.weights)
     export_onnx(model, args.onnx, args.output, args.size)
     config = model.config
     print(

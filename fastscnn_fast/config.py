@@ -11,14 +11,18 @@ AuxTap = Literal["downsample", "global"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+#: The smallest height and width of the network's input: one pixel of the 1/32 features.
+SMALLEST_SIDE = 32
 
 
 @dataclass(frozen=True)
 class Config:
     """One Fast-SCNN architecture (Poudel et al., BMVC 2019, Table 1). The defaults are the ``paper`` preset.
 
-    Sizes are channel counts unless said otherwise. More than 8 pooling bins run unfused. ``mean`` and ``std`` normalise pictures scaled to
-    [0, 1], one value per input channel.
+    Sizes are channel counts unless said otherwise. More than 8 pooling bins run unfused. ``mean`` and
+    ``std`` normalise pictures scaled to [0, 1], one value per input channel. ``size`` (height, width) is that
+    of the whole pictures that the weights were trained on: ``segment`` runs every picture at that many
+    pixels; None: at its own size.
 
     Raises:
         ValueError: a field breaks a rule; the message names the field, the rule and the value.
@@ -52,6 +56,7 @@ class Config:
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in _TUPLES:
@@ -61,6 +66,7 @@ class Config:
         self._check_counts()
         self._check_switches()
         self._check_normalisation()
+        self._check_size()
 
     def _check_counts(self) -> None:
         for name in _COUNTS:
@@ -113,6 +119,12 @@ class Config:
             _rule(good, name, rule, value)
         _rule(all(v > 0 for v in self.std), "std", "must be positive", self.std)
 
+    def _check_size(self) -> None:
+        value = self.size
+        good = isinstance(value, tuple) and len(value) == 2 and all(map(_is_count, value))
+        rule = f"must be None or (height, width), each at least {SMALLEST_SIDE}"
+        _rule(value is None or (good and min(value) >= SMALLEST_SIDE), "size", rule, value)
+
     @property
     def pyramid_branch_channels(self) -> int:
         """Channels of one pyramid branch: the paper's 128 -> 32 for four bins."""
@@ -133,7 +145,7 @@ _COUNTS = (
     "fusion_dilation",
 )
 _TRIPLES = ("downsample_channels", "bottleneck_channels", "bottleneck_repeats")
-_TUPLES = (*_TRIPLES, "pyramid_bins", "aux_taps", "mean", "std")
+_TUPLES = (*_TRIPLES, "pyramid_bins", "aux_taps", "mean", "std", "size")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "stem_padding": (0, 1),
     "dsconv_mid_activation": ("none", "relu", "relu6"),

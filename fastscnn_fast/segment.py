@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,27 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from .config import SMALLEST_SIDE, Config
 from .data import Colour
 from .fused import FusedFastSCNN
 from .model import FastSCNN
 
 Picture = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
 
-#: Sides below this are enlarged to it before the network runs.
-SMALLEST_SIDE = 32
+#: Endings by which files in a folder are taken for pictures.
+PICTURE_SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -34,8 +49,8 @@ def segment(
         picture: a path, a PIL image, or uint8 pixels (H, W) or (H, W, C). Files and PIL images are turned
             upright (EXIF) and converted to the network's channels: grey, grey + alpha, RGB or RGBA for 1
             to 4; 16 bits become 8; an alpha channel the network does not take is ignored.
-        size: (height, width) to run the network at; the labels come back by nearest neighbour. The
-            picture's own size by default, with sides below 32 enlarged to 32.
+        size: (height, width) to run the network at, by default :func:`run_size`; the labels come back by
+            nearest neighbour.
 
     Raises:
         ValueError: the picture cannot be read or has no pixels, ``size`` is below 32 a side, the model is in
@@ -45,15 +60,32 @@ def segment(
     if size is not None and min(size) < SMALLEST_SIDE:
         rule = f"size must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
         raise ValueError(f"{rule}, got {size[0]}x{size[1]}")
-    x = torch.from_numpy(resized(pixels, size or run_size(pixels))).permute(2, 0, 1)[None]
-    labels = Image.fromarray(_labels(fast, x)[0].cpu().numpy())
+    return labelled(partial(_labels, fast), fast.config, pixels, size)
+
+
+def labelled(
+    labels: Callable[[Tensor], Tensor],
+    config: Config,
+    pixels: NDArray[np.uint8],
+    size: tuple[int, int] | None = None,
+) -> NDArray[np.uint8]:
+    """``labels``, uint8 (1, C, h, w) -> (1, h, w), of pixels (H, W, C) as :func:`segment` has them."""
+    x = torch.from_numpy(np.array(resized(pixels, size or run_size(pixels, config))))
+    image = Image.fromarray(labels(x.permute(2, 0, 1)[None])[0].cpu().numpy())
+    return np.array(image.resize(pixels.shape[1::-1], Image.Resampling.NEAREST))
+
+
+def run_size(pixels: NDArray[np.uint8], config: Config) -> tuple[int, int]:
+    """The (height, width) to run the network at for pixels (H, W, C).
+
+    The picture's own size, or, where the config says at which ``size`` the weights were trained, as many
+    pixels as that in the picture's own proportions; sides below 32 become 32.
+    """
     height, width = pixels.shape[:2]
-    return np.array(labels.resize((width, height), Image.Resampling.NEAREST))
-
-
-def run_size(pixels: NDArray[np.uint8]) -> tuple[int, int]:
-    """The (height, width) to run the network at: the picture's own, with sides from 32."""
-    return max(pixels.shape[0], SMALLEST_SIDE), max(pixels.shape[1], SMALLEST_SIDE)
+    scale = 1.0
+    if config.size is not None:
+        scale = math.sqrt(config.size[0] * config.size[1] / (height * width))
+    return max(round(height * scale), SMALLEST_SIDE), max(round(width * scale), SMALLEST_SIDE)
 
 
 def resized(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -27,6 +27,7 @@ from fastscnn_fast.checkpoints import (
     MAX_BYTES,
     CheckpointError,
     from_state_dict,
+    read_details,
     save_checkpoint,
     to_layout,
 )
@@ -220,6 +221,37 @@ def test_own_file_comes_back_exactly(tmp_path: Path) -> None:
         load_checkpoint(path, preset="mmseg")
     with pytest.raises(ValueError, match=r"path must end in \.safetensors"):
         save_checkpoint(model, tmp_path / "own.pth")
+
+
+def test_stored_in_half_the_bytes(tmp_path: Path) -> None:
+    """The weights are rounded, the dtype, the counters, the config and the details come back."""
+    model = FastSCNN(2, **SMALL, size=(720, 960))
+    path, whole = tmp_path / "half.safetensors", tmp_path / "whole.safetensors"
+    save_checkpoint(model, path, {"classes": ["a", "b"]}, stored_as=torch.float16)
+    save_checkpoint(model, whole)
+    assert path.stat().st_size < 0.6 * whole.stat().st_size
+    assert read_details(path) == {"classes": ["a", "b"]} and read_details(whole) == {}
+    got = load_checkpoint(path)
+    assert got.config == model.config
+    rounded = {
+        name: t.half().float() if t.is_floating_point() else t
+        for name, t in model.state_dict().items()
+    }
+    assert same_tensors(got.state_dict(), rounded)
+    with torch.no_grad():
+        model.classifier.conv.bias[0] = 1e6
+    with pytest.raises(ValueError, match=r"stored_as must hold classifier.conv.bias, up to 1e\+06"):
+        save_checkpoint(model, path, stored_as=torch.float16)
+
+
+def test_unknown_dtype_of_the_stored(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    save_checkpoint(FastSCNN(2, **SMALL), path, stored_as=torch.float16)
+    content = path.read_bytes()
+    assert content.count(b'"fastscnn_fast.dtype":"float32"') == 1
+    path.write_bytes(content.replace(b'dtype":"float32"', b'dtype":"float33"'))
+    with pytest.raises(CheckpointError, match="its dtype must be one of .*, got 'float33'"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize(

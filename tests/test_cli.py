@@ -18,12 +18,22 @@ from fastscnn_fast import bench, checkpoints, cli, data, fuse
 UNTRAINED_MODEL = functools.cache(bench.untrained_model)
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
+    model = UNTRAINED_MODEL(num_classes=11)
+    checkpoints.save_checkpoint(model, path, {"classes": [f"kind {k}" for k in range(11)]})
+    return path
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Small pictures, and one thread: threads of busy machines wait for each other."""
+def quick(monkeypatch, weights):
+    """Small pictures, weights that take them as they are, and one thread: threads of busy machines wait for
+    each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(bench, "untrained_model", UNTRAINED_MODEL)
+    monkeypatch.setattr(cli, "CAMVID11", weights)
     monkeypatch.setattr(cli, "_DEMO_STREET", (12, 64, 96))
     monkeypatch.setattr(cli, "_DEMO_ROUNDS", 1)
     yield
@@ -49,9 +59,14 @@ def test_segment_writes_labels_and_overlay_for_each_picture(pictures, tmp_path, 
     assert names == sorted(f"{s}_{kind}.png" for s in stems for kind in ("labels", "overlay"))
     with Image.open(out / "b_labels.png") as labels:
         assert (labels.mode, labels.size) == ("P", (64, 48)) and np.asarray(labels).max() < 11
-    printed = capsys.readouterr()
-    assert "UNTRAINED" in printed.err
-    assert printed.out.startswith("4 segmented, 0 skipped")
+    assert capsys.readouterr().out.startswith("4 segmented, 0 skipped")
+
+
+def test_classes_are_called_as_the_weights_say(weights, tmp_path):
+    model = UNTRAINED_MODEL(num_classes=11)
+    assert cli._legend(weights, model).classes[3] == "kind 3"
+    checkpoints.save_checkpoint(model, tmp_path / "plain.safetensors")
+    assert cli._legend(tmp_path / "plain.safetensors", model).classes == data.CAMVID_CLASSES
 
 
 def test_results_are_no_pictures_the_next_time(pictures, capsys):
@@ -90,7 +105,7 @@ def test_unreadable_pictures_are_reported_and_skipped(pictures, tmp_path, capsys
     assert not list((tmp_path / "out").glob("broken*"))
 
 
-def test_weights_size_and_backend(pictures, tmp_path, capsys):
+def test_weights_size_and_backend(pictures, tmp_path):
     weights = tmp_path / "net.safetensors"
     checkpoints.save_checkpoint(bench.untrained_model("tramac", num_classes=7), weights)
     command = ["segment", str(pictures / "b.png"), "--weights", str(weights), "--size", "64x96"]
@@ -101,7 +116,6 @@ def test_weights_size_and_backend(pictures, tmp_path, capsys):
         with Image.open(out / "b_labels.png") as labels:
             results.append(np.asarray(labels))
     assert results[0].shape == (48, 64) and (results[0] == results[1]).mean() > 0.999
-    assert "UNTRAINED" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -148,7 +162,7 @@ def test_demo_draws_segments_and_measures(tmp_path, capsys):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["street.png", "street_labels.png", "street_overlay.png", "street_truth.png"]
     printed = capsys.readouterr().out
-    for what in (bench.EAGER_LAST, bench.LOGITS, bench.LABELS, "UNTRAINED", "backend: ", "64x96"):
+    for what in (bench.EAGER_LAST, bench.LOGITS, bench.LABELS, "backend: ", "64x96"):
         assert what in printed
     assert "parity failed" not in printed
 

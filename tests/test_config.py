@@ -96,6 +96,11 @@ RULES = [
         "std must hold one finite number per input channel (3), got (1.0, 1.0, inf)",
     ),
     ({"std": (1.0, 0.0, 1.0)}, "std must be positive, got (1.0, 0.0, 1.0)"),
+    (
+        {"size": (720, 31)},
+        "size must be None or (height, width), each at least 32, got (720, 31)",
+    ),
+    ({"size": 720}, "size must be None or (height, width), each at least 32, got 720"),
 ]
 
 

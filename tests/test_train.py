@@ -1,0 +1,544 @@
+"""The recipe's parts, and runs: they learn, stop and go on to the same bits, and share a batch over processes."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import randomise, threads
+from PIL import Image
+from torch import Tensor, nn
+
+from fastscnn_fast import FastSCNN, load_checkpoint, train
+from fastscnn_fast.checkpoints import read_details, save_checkpoint
+from fastscnn_fast.cli import main
+from fastscnn_fast.data import street
+from fastscnn_fast.datasets import Batch, Examples, Streets, open_source
+from fastscnn_fast.evaluate import labeller, score
+from fastscnn_fast.train import Recipe, Trainer
+
+SMALL = Recipe(
+    epochs=3, batch=4, crop=(64, 64), dtype="float32", ema=0.9, photo=0.5, class_weights=1.1
+)
+
+
+@pytest.fixture(scope="module")
+def streets() -> Examples:
+    return Examples(Streets(8, 0, (72, 96)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight streets to learn from and three to choose by, as files."""
+    root = tmp_path_factory.mktemp("streets")
+    for split, seeds in (("train", range(8)), ("val", range(50, 53))):
+        for kind in ("images", "labels"):
+            (root / split / kind).mkdir(parents=True)
+        for seed in seeds:
+            picture, labels = street(seed, 72, 96)
+            Image.fromarray(picture).save(root / split / "images" / f"{seed}.png")
+            labels[labels == 11] = 255
+            Image.fromarray(labels).save(root / split / "labels" / f"{seed}.png")
+    return root
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor that a run leaves behind."""
+    state = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
+    if trainer.average is not None:
+        state |= {f"average.{k}": v for k, v in trainer.average.state_dict().items()}
+    for index, values in trainer.optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{index}.{k}": v for k, v in values.items() if v is not None}
+    return state
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+# --- parts -----------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_papers() -> None:
+    recipe = Recipe()
+    assert (recipe.lr, recipe.batch, recipe.weight_decay, recipe.aux_weight) == (
+        0.045,
+        12,
+        4e-5,
+        0.4,
+    )
+    assert (recipe.epochs, recipe.scale, recipe.flip) == (1000, (0.5, 2.0), True)
+    assert (
+        recipe.class_weights == recipe.ohem == recipe.ema == recipe.smoothing == recipe.streets == 0
+    )
+
+
+def test_learning_rate() -> None:
+    assert train.learning_rate(Recipe(), 0, 100) == pytest.approx(0.045)
+    assert train.learning_rate(Recipe(batch=24), 50, 100) == pytest.approx(0.09 * 0.5**0.9)
+    assert train.learning_rate(Recipe(), 99, 100) == pytest.approx(0.045 * 0.01**0.9)
+
+
+def test_what_decays() -> None:
+    model = FastSCNN(5, aux=True)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, rest = train.parameter_groups(model, 4e-5)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (4e-5, 0.0)
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    for p in decayed["params"]:
+        assert names[id(p)].endswith("conv.weight") and p.shape[1] > 1
+    for p in rest["params"]:
+        depthwise = p.dim() == 4 and p.shape[1] == 1 and p.shape[0] > 11
+        assert p.dim() == 1 or depthwise, names[id(p)]
+
+
+def test_class_weights(streets: Examples) -> None:
+    assert train.class_weights(Recipe(), streets) is None
+    weights = train.class_weights(Recipe(class_weights=1.1), streets)
+    f = streets.pixels / streets.pixels.sum()
+    assert weights is not None and (f * weights).sum() == pytest.approx(1)
+    rare, common = int(f.argmin()), int(f.argmax())
+    ratio = np.log(1.1 + f[common]) / np.log(1.1 + f[rare])
+    assert weights[rare] / weights[common] == pytest.approx(ratio)
+
+
+def test_moving_average() -> None:
+    model, average = FastSCNN(3), FastSCNN(3)
+    expected = average.state_dict()["classifier.conv.weight"].clone()
+    for step in range(30):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.classifier.conv.weight.detach()
+        train.update_average(average, model, 0.9, step)
+    assert torch.allclose(average.classifier.conv.weight, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch", 0),
+        ("lr", -1.0),
+        ("scale", (2.0, 0.5)),
+        ("class_weights", 0.5),
+        ("ema", 1.0),
+        ("smoothing", 1.0),
+        ("colour", 1.0),
+        ("dropout", 1.0),
+        ("seed", -1),
+        ("epochs", float("inf")),
+        ("aux_weight", float("nan")),
+    ],
+)
+def test_recipe_refuses(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        Recipe(**{field: value})
+
+
+def test_every_field_is_an_option(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    changed = {"flip": False, "freeze_bn": True, "scale": (0.75, 1.5), "size": (64, 96), "seed": 3}
+    words = ["--no-flip", "--freeze-bn", "--scale", "0.75", "1.5", "--size", "64x96", "--seed", "3"]
+    args = parser.parse_args(["DATA", "-o", str(tmp_path), *words])
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    assert Recipe(**{name: getattr(args, name) for name in fields}) == Recipe(**changed)
+
+
+def test_atomic(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    with train.atomic(path) as new:
+        new.write_text("old")
+    with pytest.raises(RuntimeError), train.atomic(path) as new:
+        new.write_text("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+
+def test_it_learns(streets: Examples, tmp_path: Path) -> None:
+    recipe = Recipe(
+        epochs=20,
+        batch=4,
+        lr=0.1,
+        crop=(64, 96),
+        scale=(1, 1),
+        colour=0,
+        dropout=0,
+        dtype="float32",
+    )
+    trainer = Trainer(recipe, streets, streets, tmp_path, validations=4, command="the command")
+    assert trainer.steps == 40 and trainer.run() == 0
+    losses = [row["loss"] for row in trainer.history]
+    assert len(losses) == 4 and losses[-1] < 0.6 * losses[0]
+    best = load_checkpoint(tmp_path / "best.safetensors")
+    assert not best.training and not best.config.aux
+    details = read_details(tmp_path / "best.safetensors")
+    assert details["command"] == "the command" and details["classes"] == list(streets.classes)
+    assert details["miou"] == trainer.best == max(row["miou"] for row in trainer.history)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40]
+    assert float(rows[-1]["iou_Sky"]) > 0.3 and float(rows[-1]["train_miou"]) > 0.1
+    pytest.importorskip("matplotlib")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size[0] > 400
+
+
+class Stopping:
+    """Batches that send the process a signal while a step runs."""
+
+    def __init__(self, trainer: Trainer, at: int, number: int) -> None:
+        self.batches, self.at, self.number = trainer.batches, at, number
+        self.augmentation = trainer.batches.augmentation
+
+    def steps(self, start: int, stop: int) -> Iterator[Batch]:
+        for step, batch in enumerate(self.batches.steps(start, stop), start):
+            if step == self.at:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"), [(signal.SIGINT, "float32"), (signal.SIGTERM, "bfloat16")]
+)
+def test_interrupted_and_resumed_is_uninterrupted(
+    number: int, dtype: str, streets: Examples, tmp_path: Path
+) -> None:
+    """Bit for bit: weights, average, optimizer, best weights, and metrics but for the clock."""
+    recipe = dataclasses.replace(SMALL, dtype=dtype, ohem=0.2, smoothing=0.05, accumulate=2)
+    val = Examples(Streets(2, 90, (72, 96)))
+
+    def trainer(folder: str) -> Trainer:
+        return Trainer(recipe, streets, val, tmp_path / folder, validations=3)
+
+    whole = trainer("whole")
+    assert whole.run() == 0 and whole.step == whole.steps == 6
+
+    handler = signal.getsignal(number)
+    for at in (0, 2):  # twice, once within an epoch
+        part = trainer("parts")
+        if at:
+            part.resume()
+        part.batches = Stopping(part, at, number)  # type: ignore[assignment]
+        assert part.run() == 128 + number and part.step == at + 1
+        assert signal.getsignal(number) is handler
+    rest = trainer("parts")
+    rest.resume()
+    assert rest.step == 3 and rest.run() == 0
+    assert_same(state_of(whole), state_of(rest))
+
+    def without_clock(history: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+    assert without_clock(whole.history) == without_clock(rest.history)
+    weights = [load_checkpoint(tmp_path / d / "best.safetensors") for d in ("whole", "parts")]
+    assert_same(*(w.state_dict() for w in weights))
+
+
+def test_seed_decides(streets: Examples, tmp_path: Path) -> None:
+    def run(seed: int) -> dict[str, Tensor]:
+        recipe = dataclasses.replace(SMALL, epochs=1, seed=seed)
+        trainer = Trainer(recipe, streets, None, tmp_path / str(seed))
+        trainer.run()
+        return state_of(trainer)
+
+    first = run(1)
+    assert_same(first, run(1))
+    other = run(2)
+    assert not torch.equal(
+        first["model.classifier.conv.weight"], other["model.classifier.conv.weight"]
+    )
+    assert (tmp_path / "1" / "best.safetensors").exists()  # the last weights: nothing to choose by
+
+
+def test_resume_refuses_another_recipe(streets: Examples, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SMALL, epochs=0.5)
+    Trainer(recipe, streets, None, tmp_path).run()
+    other = Trainer(dataclasses.replace(recipe, lr=0.03), streets, None, tmp_path)
+    with pytest.raises(ValueError, match=r"lr must be 0\.045 to go on with .*last\.pt, got 0\.03"):
+        other.resume()
+    fewer = Examples(Streets(6, 0, (72, 96)))
+    with pytest.raises(ValueError, match=r"examples must be 8 to go on .*, got 6"):
+        Trainer(recipe, fewer, None, tmp_path).resume()
+    with pytest.raises(ValueError, match=r"validation examples must be 0 to go on .*, got 8"):
+        Trainer(recipe, streets, streets, tmp_path).resume()
+    with pytest.raises(OSError, match=r"last\.pt"):
+        Trainer(recipe, streets, None, tmp_path / "nowhere").resume()
+    last = tmp_path / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"last\.pt: is damaged"):
+        Trainer(recipe, streets, None, tmp_path).resume()
+
+
+def test_starts_from_weights(streets: Examples, tmp_path: Path) -> None:
+    """Also those of other classes; another architecture is refused."""
+    given = randomise(FastSCNN(5))
+    assert isinstance(given, FastSCNN)
+    save_checkpoint(given, tmp_path / "five.safetensors")
+    recipe = dataclasses.replace(SMALL, weights=str(tmp_path / "five.safetensors"))
+    model = Trainer(recipe, streets, None, tmp_path).model
+    theirs = given.state_dict()
+    for name, value in model.state_dict().items():
+        if not name.startswith(("classifier.conv.", "auxiliary.")):
+            assert torch.equal(value, theirs[name]), name
+    with pytest.raises(ValueError, match="weights must be of the preset trained.*stem_padding"):
+        Trainer(dataclasses.replace(recipe, preset="tramac"), streets, None, tmp_path)
+
+
+def test_a_preset_keeps_its_dropout(streets: Examples, tmp_path: Path) -> None:
+    for preset, dropout in (("zacario", 0.0), ("paper", 0.1)):
+        recipe = dataclasses.replace(SMALL, preset=preset)
+        model = Trainer(recipe, streets, None, tmp_path).model
+        assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {dropout}
+
+
+def test_a_chart_that_cannot_be_drawn_stops_nothing(
+    streets: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(train, "_draw_curves", fail)
+    assert Trainer(dataclasses.replace(SMALL, epochs=0.5), streets, None, tmp_path).run() == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["best.safetensors", "last.pt", "metrics.csv"]
+
+
+def test_accumulated_parts_are_the_whole_batch(streets: Examples, tmp_path: Path) -> None:
+    """With batch norm frozen and without dropout, but for rounding."""
+    results, losses = [], []
+    for parts in (1, 4):
+        recipe = dataclasses.replace(
+            SMALL, epochs=1, accumulate=parts, freeze_bn=True, dropout=0, aux_weight=0
+        )
+        trainer = Trainer(recipe, streets, None, tmp_path / str(parts))
+        trainer.run()
+        results.append(state_of(trainer))
+        losses.append([row["loss"] for row in trainer.history])
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], rtol=1e-4, atol=1e-6), name
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("ohem", [0.0, 0.2])
+def test_a_loss_that_is_not_finite_stops(ohem: float, streets: Examples, tmp_path: Path) -> None:
+    """And nothing of it is saved."""
+    trainer = Trainer(dataclasses.replace(SMALL, ohem=ohem), streets, None, tmp_path)
+    with torch.no_grad():
+        trainer.model.classifier.conv.bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="the loss is nan at step 2: start again with a lower"):
+        trainer.run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_larger_input_keeps_the_labels(
+    streets: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_STREET_SCENES", 2)
+    recipe = dataclasses.replace(SMALL, epochs=0.5, size=(144, 192), crop=(128, 160), streets=0.5)
+    trainer = Trainer(recipe, streets, streets, tmp_path)
+    batch = next(trainer.batches.steps(0, 1))
+    assert batch.pictures.shape == (4, 3, 128, 160) and batch.labels.shape == (4, 64, 80)
+    assert trainer.run() == 0
+    assert load_checkpoint(tmp_path / "best.safetensors").config.size == (144, 192)
+    assert np.isfinite(trainer.history[-1]["miou"])
+
+
+def test_refused_before_training(streets: Examples, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"batch must divide by processes \* accumulate = 1 \* 3, got 4"
+    ):
+        Trainer(dataclasses.replace(SMALL, accumulate=3), streets, None, tmp_path)
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+OPTIONS = [
+    "--classes",
+    "11",
+    "--batch",
+    "4",
+    "--epochs",
+    "2",
+    "--crop",
+    "64x64",
+    "--dtype",
+    "float32",
+    "--dropout",
+    "0",
+]
+
+
+def run_command(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+
+
+def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", str(folder), "-o", str(out), *OPTIONS]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "8 examples, 11 classes, crops 64x64" in text and "best.safetensors" in text
+    details = read_details(out / "best.safetensors")
+    assert details["command"].startswith("python -m fastscnn_fast train")
+    assert main(arguments) == 2
+    assert "holds a run already; add --resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    for where, message in (
+        (folder / "classes.txt", "--out must be a folder that can be written to"),
+        (tmp_path / "none", "holds no run (last.pt) for --resume"),
+    ):
+        (folder / "classes.txt").touch()
+        capsys.readouterr()
+        assert main(["train", str(folder), "-o", str(where), *OPTIONS, "--resume"]) == 2
+        assert message in capsys.readouterr().err
+    (folder / "classes.txt").unlink()
+    assert (
+        main(
+            ["evaluate", str(folder), "--classes", "11", "--weights", str(out / "best.safetensors")]
+        )
+        == 0
+    )
+    assert f"{details['miou']:.4f}" in capsys.readouterr().out
+
+
+def test_data_errors_come_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", str(folder), "-o", str(out), *OPTIONS, "--ignore", "77"]) == 2
+    error = capsys.readouterr().err
+    assert "labels" in error and "label id 255" in error and not out.exists()
+
+
+def weights_of(run: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(run / "last.pt", weights_only=True)["model"]
+    return state
+
+
+def test_two_processes_are_one(folder: Path, tmp_path: Path) -> None:
+    """gloo, batch norm frozen: the same global batch, the same weights, the same scores."""
+    options = [
+        *OPTIONS,
+        "--freeze-bn",
+        "--class-weights",
+        "1.1",
+        "--accumulate",
+        "2",
+        "--ema",
+        "0.9",
+    ]
+    with threads(1):
+        arguments = ["train", str(folder), "-o", str(tmp_path / "one"), *options]
+        assert main(arguments) == 0
+    command = [
+        "fastscnn_fast",
+        "train",
+        folder,
+        "-o",
+        tmp_path / "two",
+        *options,
+        "--device",
+        "cpu",
+    ]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    result = run_command(*torchrun, *command)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("2 x cpu") == 1  # one of them speaks
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], rtol=1e-4, atol=1e-6), name
+    rows = []
+    for name in ("one", "two"):
+        with (tmp_path / name / "metrics.csv").open() as file:
+            rows.append(list(csv.DictReader(file)))
+    assert len(rows[0]) == len(rows[1]) == 2
+    for ours, theirs in zip(*rows):
+        for column in ("step", "lr", "loss", "train_miou", "miou", "accuracy"):
+            assert float(ours[column]) == pytest.approx(float(theirs[column]), rel=1e-3, abs=1e-3)
+
+
+LIVE_PROCESSES = """
+import sys
+from fastscnn_fast import cli, train
+rank = int(__import__("os").environ["RANK"])
+train._SAVE_SECONDS = 1e9 if rank else 0.2  # processes never agree on the time
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_with_live_batch_norms(folder: Path, tmp_path: Path) -> None:
+    """Each has statistics of its own between the steps; the score is of the weights that are kept."""
+    script = tmp_path / "live.py"
+    script.write_text(LIVE_PROCESSES)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [*OPTIONS, "--ema", "0.9", "--epochs", "4", "--device", "cpu"]
+    package = str(Path(train.__file__).parents[1])
+    for out, more in (("whole", []), ("whole", ["--resume"])):
+        command = [script, "train", folder, "-o", tmp_path / out, *options, *more]
+        result = run_command(*torchrun, *command, PYTHONPATH=package)
+        assert result.returncode == 0, result.stdout
+    best = tmp_path / "whole" / "best.safetensors"
+    val = Examples(open_source(folder, "val", 11))
+    scores = score(labeller(load_checkpoint(best), "auto", torch.float32), val)
+    assert scores.miou == read_details(best)["miou"]
+
+
+@pytest.mark.slow
+def test_signal_to_the_command(folder: Path, tmp_path: Path) -> None:
+    """A real process, stopped from outside, saves; --resume then finishes the same run."""
+    command = ["-m", "fastscnn_fast", "train", folder, *OPTIONS, "--epochs", "6", "--device", "cpu"]
+
+    def start(out: Path, *more: str) -> subprocess.Popen[str]:
+        words = [sys.executable, *map(str, command), "-o", str(out), *more]
+        return subprocess.Popen(
+            words,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    stopped = start(tmp_path / "parts")
+    while not (tmp_path / "parts").exists() and stopped.poll() is None:
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    text = stopped.communicate(timeout=120)[0]
+    assert stopped.returncode == 128 + signal.SIGTERM, text
+    assert "--resume goes on" in text
+    for out, more in ((tmp_path / "parts", ["--resume"]), (tmp_path / "whole", [])):
+        process = start(out, *more)
+        text = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, text
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+
+
+def test_frozen_batch_norms_do_not_move(streets: Examples, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SMALL, epochs=0.5, freeze_bn=True)
+    trainer = Trainer(recipe, streets, None, tmp_path)
+    trainer.run()
+    for module in trainer.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and not module.running_mean.any()
