@@ -114,6 +114,15 @@ def check(case: Case, least: float = 0.0) -> None:
     assert_parity(run_poisoned(case.layer.op, *arguments), own, ref64, least=least)
 
 
+def size_of_numbers(case: Case) -> float:
+    """How large the numbers are that get rounded in a layer.
+
+    Layers that no network has may make values that hardly vary around a large mean, or that are almost all
+    clamped away. The numbers' size shows then in the inputs, of size 1, and in the mean.
+    """
+    return max(1.0, prepared(case)[2].square().mean().sqrt().item())
+
+
 # ---------------------------------------------------------------- shapes
 # Real layers: all that any preset has. Their code depends on the size only through widths modulo the vector,
 # the tile and the depthwise block, through the resize ratios and through the threads' shares of rows, so a
@@ -218,7 +227,7 @@ ODD = [
 
 @pytest.mark.parametrize("case", ODD, ids=str)
 def test_odd_sizes(case: Case, isa: str) -> None:
-    check(case)
+    check(case, size_of_numbers(case))
 
 
 # The stem reads pictures by their strides; every other op brings its input into one layout first, by one and
@@ -472,13 +481,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def check_random(case: Case, seed: int, count: int) -> None:
-    """Random layers may make values that hardly vary around a large mean, or that are almost all clamped
-    away. Neither says how large the numbers were that were rounded: those of the inputs, of size 1, and the
-    mean do.
-    """
     torch.manual_seed(seed)
     prepared.cache_clear()
-    least = max(1.0, prepared(case)[2].square().mean().sqrt().item())
+    least = size_of_numbers(case)
     with pytest.MonkeyPatch.context() as monkeypatch, threads(count):
         for isa in backends.isas():
             monkeypatch.setenv("FASTSCNN_ISA", isa)
