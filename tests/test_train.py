@@ -214,7 +214,11 @@ class Stopping:
 
 
 @pytest.mark.parametrize(
-    ("number", "dtype"), [(signal.SIGINT, "float32"), (signal.SIGTERM, "bfloat16")]
+    ("number", "dtype"),
+    [
+        (signal.SIGINT, "float32"),
+        pytest.param(signal.SIGTERM, "bfloat16", marks=pytest.mark.slow),  # emulated here and there
+    ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(
     number: int, dtype: str, streets: Examples, tmp_path: Path
@@ -489,6 +493,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_live_batch_norms(folder: Path, tmp_path: Path) -> None:
     """Each has statistics of its own between the steps; the score is of the weights that are kept."""
     script = tmp_path / "live.py"
