@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastscnn_fast import FastSCNN, backends
 from fastscnn_fast.datasets import Batch, Examples, Streets
-from fastscnn_fast.loss import upsampled_cross_entropy
 from fastscnn_fast.options import size
 from fastscnn_fast.reference import normalise
-from fastscnn_fast.train import Recipe, Trainer
-from fastscnn_fast.train_ops import low_logits, normalised
+from fastscnn_fast.train import Objective, Recipe, Trainer
 
 WEIGHTS = (1.0, 0.4, 0.4)
 
@@ -47,14 +46,12 @@ def eager_loss(model: FastSCNN, batch: Batch, weights: Tensor, ignore: int, bf16
 
 
 def our_loss(trainer: Trainer, batch: Batch, bf16: bool) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = low_logits(trainer.model, normalised(batch.pictures, trainer.model.config))
-    denominator = trainer.targets.denominator(batch.labels)
-    losses = [
-        weight * upsampled_cross_entropy(z, batch.labels, trainer.targets) / denominator
-        for weight, z in zip(WEIGHTS, logits)
-    ]
-    return torch.stack(losses).sum()
+    recipe = replace(trainer.recipe, dtype="bfloat16" if bf16 else "float32")
+    objective = Objective(trainer.model, trainer.targets, recipe, world=1)
+    loss: Tensor = objective(
+        batch.pictures, batch.labels, trainer.targets.denominator(batch.labels)
+    )[0]
+    return loss
 
 
 def check(trainer: Trainer, batch: Batch, weights: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import backends, data
 from .fused import FusedFastSCNN
 from .model import FastSCNN
+from .plots import figure
 from .reference import normalise
 
 #: Parity with float64: logits may err this much (:func:`relative_error`) and this share of the labels may
@@ -273,17 +274,11 @@ def plot(path: str | Path, results: Sequence[Result], about: dict[str, str]) -> 
     Raises:
         ImportError: matplotlib is missing (the extra ``plot``).
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'fastscnn_fast[plot]'") from error
     sizes = list(dict.fromkeys(result.size for result in results))
     names = list(dict.fromkeys(result.name for result in results))
     colours = {EAGER: "#b8bcc4", EAGER_LAST: "#8d939e", COMPILED: "#5c6370"}
-    figure = Figure(
-        figsize=(9, 1.2 + len(sizes) * (0.55 + 0.42 * len(names))), layout="constrained"
-    )
-    for axes, size in zip(np.atleast_1d(figure.subplots(len(sizes), 1)), sizes):
+    chart = figure((9, 1.2 + len(sizes) * (0.55 + 0.42 * len(names))))
+    for axes, size in zip(np.atleast_1d(chart.subplots(len(sizes), 1)), sizes):
         own = [result for result in results if result.size == size]
         for place, r in enumerate(own):
             whiskers = [[r.median - r.low], [r.high - r.median]]
@@ -308,9 +303,9 @@ def plot(path: str | Path, results: Sequence[Result], about: dict[str, str]) -> 
         axes.set_title(size, loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("milliseconds a picture, median and 20-80 %; less is better")
-    figure.suptitle(
+    chart.suptitle(
         f"Fast-SCNN on {about['processor']}, {about['threads']} threads, torch {about['torch']},"
         f" backend {about['backend']} ({about['instruction set']}), {about['date']}",
         fontsize=9,
     )
-    figure.savefig(path, dpi=130, format="png")
+    chart.savefig(path, dpi=130, format="png")

@@ -30,10 +30,8 @@ Pixels = NDArray[np.uint8]
 _SHOWN = 20
 IGNORE = 255
 STREETS = "streets"
-_STREETS_OF = {
-    "train": (0, 1000),
-    "val": (1_000_000, 100),
-}  # first seed and usual count of each split
+# The first seed and the usual count of each split.
+_STREETS_OF = {"train": (0, 1000), "val": (1_000_000, 100)}
 
 #: Cityscapes' labelIds -> its 19 train ids; everything else is ignored.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)

@@ -6,6 +6,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from .checkpoints import CAMVID11, load_checkpoint, read_details
 from .datasets import Examples, open_source
 from .fused import fuse
 from .model import FastSCNN
-from .segment import labelled
+from .plots import figure
+from .segment import labelled, segment
 
 _MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
 
@@ -88,15 +90,16 @@ def labeller(
     model: FastSCNN, backend: str, dtype: torch.dtype, size: tuple[int, int] | None = None
 ) -> Labeller:
     """``segment`` by ``model`` fused by ``backend`` in ``dtype``, or by "plain" torch as it is."""
+    if backend != "plain":
+        return partial(segment, fuse(model, backend, dtype), size=size)
     device = model.classifier.conv.weight.device
 
     @torch.no_grad()
     def plain(x: Tensor) -> Tensor:
-        logits: Tensor = model.reference(x)
+        logits: Tensor = model.reference(x.to(device))
         return logits.argmax(1).to(torch.uint8)
 
-    run = plain if backend == "plain" else fuse(model, backend, dtype).labels
-    return lambda picture: labelled(lambda x: run(x.to(device)), model.config, picture, size)
+    return partial(labelled, plain, model.config, size=size)
 
 
 def score(run: Labeller, examples: Examples, indices: Iterable[int] | None = None) -> Confusion:
@@ -114,8 +117,6 @@ def save_picture(confusion: Confusion, classes: Sequence[str], path: Path) -> No
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from .plots import figure
-
     rows = confusion.matrix.sum(1, keepdims=True)
     shares = confusion.matrix / np.maximum(rows, 1)
     side = 2.5 + 0.5 * len(classes)
@@ -219,7 +220,7 @@ def main(args: argparse.Namespace) -> int:
         dtype = options.DTYPES[name]
         backend = backends.choose("auto", model.config, device, dtype)
         runs[f"fused, {backend}, {name}"] = labeller(model, backend, dtype, args.size)
-    scores, equal, seconds = _compare(runs, examples)
+    scores, equal, seconds = compare(runs, examples)
 
     reference, *_ = runs
     print(scores[reference].table(examples.classes))
@@ -262,7 +263,7 @@ def _where(asked: tuple[int, int] | None, trained: tuple[int, int] | None) -> st
     return f", {'run' if asked else 'trained'} at {size[0]}x{size[1]}"
 
 
-def _compare(
+def compare(
     runs: dict[str, Labeller], examples: Examples
 ) -> tuple[dict[str, Confusion], dict[str, float], dict[str, float]]:
     """Confusion, share of pixels labelled as by the first, and seconds, by run."""

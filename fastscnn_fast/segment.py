@@ -70,7 +70,7 @@ def labelled(
     size: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8]:
     """``labels``, uint8 (1, C, h, w) -> (1, h, w), of pixels (H, W, C) as :func:`segment` has them."""
-    x = torch.from_numpy(np.array(resized(pixels, size or run_size(pixels, config))))
+    x = torch.from_numpy(np.require(resized(pixels, size or run_size(pixels, config)), None, "W"))
     image = Image.fromarray(labels(x.permute(2, 0, 1)[None])[0].cpu().numpy())
     return np.array(image.resize(pixels.shape[1::-1], Image.Resampling.NEAREST))
 

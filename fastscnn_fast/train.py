@@ -32,6 +32,7 @@ from .config import PRESETS, SMALLEST_SIDE, preset as config_preset
 from .datasets import Augmentation, Batch, Batches, Examples, Streets, open_source
 from .loss import Targets, hard_examples, upsampled_cross_entropy
 from .model import FastSCNN
+from .plots import figure
 from .train_ops import low_logits, normalised
 
 _MOMENTUM, _POWER = 0.9, 0.9
@@ -557,9 +558,8 @@ class Trainer:
     def _validate(self, seconds: float) -> None:
         """Scores the kept weights on the validation examples, each process some of them."""
         total = self._window_total()
-        if (
-            self.group.world > 1
-        ):  # batch norm's running statistics are each process's own until the next step
+        if self.group.world > 1:
+            # Batch norm's running statistics are each process's own until the next step.
             for net in filter(None, (self.model, self.average)):
                 for buffer in net.buffers():
                     distributed.broadcast(buffer, 0)
@@ -704,8 +704,6 @@ def _write_csv(history: list[dict[str, float]], path: Path) -> None:
 
 
 def _draw_curves(history: list[dict[str, float]], path: Path) -> None:
-    from .plots import figure
-
     epochs = [row["epoch"] for row in history]
     chart = figure((10, 4))
     left, right = chart.subplots(1, 2)

@@ -217,7 +217,7 @@ class Stopping:
     ("number", "dtype"),
     [
         (signal.SIGINT, "float32"),
-        pytest.param(signal.SIGTERM, "bfloat16", marks=pytest.mark.slow),  # emulated here and there
+        pytest.param(signal.SIGTERM, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(

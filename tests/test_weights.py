@@ -14,7 +14,7 @@ from fastscnn_fast import FastSCNN, fuse, load_checkpoint, segment
 from fastscnn_fast.checkpoints import CAMVID11, read_details
 from fastscnn_fast.data import CAMVID_CLASSES, CAMVID_IGNORE, CAMVID_PALETTE
 from fastscnn_fast.datasets import Examples, Streets, open_source
-from fastscnn_fast.evaluate import Confusion, labeller, score
+from fastscnn_fast.evaluate import compare, labeller, score
 
 CAMVID = os.environ.get("FASTSCNN_CAMVID", "")
 
@@ -49,17 +49,10 @@ def test_they_label_streets_never_seen(model: FastSCNN) -> None:
 def test_on_camvid(model: FastSCNN) -> None:
     """The score in the metadata is that of the file; fused and plain agree."""
     examples = Examples(open_source(CAMVID, "val", len(CAMVID_CLASSES), CAMVID_IGNORE))
-    plain = labeller(model, "plain", torch.float32)
-    fused = labeller(model, "auto", torch.float32)
-    scores, of_fused, equal = Confusion(11), Confusion(11), 0
-    for picture, labels in map(examples.__getitem__, range(len(examples))):
-        first, second = plain(picture), fused(picture)
-        scores.add(labels, first)
-        of_fused.add(labels, second)
-        equal += int((first == second).sum())
-    total = sum(labels.size for _, labels in map(examples.__getitem__, range(len(examples))))
-    assert abs(scores.miou - of_fused.miou) < 1e-4 and equal / total >= 0.9999
-    assert scores.miou == pytest.approx(read_details(CAMVID11)["miou"], abs=2e-4)
+    runs = {name: labeller(model, name, torch.float32) for name in ("plain", "auto")}
+    scores, equal, _ = compare(runs, examples)
+    assert abs(scores["plain"].miou - scores["auto"].miou) < 1e-4 and equal["auto"] >= 0.9999
+    assert scores["plain"].miou == pytest.approx(read_details(CAMVID11)["miou"], abs=2e-4)
 
 
 def test_segment_uses_the_size_of_training(model: FastSCNN, tmp_path: Path) -> None:

@@ -39,12 +39,6 @@ const Candidate kCandidates[] = {
 #endif
 };
 
-const Kernels& kernels_of(const std::string& isa) {
-  for (const Candidate& c : kCandidates)
-    if (isa == c.kernels->name && c.runs()) return *c.kernels;
-  throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
-}
-
 // ---------------------------------------------------------------- scratch
 
 // Buffers outlive their calls: a call takes one that fits or grows one, so that once warm nothing
@@ -293,6 +287,12 @@ std::vector<std::string> instruction_sets() {
   for (const Candidate& c : kCandidates)
     if (c.runs()) names.push_back(c.kernels->name);
   return names;
+}
+
+const Kernels& kernels_of(const std::string& isa) {
+  for (const Candidate& c : kCandidates)
+    if (isa == c.kernels->name && c.runs()) return *c.kernels;
+  throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
 }
 
 int allowed_threads(int threads) {

@@ -21,6 +21,9 @@ struct alignas(64) Tag {
 // Instruction sets that were compiled and that this processor runs, the best last.
 std::vector<std::string> instruction_sets();
 
+// Its kernels; throws where this processor does not run it.
+const Kernels& kernels_of(const std::string& isa);
+
 // A layer's or a network's packed size, tag included, and the packing of its plain float weights
 // (each tensor of plan.py's Layer.weights() in turn).
 size_t packed_bytes(const Program&);

@@ -22,7 +22,7 @@ namespace FASTSCNN_ISA {
 #define FASTSCNN_STRING_(x) #x
 #define FASTSCNN_STRING(x) FASTSCNN_STRING_(x)
 const Kernels FASTSCNN_TABLE = {
-    FASTSCNN_STRING(FASTSCNN_ISA),   FASTSCNN_ISA::stem_conv,       FASTSCNN_ISA::dsconv,
-    FASTSCNN_ISA::inverted_residual, FASTSCNN_ISA::pyramid_pooling, FASTSCNN_ISA::feature_fusion,
-    FASTSCNN_ISA::upsample_classify, FASTSCNN_ISA::network};
+    FASTSCNN_STRING(FASTSCNN_ISA), &FASTSCNN_ISA::kTraining,        FASTSCNN_ISA::stem_conv,
+    FASTSCNN_ISA::dsconv,          FASTSCNN_ISA::inverted_residual, FASTSCNN_ISA::pyramid_pooling,
+    FASTSCNN_ISA::feature_fusion,  FASTSCNN_ISA::upsample_classify, FASTSCNN_ISA::network};
 }  // namespace fastscnn

@@ -30,6 +30,8 @@ struct Team {
   }
 };
 
+struct TrainingKernels;  // training.h
+
 // Hands out 64-byte aligned pieces of a buffer. With base null it only measures.
 struct Bump {
   char* base = nullptr;
@@ -48,6 +50,7 @@ struct Bump {
 // padded(channels)) floats, of upsample_classify and network to (K, H, W) or (H, W).
 struct Kernels {
   const char* name;
+  const TrainingKernels* training;
   size_t (*stem_conv)(const Layer&, const Weights&, const Picture&, int image, Plane out,
                       const Team&, Bump scratch);
   size_t (*dsconv)(const Layer&, const Weights&, Plane x, Plane out, const Team&, Bump scratch);

@@ -17,15 +17,6 @@
 namespace fastscnn {
 namespace {
 
-const TrainingKernels& kernels_of(const std::string& isa) {
-#if defined(__x86_64__)
-  if (isa == "avx512") return avx512::kTraining;
-  if (isa == "avx2") return avx2::kTraining;
-#endif
-  if (isa == "portable") return portable::kTraining;
-  throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
-}
-
 void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }
@@ -108,7 +99,7 @@ void require_channels(int channels) {
 }  // namespace
 
 double upsampled_loss(const std::string& isa, const Loss& l, int threads) {
-  const TrainingKernels& k = kernels_of(isa);
+  const TrainingKernels& k = *kernels_of(isa).training;
   require(l.classes >= 1 && l.classes <= kMaxClassesOfLabels,
           "classes must be 1 to 256, got " + std::to_string(l.classes));
   require(l.n >= 1 && l.h >= 1 && l.w >= 1 && l.height >= 1 && l.width >= 1,
@@ -123,7 +114,7 @@ double upsampled_loss(const std::string& isa, const Loss& l, int threads) {
 }
 
 void batch_norm_forward(const std::string& isa, const BatchNorm& n, int threads) {
-  const TrainingKernels& k = kernels_of(isa);
+  const TrainingKernels& k = *kernels_of(isa).training;
   require_channels(n.channels);
   require(n.pixels >= 2, "x must have more than one value per channel");
   const std::vector<float> shift = near_mean(k, n);
@@ -148,7 +139,7 @@ void batch_norm_forward(const std::string& isa, const BatchNorm& n, int threads)
 }
 
 void batch_norm_backward(const std::string& isa, const BatchNorm& n, int threads) {
-  const TrainingKernels& k = kernels_of(isa);
+  const TrainingKernels& k = *kernels_of(isa).training;
   require_channels(n.channels);
   const std::vector<float> scale = scale_of(n);
   const std::vector<double> sums =
@@ -171,7 +162,7 @@ void batch_norm_backward(const std::string& isa, const BatchNorm& n, int threads
 }
 
 void depthwise_backward(const std::string& isa, const DepthwiseGradient& d, int threads) {
-  const TrainingKernels& k = kernels_of(isa);
+  const TrainingKernels& k = *kernels_of(isa).training;
   require_channels(d.channels);
   require(d.h >= 1 && d.w >= 1, "x must be at least 1x1");
   require(d.stride == 1 || d.stride == 2, "stride must be 1 or 2, got " + std::to_string(d.stride));

@@ -82,14 +82,5 @@ struct TrainingKernels {
   size_t (*depthwise_backward)(const DepthwiseGradient&, int image, int begin, int end,
                                float* weight_gradient, Bump scratch);
 };
-namespace portable {
-extern const TrainingKernels kTraining;
-}
-namespace avx2 {
-extern const TrainingKernels kTraining;
-}
-namespace avx512 {
-extern const TrainingKernels kTraining;
-}
 
 }  // namespace fastscnn

@@ -475,7 +475,7 @@ static size_t depthwise_backward(const DepthwiseGradient& d, int image, int begi
               : depthwise_gradients<uint16_t>)(d, image, begin, end, weight_gradient, scratch);
 }
 
-extern const TrainingKernels kTraining = {
+static const TrainingKernels kTraining = {
     loss,
     batch_norm_moments,
     batch_norm_sums,
