@@ -11,23 +11,30 @@ namespace fs = fastscnn;
 namespace {
 
 using Address = uintptr_t;
-// (address, n, h, w) of dense channels-last floats.
+// (address, n, h, w) of dense channels-last elements.
 using BatchArgs = std::tuple<Address, int, int, int>;
-// (address, raw, (n, c, h, w), (strides in elements))
-using PictureArgs = std::tuple<Address, bool, std::tuple<int, int, int, int>,
+// (address, type, (n, c, h, w), (strides in elements))
+using PictureArgs = std::tuple<Address, std::string, std::tuple<int, int, int, int>,
                                std::tuple<int64_t, int64_t, int64_t, int64_t>>;
 // (isa, program, address of the weights, their bytes, threads)
 using CallArgs = std::tuple<std::string, fs::Program, Address, size_t, int>;
 
 fs::Batch batch(const BatchArgs& a) {
-  return {reinterpret_cast<float*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+  return {reinterpret_cast<void*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+}
+
+fs::Type type(const std::string& name) {
+  if (name == "float32") return fs::Type::f32;
+  if (name == "bfloat16") return fs::Type::bf16;
+  if (name == "uint8") return fs::Type::u8;
+  throw std::invalid_argument("type must be float32, bfloat16 or uint8, got '" + name + "'");
 }
 
 fs::Picture picture(const PictureArgs& a) {
   const auto [n, c, h, w] = std::get<2>(a);
   const auto [sn, sc, sh, sw] = std::get<3>(a);
-  return {
-      reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), n, c, h, w, sn, sc, sh, sw};
+  const void* data = reinterpret_cast<const void*>(std::get<0>(a));
+  return {data, type(std::get<1>(a)), n, c, h, w, sn, sc, sh, sw};
 }
 
 fs::Call call(const CallArgs& a) {
@@ -56,15 +63,31 @@ PYBIND11_MODULE(_cpu, m) {
 #else
   m.attr("openmp") = false;
 #endif
-  m.def("instruction_sets", &fs::instruction_sets, "Those this processor runs, the best last.");
+  m.def(
+      "instruction_sets",
+      [](const std::string& arithmetic) {
+        return fs::instruction_sets(fs::arithmetic_of(arithmetic));
+      },
+      py::arg("arithmetic") = "float32",
+      "Those with kernels of their own for the arithmetic that this processor runs, the best "
+      "last.");
+  m.def(
+      "multiply_add_roof",
+      [](const std::string& isa, const std::string& arithmetic, int threads, double seconds) {
+        return fs::multiply_add_roof(isa, fs::arithmetic_of(arithmetic), threads, seconds);
+      },
+      unlocked, "Floating-point operations a second of a loop on registers alone.");
   m.def("scratch_bytes", &fs::scratch_bytes, "Bytes held by the pool of scratch buffers.");
   m.def("fill_scratch", &fs::fill_scratch, "Sets every byte of the idle scratch buffers (tests).");
-  m.def("packed_bytes", &fs::packed_bytes);
+  m.def("packed_bytes", [](const fs::Program& program, const std::string& arithmetic) {
+    return fs::packed_bytes(program, fs::arithmetic_of(arithmetic));
+  });
   m.def(
       "pack",
-      [](const fs::Program& program, Address plain, size_t floats, Address packed) {
-        fs::pack(program, reinterpret_cast<const float*>(plain), floats,
-                 reinterpret_cast<void*>(packed));
+      [](const fs::Program& program, const std::string& arithmetic, Address plain, size_t floats,
+         Address packed) {
+        fs::pack(program, fs::arithmetic_of(arithmetic), reinterpret_cast<const float*>(plain),
+                 floats, reinterpret_cast<void*>(packed));
       },
       unlocked);
   m.def(
@@ -110,5 +133,11 @@ PYBIND11_MODULE(_cpu, m) {
         fs::network(call(c), picture(x), output(kind), reinterpret_cast<void*>(out));
       },
       unlocked);
+  m.def(
+      "network_stages",
+      [](const CallArgs& c, const PictureArgs& x, const std::string& kind, Address out) {
+        return fs::network_stages(call(c), picture(x), output(kind), reinterpret_cast<void*>(out));
+      },
+      unlocked, "As network, on one picture: (name, seconds) of each stage.");
   bind_training(m);
 }

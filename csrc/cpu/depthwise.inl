@@ -1,81 +1,183 @@
-// One row of a depthwise 3x3: rows[ky] points at pixel 0 of the input row of tap ky (null: outside
-// the image) and is padded with `dilation` zero pixels. The columns that neighbouring outputs share
-// are loaded once per block of kDepthwisePixels outputs.
-constexpr int kDepthwisePixels = 8;
+// Part of a row of a depthwise 3x3: rows[ky] points at pixel 0 of the input row of tap ky (null:
+// outside the image) and is padded with `dilation` zero pixels. The columns that neighbouring
+// outputs share are loaded once per block of outputs.
 
-// DILATION 0: known at run time only.
-template <int STRIDE, int DILATION, int PIXELS>
-FASTSCNN_INLINE void depthwise_block(const float* const (&rows)[3], int x, int dilation,
-                                     const Depthwise& d, Clamp clamp, float* out) {
+// A step along the channels: a vector of floats, or of pairs of bf16 that are taken apart.
+#if FASTSCNN_ARITHMETIC == FASTSCNN_BFLOAT16
+constexpr int kParts = 2;
+FASTSCNN_INLINE void load_parts(const bf16* p, vf (&v)[kParts]) {
+  const vi both = load(reinterpret_cast<const int32_t*>(p));
+  v[0] = even(both), v[1] = odd(both);
+}
+FASTSCNN_INLINE void store_parts(bf16* p, const vf (&v)[kParts]) {
+  store(reinterpret_cast<int32_t*>(p), pairs(v[0], v[1]));
+}
+// Channels c, c + 2, ... and c + 1, c + 3, ... of a weight's floats: layer.h, Depthwise.
+FASTSCNN_INLINE void load_weight_parts(const float* p, size_t c, vf (&v)[kParts]) {
+  const float* block = p + c / kBlock * kBlock + c % kBlock / 2;
+  v[0] = load(block), v[1] = load(block + kBlock / 2);
+}
+#else
+constexpr int kParts = 1;
+FASTSCNN_INLINE void load_parts(const float* p, vf (&v)[kParts]) { v[0] = load(p); }
+FASTSCNN_INLINE void store_parts(float* p, const vf (&v)[kParts]) { store(p, v[0]); }
+FASTSCNN_INLINE void load_weight_parts(const float* p, size_t c, vf (&v)[kParts]) {
+  v[0] = load(p + c);
+}
+#endif
+constexpr int kPartLanes = kParts * kLanes;
+constexpr int kDepthwisePixels = 8;
+// Parts and vectors of channels in a block of outputs fill half the registers.
+constexpr int kDepthwiseVectors = kLanes == 16 && kParts == 1 ? 2 : 1;
+// As many channels at a time as keep the weights and the columns that blocks share in L1.
+constexpr int kDepthwiseChannels = 8 * kBlock;
+
+// NV vectors (of parts) of channels from c on; `out` is where output x goes. DILATION 0: known at
+// run time only.
+template <int STRIDE, int DILATION, int PIXELS, int NV>
+FASTSCNN_INLINE void depthwise_block(const element* const (&rows)[3], int x, size_t c, int dilation,
+                                     const Depthwise& d, Clamp activation, element* out) {
+  constexpr int N = NV * kParts;
   const size_t channels = d.channels;
-  for (size_t c = 0; c < channels; c += kLanes) {
-    vf acc[PIXELS];
-    const vf bias = load(d.bias + c);
+  auto load_weights = [&](const float* p, vf(&w)[NV][kParts]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) load_weight_parts(p, c + v * kPartLanes, w[v]);
+  };
+  vf acc[PIXELS][NV][kParts];
+  {
+    vf bias[NV][kParts];
+    load_weights(d.bias, bias);
 #pragma GCC unroll 8
-    for (int i = 0; i < PIXELS; i++) acc[i] = bias;
+    for (int i = 0; i < PIXELS; i++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) acc[i][n / kParts][n % kParts] = bias[n / kParts][n % kParts];
+  }
 #pragma GCC unroll 3
-    for (int ky = 0; ky < 3; ky++) {
-      if (!rows[ky]) continue;
-      vf w[3];
+  for (int ky = 0; ky < 3; ky++) {
+    if (!rows[ky]) continue;
+    vf w[3][NV][kParts];
 #pragma GCC unroll 3
-      for (int kx = 0; kx < 3; kx++) w[kx] = load(d.weight + (ky * 3 + kx) * channels + c);
-      if constexpr (DILATION == 0) {
-        for (int kx = 0; kx < 3; kx++) {
-          const float* p = rows[ky] + (ptrdiff_t(x) * STRIDE + (kx - 1) * dilation) * channels + c;
+    for (int kx = 0; kx < 3; kx++) load_weights(d.weight + (ky * 3 + kx) * channels, w[kx]);
+    auto serve = [&](int i, int kx, int v, const vf(&column)[kParts]) {
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; part++)
+        acc[i][v][part] = fma(column[part], w[kx][v][part], acc[i][v][part]);
+    };
+    auto load_column = [&](const element* p, vf(&column)[kParts]) {
+      load_parts(p, column);
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; part++) keep_in_register(column[part]);
+    };
+    if constexpr (DILATION == 0) {
+      for (int kx = 0; kx < 3; kx++) {
+        const element* p = rows[ky] + (ptrdiff_t(x) * STRIDE + (kx - 1) * dilation) * channels + c;
 #pragma GCC unroll 8
-          for (int i = 0; i < PIXELS; i++)
-            acc[i] = fma(load(p + i * STRIDE * channels), w[kx], acc[i]);
-        }
-      } else {
-        const float* p = rows[ky] + (ptrdiff_t(x) * STRIDE - DILATION) * channels + c;
-#pragma GCC unroll 32
-        for (int j = 0; j <= (PIXELS - 1) * STRIDE + 2 * DILATION; j++) {
-          // Input column j serves output i through tap kx where i * STRIDE + kx * DILATION == j.
-          bool needed = false;
-#pragma GCC unroll 3
-          for (int kx = 0; kx < 3; kx++) {
-            const int i = j - kx * DILATION;
-            needed |= i >= 0 && i % STRIDE == 0 && i / STRIDE < PIXELS;
+        for (int i = 0; i < PIXELS; i++, p += STRIDE * channels)
+#pragma GCC unroll 2
+          for (int v = 0; v < NV; v++) {
+            vf column[kParts];
+            load_column(p + v * kPartLanes, column);
+            serve(i, kx, v, column);
           }
-          if (!needed) continue;
-          const vf v = load(p + j * channels);
+      }
+    } else {
+      const element* p = rows[ky] + (ptrdiff_t(x) * STRIDE - DILATION) * channels + c;
+#pragma GCC unroll 32
+      for (int j = 0; j <= (PIXELS - 1) * STRIDE + 2 * DILATION; j++, p += channels) {
+        // Input column j serves output i through tap kx where i * STRIDE + kx * DILATION == j.
+        bool needed = false;
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; kx++) {
+          const int i = j - kx * DILATION;
+          needed |= i >= 0 && i % STRIDE == 0 && i / STRIDE < PIXELS;
+        }
+        if (!needed) continue;
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) {
+          vf column[kParts];
+          load_column(p + v * kPartLanes, column);
 #pragma GCC unroll 3
           for (int kx = 0; kx < 3; kx++) {
             const int i = j - kx * DILATION;
-            if (i >= 0 && i % STRIDE == 0 && i / STRIDE < PIXELS)
-              acc[i / STRIDE] = fma(v, w[kx], acc[i / STRIDE]);
+            if (i >= 0 && i % STRIDE == 0 && i / STRIDE < PIXELS) serve(i / STRIDE, kx, v, column);
           }
         }
       }
     }
+  }
+  activation.apply([&](auto clamp) {
+    element* pixel = out + c;
 #pragma GCC unroll 8
-    for (int i = 0; i < PIXELS; i++) store(out + (x + i) * channels + c, clamp(acc[i]));
+    for (int i = 0; i < PIXELS; i++, pixel += channels)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) {
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; part++) acc[i][v][part] = clamp(acc[i][v][part]);
+        store_parts(pixel + v * kPartLanes, acc[i][v]);
+      }
+  });
+}
+
+template <int STRIDE, int DILATION, int PIXELS>
+void depthwise_columns(const element* const (&rows)[3], Range columns, int dilation,
+                       const Depthwise& d, Clamp activation, element* out) {
+  constexpr int kStep = kDepthwiseVectors * kPartLanes;
+  for (int first = 0; first < d.channels; first += kDepthwiseChannels) {
+    const int end = min_of(first + kDepthwiseChannels, d.channels);
+    // The last block overlaps its neighbour: same values, no tail code.
+    for (int x = columns.begin;; x = min_of(x + PIXELS, columns.end - PIXELS)) {
+      element* at = out + size_t(x - columns.begin) * d.channels;
+      int c = first;
+      for (; c + kStep <= end; c += kStep)
+        depthwise_block<STRIDE, DILATION, PIXELS, kDepthwiseVectors>(rows, x, c, dilation, d,
+                                                                     activation, at);
+      for (; c < end; c += kPartLanes)
+        depthwise_block<STRIDE, DILATION, PIXELS, 1>(rows, x, c, dilation, d, activation, at);
+      if (x + PIXELS == columns.end) break;
+    }
   }
 }
 
-template <int STRIDE, int DILATION>
-void depthwise_row(const float* const (&rows)[3], int width, int dilation, const Depthwise& d,
-                   Clamp clamp, float* out) {
+// Columns of row y of a depthwise convolution over `in`, which holds the rows it needs.
+static void depthwise(const Ring& in, int y, int stride, int dilation, Range columns,
+                      const Depthwise& d, Clamp activation, element* out) {
+  const int middle = y * stride;
+  const element* const rows[3] = {in.at(middle - dilation), in.at(middle),
+                                  in.at(middle + dilation)};
+  auto run = [&](auto wide, auto narrow) {
+    (columns.size() < kDepthwisePixels ? narrow : wide)(rows, columns, dilation, d, activation,
+                                                        out);
+  };
   constexpr int P = kDepthwisePixels;
-  int x = 0;
-  for (; x + P <= width; x += P)
-    depthwise_block<STRIDE, DILATION, P>(rows, x, dilation, d, clamp, out);
-  if (x == width) return;
-  if (width >= P)  // the last block overlaps its neighbour: same values, no tail code
-    depthwise_block<STRIDE, DILATION, P>(rows, width - P, dilation, d, clamp, out);
+  if (dilation == 1 && stride == 1)
+    run(depthwise_columns<1, 1, P>, depthwise_columns<1, 1, 1>);
+  else if (dilation == 1)
+    run(depthwise_columns<2, 1, P>, depthwise_columns<2, 1, 1>);
+  else if (dilation == 4 && stride == 1)
+    run(depthwise_columns<1, 4, P>, depthwise_columns<1, 4, 1>);
+  else if (stride == 1)
+    run(depthwise_columns<1, 0, P>, depthwise_columns<1, 0, 1>);
   else
-    for (; x < width; x++) depthwise_block<STRIDE, DILATION, 1>(rows, x, dilation, d, clamp, out);
+    run(depthwise_columns<2, 0, P>, depthwise_columns<2, 0, 1>);
 }
 
-// `width` outputs of row y of a depthwise convolution over `in`, which holds the rows it needs.
-static void depthwise(const Ring& in, int y, int stride, int dilation, int width,
-                      const Depthwise& d, Clamp clamp, float* out) {
-  const int middle = y * stride;
-  const float* const rows[3] = {in.at(middle - dilation), in.at(middle), in.at(middle + dilation)};
-  if (dilation == 1)
-    (stride == 1 ? depthwise_row<1, 1> : depthwise_row<2, 1>)(rows, width, 1, d, clamp, out);
-  else if (dilation == 4 && stride == 1)
-    depthwise_row<1, 4>(rows, width, 4, d, clamp, out);
-  else
-    (stride == 1 ? depthwise_row<1, 0> : depthwise_row<2, 0>)(rows, width, dilation, d, clamp, out);
-}
+// A row in parts whose depthwise result, a buffer in L1, is multiplied before the next part is
+// made. The last part takes what is left over, so that it is no shorter than the others.
+struct Parts {
+  int width, size;
+
+  Parts() = default;
+  Parts(int width_, int channels) : width(width_) {
+    // Whole blocks of the depthwise, whole tiles of the product.
+    constexpr int kWhole = kTileRows % kDepthwisePixels ? 4 * kTileRows : kTileRows;
+    constexpr size_t kBuffer = 20 << 10;
+    const int fitting = int(kBuffer / (channels * sizeof(element))) / kWhole * kWhole;
+    size = max_of(fitting, kWhole);
+  }
+  size_t longest() const { return size_t(min_of(width, 2 * size - 1)); }
+  template <class Run>
+  FASTSCNN_INLINE void for_each(Run run) const {
+    const int count = max_of(width / size, 1);
+    for (int i = 0; i < count; i++) run(Range{i * size, i + 1 == count ? width : (i + 1) * size});
+  }
+};

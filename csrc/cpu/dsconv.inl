@@ -1,5 +1,4 @@
-// dsconv: depthwise 3x3 + bias [+ act] -> pointwise 1x1 + bias + act [-> 1x1 + bias]. The depthwise
-// result is one row, in cache.
+// dsconv: depthwise 3x3 + bias [+ act] -> pointwise 1x1 + bias + act [-> 1x1 + bias].
 template <class Source>
 struct DsconvRows {
   const Layer* layer;
@@ -7,36 +6,50 @@ struct DsconvRows {
   Source source;
   Ring input;
   int width, height;
-  float *depthwise_out, *pointwise_out;
+  Parts parts;
+  element *depthwise_out, *pointwise_out;
 
   DsconvRows(const Layer& l, const Weights& w, Source source_, int in_width, int in_height)
       : layer(&l),
         weights(&w),
         source(source_),
         width(l.output_size(in_width)),
-        height(l.output_size(in_height)) {
+        height(l.output_size(in_height)),
+        parts(width, max_of(w.depthwise.channels, l.last ? w.main.n : 0)) {
     input.width = in_width, input.height = in_height;
   }
   void place(Bump& scratch) {
     const int dilation = layer->dilation, channels = weights->depthwise.channels;
+    source.place(scratch);
     input.place(scratch, 2 * dilation + 1, dilation, channels, input.width, input.height);
-    depthwise_out = scratch.take<float>(size_t(width) * channels);
-    pointwise_out = layer->last ? scratch.take<float>(size_t(width) * weights->main.n) : nullptr;
+    depthwise_out = scratch.take<element>(parts.longest() * channels);
+    pointwise_out =
+        layer->last ? scratch.take<element>(parts.longest() * weights->main.n) : nullptr;
   }
+  int halo() const { return (2 * layer->dilation + source.halo()) / layer->stride; }
   void start(int y) {
     input.start(y * layer->stride - layer->dilation);
     source.start(input.next);
   }
-  void row(int y, float* out) {
-    const int channels = weights->depthwise.channels;
-    input.pull(source, y * layer->stride + layer->dilation);
-    depthwise(input, y, layer->stride, layer->dilation, width, weights->depthwise,
-              clamp_of(layer->mid_activation), depthwise_out);
+  template <class Out>
+  void row(int y, Out* out) {
     const Gemm &main = weights->main, &last = weights->last;
-    float* result = layer->last ? pointwise_out : out;
-    pointwise(main, depthwise_out, channels, width, clamp_of(layer->activation), result, main.n);
-    if (layer->last)
-      pointwise(last, result, main.n, width, clamp_of(Activation::none), out, last.n);
+    const int channels = weights->depthwise.channels;
+    const Clamp clamp = clamp_of(layer->activation);
+    input.pull(source, y * layer->stride + layer->dilation);
+    parts.for_each([&](Range x) {
+      depthwise(input, y, layer->stride, layer->dilation, x, weights->depthwise,
+                clamp_of(layer->mid_activation), depthwise_out);
+      const Segment a{depthwise_out, size_t(channels), channels, 0};
+      if (layer->last) {
+        multiply(pointwise(a, main, clamp, pointwise_out), x.size());
+        multiply(pointwise({pointwise_out, size_t(main.n), main.n, 0}, last,
+                           clamp_of(Activation::none), out + size_t(x.begin) * last.n),
+                 x.size());
+      } else if constexpr (__is_same(Out, element)) {
+        multiply(pointwise(a, main, clamp, out + size_t(x.begin) * main.n), x.size());
+      }
+    });
   }
 };
 
@@ -44,6 +57,8 @@ static size_t dsconv(const Layer& l, const Weights& w, Plane x, Plane out, const
                      Bump scratch) {
   DsconvRows<CopyRows> stage(l, w, CopyRows{x, padded(l.in)}, x.w, x.h);
   stage.place(scratch);
-  if (!scratch.measuring()) run_rows(stage, out, padded(l.result_channels()), team);
+  if (scratch.measuring()) return scratch.used;
+  const Tiles tiles;
+  run_rows(stage, out, padded(l.result_channels()), team);
   return scratch.used;
 }

@@ -3,18 +3,22 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <new>
 
-#include "denormals.h"
 #include "program.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "threads.h"
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 namespace fastscnn {
@@ -26,20 +30,73 @@ struct Candidate {
   const Kernels* kernels;
   bool (*runs)();
 };
+
+#if defined(__x86_64__)
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
+bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The processor has tiles, and the system lets this process use them. That must be asked for.
+bool runs_amx() {
+#if defined(__linux__)
+  static const bool runs = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if (!runs_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if ((d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // <asm/prctl.h>, <asm/fpu.h>
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return runs;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Each can run what those before it run.
 const Candidate kCandidates[] = {
     {&kPortable, [] { return true; }},
 #if defined(__x86_64__)
     {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-    {&kAvx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("fma");
-     }},
+    {&kAvx512, runs_avx512},
+    {&kAvx512Bf16, runs_avx512_bf16},
+    {&kAmx, runs_amx},
 #endif
 };
 
+// What the best instruction set up to `isa` provides of `member(kernels)`; null where none does.
+template <class Member>
+auto best_of(const std::string& isa, Member member) {
+  decltype(member(kPortable)) best = nullptr;
+  for (const Candidate& c : kCandidates) {
+    if (auto* own = member(*c.kernels)) best = own;
+    if (isa == c.kernels->name && c.runs()) return best;
+  }
+  throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
+}
+
+const char* const kArithmeticNames[kArithmetics] = {"float32", "bfloat16", "high"};
+
 // ---------------------------------------------------------------- scratch
+
+constexpr uintptr_t kHugePage = 2 << 20;
+
+// A fresh picture-sized result costs more in page faults of 4 KiB than in arithmetic, and rows of a
+// hundred pages more than the processor translates at once: ask for huge pages.
+void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin =
+      (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 // Buffers outlive their calls: a call takes one that fits or grows one, so that once warm nothing
 // is allocated, and calls from several threads have one each.
@@ -68,11 +125,12 @@ class Pool {
     if (best.bytes >= bytes) return best;
     std::free(best.data);
     void* data = nullptr;
-    if (posix_memalign(&data, 64, bytes)) {
+    if (posix_memalign(&data, bytes < kHugePage ? 64 : kHugePage, bytes)) {
       std::lock_guard<std::mutex> lock(mutex_);
       total_ -= bytes;
       throw std::bad_alloc();
     }
+    prefer_huge_pages(data, bytes);
     return {static_cast<char*>(data), bytes};
   }
   void give(Buffer buffer) {
@@ -101,18 +159,19 @@ Pool& pool() {
   return *p;
 }
 
-// A forked child has none of OpenMP's threads: it runs alone.
-bool g_forked = false;
-const int kForkHandlers = pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); },
-                                         [] {
-                                           pool().unlock();
-                                           g_forked = true;
-                                         });
+// A forked child must not find the pool locked by a thread that it does not have.
+const int kForkHandlers =
+    pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
 
 class Scratch {
  public:
   explicit Scratch(size_t bytes) : buffer_(pool().take(bytes)) {}
-  ~Scratch() { pool().give(buffer_); }
+  ~Scratch() {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(buffer_.data, buffer_.bytes);
+#endif
+    pool().give(buffer_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   char* data() const { return buffer_.data; }
@@ -121,24 +180,7 @@ class Scratch {
   Pool::Buffer buffer_;
 };
 
-// A fresh picture-sized result costs more in page faults of 4 KiB than in arithmetic: ask for huge
-// pages.
-void prefer_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-// ---------------------------------------------------------------- threads
-
-void barrier() {
-#pragma omp barrier
-}
+// ---------------------------------------------------------------- images
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -148,41 +190,33 @@ template <class Run>
 void for_each_image(int images, int threads, Run run) {
   if (images == 0) return;
   size_t shared_bytes = 0;
-  const Team alone{0, 1, nullptr};
-  const size_t scratch_bytes = aligned(run(alone, 0, Bump{}, &shared_bytes, Bump{}));
+  const size_t scratch_bytes = aligned(run(Team{0, 1, nullptr}, 0, Bump{}, &shared_bytes, Bump{}));
   shared_bytes = aligned(shared_bytes);
 
   threads = allowed_threads(threads);
   const bool apart = images >= threads;
   const int teams = apart ? threads : 1;
-  const Scratch memory(teams * shared_bytes + threads * scratch_bytes);
-  auto shared = [&](int team) { return Bump{memory.data() + team * shared_bytes}; };
-  auto scratch = [&](int thread) {
-    return Bump{memory.data() + teams * shared_bytes + thread * scratch_bytes};
-  };
-  if (threads == 1) {
-    const FlushDenormals flush;
-    for (int i = 0; i < images; i++) run(alone, i, shared(0), &shared_bytes, scratch(0));
-    return;
-  }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  {
-    const FlushDenormals flush;
-    const int rank = omp_get_thread_num(), size = omp_get_num_threads();
+  const Scratch memory(threads * (sizeof(Share) + scratch_bytes) + teams * shared_bytes);
+  Share* shares = reinterpret_cast<Share*>(memory.data());
+  std::fill(shares, shares + threads, Share{0});
+  char* scratch = memory.data() + threads * sizeof(Share);
+  char* shared = scratch + threads * scratch_bytes;
+  std::atomic<int> next{0};
+  run_team(threads, [&](const Team& all) {
+    const Bump own{scratch + all.rank * scratch_bytes};
     size_t ignored;
     if (apart) {
-#pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < images; i++) run(alone, i, shared(rank), &ignored, scratch(rank));
+      const Team alone{0, 1, nullptr, shares + all.rank};
+      for (int i; (i = next++) < images;)
+        run(alone, i, Bump{shared + all.rank * shared_bytes}, &ignored, own);
     } else {
-      const Team team{rank, size, barrier};
+      const Team team{all.rank, all.size, all.barrier, shares};
       for (int i = 0; i < images; i++) {
-        run(team, i, shared(0), &ignored, scratch(rank));
+        run(team, i, Bump{shared}, &ignored, own);
         team.wait();
       }
     }
-  }
-#endif
+  });
 }
 
 // ---------------------------------------------------------------- checks
@@ -194,22 +228,28 @@ void require(bool holds, const std::string& message) {
 std::string size_text(int h, int w) { return std::to_string(h) + "x" + std::to_string(w); }
 
 struct Prepared {
-  const Kernels& kernels;
   std::vector<Layer> layers;
   std::vector<Weights> weights;
+  Type type;
+  const Ops& ops;
   int threads;
 
-  explicit Prepared(const Call& call)
-      : kernels(kernels_of(call.isa)),
-        layers(decode(call.program)),
+  explicit Prepared(const Call& call) : Prepared(call, arithmetic_of(call)) {}
+  Prepared(const Call& call, Arithmetic arithmetic)
+      : layers(decode(call.program)),
+        weights(layers.size()),
+        type(type_of(arithmetic)),
+        ops(ops_of(call.isa, arithmetic)),
         threads(std::max(call.threads, 1)) {
-    check_tag(call.program, call.weights, call.weight_bytes);
+    // Kernels only read through these pointers.
+    char* base = static_cast<char*>(const_cast<void*>(call.weights)) + sizeof(Tag);
+    for (size_t i = 0; i < layers.size(); i++)
+      base += place_weights(layers[i], arithmetic, base, weights[i]);
+  }
+  static Arithmetic arithmetic_of(const Call& call) {
     require(reinterpret_cast<uintptr_t>(call.weights) % alignof(float) == 0,
             "weights must be aligned to a float");
-    // Kernels only read through these pointers.
-    float* base = reinterpret_cast<float*>(static_cast<Tag*>(const_cast<void*>(call.weights)) + 1);
-    weights.resize(layers.size());
-    for (size_t i = 0; i < layers.size(); i++) base += place_weights(layers[i], base, weights[i]);
+    return check_tag(call.program, call.weights, call.weight_bytes);
   }
   const Layer& single(Op op) const {
     require(layers.size() == 1 && layers[0].op == op, "program must be one layer of the op called");
@@ -217,8 +257,9 @@ struct Prepared {
   }
 };
 
-Plane image_of(Batch b, int image, int channels) {
-  return {b.data ? b.data + size_t(image) * b.h * b.w * padded(channels) : nullptr, b.h, b.w};
+Plane image_of(Batch b, int image, int channels, Type type) {
+  const size_t bytes = size_t(b.h) * b.w * padded(channels, type) * bytes_of(type);
+  return {b.data ? static_cast<char*>(b.data) + image * bytes : nullptr, b.h, b.w};
 }
 
 void require_size(const char* name, Batch b, int n, int h, int w) {
@@ -227,17 +268,27 @@ void require_size(const char* name, Batch b, int n, int h, int w) {
               size_text(h, w) + ", got " + std::to_string(b.n) + " of " + size_text(b.h, b.w));
 }
 
-void require_picture(const Layer& stem, const Picture& picture) {
+// What a Share's word holds.
+void require_rows(int rows) {
+  require(rows < kMostRows,
+          "x must have fewer than 2^24 rows, got a result of " + std::to_string(rows));
+}
+
+void require_picture(const Layer& stem, const Picture& picture, Type type) {
+  require(picture.type == type || picture.type == Type::u8,
+          "x must be uint8 or what the weights are packed for");
   require(picture.c == stem.in,
           "x must have " + std::to_string(stem.in) + " channels, got " + std::to_string(picture.c));
   const int smallest = 3 - 2 * stem.padding;
   require(picture.h >= smallest && picture.w >= smallest,
           "x must be at least " + size_text(smallest, smallest) + ", got " +
               size_text(picture.h, picture.w));
+  require_rows(picture.h);
 }
 
 void require_nonempty(Batch b) {
   require(b.n == 0 || (b.h >= 1 && b.w >= 1), "x must be at least 1x1, got " + size_text(b.h, b.w));
+  require_rows(b.h);
 }
 
 // An op of one plane in, one plane out.
@@ -246,8 +297,8 @@ void run_plane_op(const Prepared& p, const Layer& l, PlaneOp op, Batch x, Batch 
   require_nonempty(x);
   require_size("out", out, x.n, l.output_size(x.h), l.output_size(x.w));
   for_each_image(x.n, p.threads, [&](const Team& team, int i, Bump, size_t*, Bump scratch) {
-    return op(l, p.weights[0], image_of(x, i, l.in), image_of(out, i, l.result_channels()), team,
-              scratch);
+    return op(l, p.weights[0], image_of(x, i, l.in, p.type),
+              image_of(out, i, l.result_channels(), p.type), team, scratch);
   });
 }
 
@@ -273,7 +324,9 @@ void require_network(const std::vector<Layer>& layers) {
 }
 
 int pieces_of(Output output, int classes) { return output == Output::labels ? 1 : classes; }
-size_t element_of(Output output) { return output == Output::labels ? 1 : sizeof(float); }
+size_t element_of(Output output, Type type) {
+  return output == Output::labels ? 1 : bytes_of(type);
+}
 
 void require_classes(Output output, int classes) {
   require(output != Output::labels || classes <= kMaxClassesOfLabels,
@@ -282,25 +335,48 @@ void require_classes(Output output, int classes) {
 
 }  // namespace
 
-std::vector<std::string> instruction_sets() {
+std::vector<std::string> instruction_sets(Arithmetic arithmetic) {
   std::vector<std::string> names;
   for (const Candidate& c : kCandidates)
-    if (c.runs()) names.push_back(c.kernels->name);
+    if (c.kernels->ops[int(arithmetic)] && c.runs()) names.push_back(c.kernels->name);
   return names;
 }
 
-const Kernels& kernels_of(const std::string& isa) {
-  for (const Candidate& c : kCandidates)
-    if (isa == c.kernels->name && c.runs()) return *c.kernels;
-  throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
+Arithmetic arithmetic_of(const std::string& name) {
+  for (int a = 0; a < kArithmetics; a++)
+    if (name == kArithmeticNames[a]) return Arithmetic(a);
+  throw std::invalid_argument("arithmetic must be float32, bfloat16 or high, got '" + name + "'");
 }
 
-int allowed_threads(int threads) {
-#if defined(_OPENMP)
-  if (!g_forked && !omp_in_parallel()) return std::max(threads, 1);
-#endif
-  (void)threads;
-  return 1;
+const Ops& ops_of(const std::string& isa, Arithmetic arithmetic) {
+  const Ops* ops = best_of(isa, [&](const Kernels& k) { return k.ops[int(arithmetic)]; });
+  if (ops) return *ops;
+  throw std::invalid_argument("isa must be one with kernels for arithmetic " +
+                              std::string(kArithmeticNames[int(arithmetic)]) + ", got '" + isa +
+                              "'");
+}
+
+const TrainingKernels& training_kernels_of(const std::string& isa) {
+  return *best_of(isa, [](const Kernels& k) { return k.training; });
+}
+
+double multiply_add_roof(const std::string& isa, Arithmetic arithmetic, int threads,
+                         double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const Ops& ops = ops_of(isa, arithmetic);
+  std::mutex mutex;
+  double rate = 0;
+  run_team(allowed_threads(threads), [&](const Team&) {
+    double done = 0, passed = 0;
+    const auto start = Clock::now();
+    do {
+      done += ops.roof(1 << 13);
+      passed = std::chrono::duration<double>(Clock::now() - start).count();
+    } while (passed < seconds);
+    const std::lock_guard<std::mutex> lock(mutex);
+    rate += done / passed;
+  });
+  return rate;
 }
 
 size_t scratch_bytes() { return pool().total(); }
@@ -310,21 +386,22 @@ void fill_scratch(int byte) { pool().fill(byte); }
 void stem_conv(const Call& call, const Picture& picture, Batch out) {
   const Prepared p(call);
   const Layer& l = p.single(Op::stem_conv);
-  require_picture(l, picture);
+  require_picture(l, picture, p.type);
   require_size("out", out, picture.n, l.output_size(picture.h), l.output_size(picture.w));
   for_each_image(picture.n, p.threads, [&](const Team& team, int i, Bump, size_t*, Bump scratch) {
-    return p.kernels.stem_conv(l, p.weights[0], picture, i, image_of(out, i, l.out), team, scratch);
+    return p.ops.stem_conv(l, p.weights[0], picture, i, image_of(out, i, l.out, p.type), team,
+                           scratch);
   });
 }
 
 void dsconv(const Call& call, Batch x, Batch out) {
   const Prepared p(call);
-  run_plane_op(p, p.single(Op::dsconv), p.kernels.dsconv, x, out);
+  run_plane_op(p, p.single(Op::dsconv), p.ops.dsconv, x, out);
 }
 
 void inverted_residual(const Call& call, Batch x, Batch out) {
   const Prepared p(call);
-  run_plane_op(p, p.single(Op::inverted_residual), p.kernels.inverted_residual, x, out);
+  run_plane_op(p, p.single(Op::inverted_residual), p.ops.inverted_residual, x, out);
 }
 
 void pyramid_pooling(const Call& call, Batch x, Batch out) {
@@ -334,10 +411,12 @@ void pyramid_pooling(const Call& call, Batch x, Batch out) {
   require_size("out", out, x.n, x.h, x.w);
   for_each_image(x.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
-                   float* grids = shared.take<float>(pyramid_floats(l));
+                   Branch branches[kMaxBins];
+                   place_branches(l, p.type, shared, branches);
                    *shared_bytes = shared.used;
-                   return p.kernels.pyramid_pooling(l, p.weights[0], image_of(x, i, l.in), grids,
-                                                    image_of(out, i, l.out), team, scratch);
+                   return p.ops.pyramid_pooling(l, p.weights[0], image_of(x, i, l.in, p.type),
+                                                branches, image_of(out, i, l.out, p.type), team,
+                                                scratch);
                  });
 }
 
@@ -352,11 +431,12 @@ void feature_fusion(const Call& call, Batch high, Batch low, Batch out) {
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
                    Plane refined{nullptr, low.h, low.w};
                    if (l.dense)
-                     refined.data = shared.take<float>(size_t(low.h) * low.w * padded(l.in));
+                     refined.data = shared.take<char>(size_t(low.h) * low.w * padded(l.in, p.type) *
+                                                      bytes_of(p.type));
                    *shared_bytes = shared.used;
-                   return p.kernels.feature_fusion(l, p.weights[0], image_of(high, i, l.mid),
-                                                   image_of(low, i, l.in), refined,
-                                                   image_of(out, i, l.out), team, scratch);
+                   return p.ops.feature_fusion(l, p.weights[0], image_of(high, i, l.mid, p.type),
+                                               image_of(low, i, l.in, p.type), refined,
+                                               image_of(out, i, l.out, p.type), team, scratch);
                  });
 }
 
@@ -366,30 +446,60 @@ void upsample_classify(const Call& call, Batch x, Output output, void* out, int 
   require_nonempty(x);
   require(h >= 1 && w >= 1, "size must be at least 1x1, got " + size_text(h, w));
   require_classes(output, l.in);
-  const size_t bytes = element_of(output) * pieces_of(output, l.in) * h * w;
+  const size_t bytes = element_of(output, p.type) * pieces_of(output, l.in) * h * w;
   prefer_huge_pages(out, x.n * bytes);
   for_each_image(x.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
-                   return p.kernels.upsample_classify(l, image_of(x, i, l.in), output,
-                                                      static_cast<char*>(out) + i * bytes, h, w,
-                                                      team, shared, shared_bytes, scratch);
+                   return p.ops.upsample_classify(l, image_of(x, i, l.in, p.type), output,
+                                                  static_cast<char*>(out) + i * bytes, h, w, team,
+                                                  shared, shared_bytes, scratch);
                  });
 }
 
-void network(const Call& call, const Picture& picture, Output output, void* out) {
+namespace {
+
+void run_network(const Call& call, const Picture& picture, Output output, void* out,
+                 Reached* reached) {
   const Prepared p(call);
   require_network(p.layers);
-  require_picture(p.layers[0], picture);
+  require_picture(p.layers[0], picture, p.type);
   const int classes = p.layers.back().in;
   require_classes(output, classes);
-  const size_t bytes = element_of(output) * pieces_of(output, classes) * picture.h * picture.w;
+  const size_t bytes =
+      element_of(output, p.type) * pieces_of(output, classes) * picture.h * picture.w;
   prefer_huge_pages(out, picture.n * bytes);
   for_each_image(picture.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
-                   return p.kernels.network(p.layers.data(), p.weights.data(), int(p.layers.size()),
-                                            picture, i, output, static_cast<char*>(out) + i * bytes,
-                                            team, shared, shared_bytes, scratch);
+                   return p.ops.network(p.layers.data(), p.weights.data(), int(p.layers.size()),
+                                        picture, i, output, static_cast<char*>(out) + i * bytes,
+                                        team, reached, shared, shared_bytes, scratch);
                  });
+}
+
+// What the first thread of a team, the caller, has measured.
+struct StageClock {
+  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+  StageTimes times;
+};
+thread_local StageClock* t_stages = nullptr;
+
+}  // namespace
+
+void network(const Call& call, const Picture& picture, Output output, void* out) {
+  run_network(call, picture, output, out, nullptr);
+}
+
+StageTimes network_stages(const Call& call, const Picture& picture, Output output, void* out) {
+  require(picture.n == 1, "x must be one picture, got " + std::to_string(picture.n));
+  StageClock stages;
+  t_stages = &stages;
+  run_network(call, picture, output, out, [](const char* stage, int block) {
+    const auto now = std::chrono::steady_clock::now();
+    const std::chrono::duration<double> passed = now - t_stages->last;
+    t_stages->times.emplace_back(block < 0 ? stage : stage + std::to_string(block), passed.count());
+    t_stages->last = now;
+  });
+  return stages.times;
 }
 
 }  // namespace fastscnn

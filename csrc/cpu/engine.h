@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -18,16 +19,25 @@ struct alignas(64) Tag {
   uint64_t program, bytes;
 };
 
-// Instruction sets that were compiled and that this processor runs, the best last.
-std::vector<std::string> instruction_sets();
+// Instruction sets that were compiled with kernels of their own for that arithmetic and that this
+// processor runs, the best last.
+std::vector<std::string> instruction_sets(Arithmetic);
+// "float32", "bfloat16" or "high".
+Arithmetic arithmetic_of(const std::string& name);
 
-// Its kernels; throws where this processor does not run it.
-const Kernels& kernels_of(const std::string& isa);
+// What that instruction set runs; throws where this processor does not run it, or where it has
+// nothing for the arithmetic.
+const Ops& ops_of(const std::string& isa, Arithmetic);
+const TrainingKernels& training_kernels_of(const std::string& isa);
 
-// A layer's or a network's packed size, tag included, and the packing of its plain float weights
-// (each tensor of plan.py's Layer.weights() in turn).
-size_t packed_bytes(const Program&);
-void pack(const Program&, const float* plain, size_t floats, void* packed);
+// Floating-point operations a second of so many threads that multiply and add in registers alone.
+double multiply_add_roof(const std::string& isa, Arithmetic, int threads, double seconds);
+
+// A layer's or a network's plain float weights (each tensor of plan.py's Layer.weights() in turn),
+// their packed size, tag included, and their packing. The tag says for which arithmetic.
+size_t plain_floats(const Program&);
+size_t packed_bytes(const Program&, Arithmetic);
+void pack(const Program&, Arithmetic, const float* plain, size_t floats, void* packed);
 
 // Everything that a call has in common.
 struct Call {
@@ -38,9 +48,9 @@ struct Call {
   int threads;
 };
 
-// A batch of dense channels-last activations, (n, h, w, padded(channels)) floats.
+// A batch of dense channels-last activations, (n, h, w, padded(channels)) elements.
 struct Batch {
-  float* data;
+  void* data;
   int n, h, w;
 };
 
@@ -52,9 +62,9 @@ void feature_fusion(const Call&, Batch high, Batch low, Batch out);
 void upsample_classify(const Call&, Batch x, Output, void* out, int h, int w);
 void network(const Call&, const Picture&, Output, void* out);
 
-// How many threads a call may use: one in a forked child, which has none of OpenMP's, and within a
-// parallel region.
-int allowed_threads(int threads);
+// The network on one picture, and the seconds that each of its stages took.
+using StageTimes = std::vector<std::pair<std::string, double>>;
+StageTimes network_stages(const Call&, const Picture&, Output, void* out);
 
 // Bytes that the scratch pool holds.
 size_t scratch_bytes();

@@ -8,10 +8,11 @@ struct FusionRows {
   Plane high;
   ResizedRows source;
   Ring input;
-  float* refined;
+  Parts parts;
+  element* refined;  // a part's depthwise result; where dense, the whole resized row
 
   FusionRows(const Layer& l, const Weights& w, Plane high_, Plane low)
-      : layer(&l), weights(&w), high(high_) {
+      : layer(&l), weights(&w), high(high_), parts(high_.w, padded(l.in)) {
     const Activation after_resize = l.dense ? Activation::relu : Activation::none;
     source = {low,     padded(l.in), high.h, high.w, l.align_corners, clamp_of(after_resize),
               nullptr, nullptr};
@@ -20,27 +21,35 @@ struct FusionRows {
     const int dilation = layer->dilation, channels = padded(layer->in);
     source.place(scratch);
     if (!layer->dense) input.place(scratch, 2 * dilation + 1, dilation, channels, high.w, high.h);
-    refined = scratch.take<float>(size_t(high.w) * channels);
+    refined = scratch.take<element>((layer->dense ? high.w : parts.longest()) * channels);
   }
+  int halo() const { return layer->dense ? 0 : 2 * layer->dilation; }
   void start(int y) {
     if (!layer->dense) input.start(y - layer->dilation);
     source.start(y);
   }
-  void row(int y, float* out) {
+  void row(int y, element* out) {
     const int channels = padded(layer->in), high_channels = padded(layer->mid);
+    const Gemm& main = weights->main;
+    const element* skip = row_of(high, y, high_channels);
+    auto fuse = [&](const element* low, Range x) {
+      const Segment branches[2] = {
+          {low, size_t(channels), channels, 0},
+          {skip + size_t(x.begin) * high_channels, size_t(high_channels), high_channels, channels}};
+      multiply(Product<element, element>{branches, 2, &main, clamp_of(layer->activation), nullptr,
+                                         0, out + size_t(x.begin) * main.n, size_t(main.n)},
+               x.size());
+    };
     if (layer->dense) {
       source.row(y, refined);
-    } else {
-      input.pull(source, y + layer->dilation);
-      depthwise(input, y, 1, layer->dilation, high.w, weights->depthwise,
-                clamp_of(Activation::relu), refined);
+      return fuse(refined, {0, high.w});
     }
-    const Segment branches[2] = {{refined, size_t(channels), channels, 0},
-                                 {high.data + size_t(y) * high.w * high_channels,
-                                  size_t(high_channels), high_channels, channels}};
-    multiply({branches, 2, &weights->main, clamp_of(layer->activation), nullptr, 0, out,
-              size_t(padded(layer->out))},
-             high.w);
+    input.pull(source, y + layer->dilation);
+    parts.for_each([&](Range x) {
+      depthwise(input, y, 1, layer->dilation, x, weights->depthwise, clamp_of(Activation::relu),
+                refined);
+      fuse(refined, x);
+    });
   }
 };
 
@@ -48,12 +57,12 @@ struct FusionRows {
 static Plane refine_dense(const Layer& l, const Weights& w, Plane low, Plane refined,
                           const Team& team) {
   if (!l.dense) return low;
-  const size_t channels = padded(l.in);
+  const int channels = padded(l.in);
   const Range rows = share(low.h, team);
-  const size_t first = size_t(rows.begin) * low.w * channels;
   if (rows.begin < rows.end)
-    pointwise(w.expand, low.data + first, channels, (rows.end - rows.begin) * low.w,
-              clamp_of(Activation::none), refined.data + first, channels);
+    multiply(pointwise({row_of(low, rows.begin, channels), size_t(channels), channels, 0}, w.expand,
+                       clamp_of(Activation::none), row_of(refined, rows.begin, channels)),
+             rows.size() * low.w);
   team.wait();
   return refined;
 }
@@ -63,6 +72,7 @@ static size_t feature_fusion(const Layer& l, const Weights& w, Plane high, Plane
   FusionRows stage(l, w, high, low);
   stage.place(scratch);
   if (scratch.measuring()) return scratch.used;
+  const Tiles tiles;
   stage.source.x = refine_dense(l, w, low, refined, team);
   run_rows(stage, out, padded(l.out), team);
   return scratch.used;

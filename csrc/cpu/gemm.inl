@@ -1,61 +1,63 @@
-// C[m][n] = act(bias + sum over segments of A_s[m][k] * B_s[k][n] (+ add[m][n])).
-// A's rows are pixels. Several segments are several inputs, or the taps of a convolution, whose
-// products are summed before anything is stored. B's layout: layer.h, Gemm.
-
-struct Segment {
-  const float* a;  // null: an all-zero input, skipped
-  size_t lda;      // floats from pixel to pixel
-  int k;
-  int first;  // first row of B
-};
+// The product in registers. What one step along K takes from A is 32 bits wide: a float, or two
+// neighbouring bf16, which meet a pair of B's rows.
+#if FASTSCNN_ARITHMETIC != FASTSCNN_BFLOAT16
+typedef float unit;
+using units = vf;
+FASTSCNN_INLINE vf multiply_add(vf a, vf b, vf sum) { return fma(a, b, sum); }
+FASTSCNN_INLINE units broadcast(const unit* p) { return splat(*p); }
+#else
+typedef int32_t unit __attribute__((may_alias));
+using units = vi;
+#if FASTSCNN_BF16
+FASTSCNN_INLINE vf multiply_add(vi a, vi b, vf sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+FASTSCNN_INLINE vf multiply_add(vi a, vi b, vf sum) {
+  return fma(odd(a), odd(b), fma(even(a), even(b), sum));
+}
+#endif
+FASTSCNN_INLINE units broadcast(const unit* p) { return vi{} + *p; }
+#endif
+constexpr int kUnit = int(sizeof(unit) / sizeof(element));
 
 // Rows (pixels) and vectors of the register tile: the accumulators, one row of B and one broadcast
 // fill the 32 (AVX-512) or 16 registers.
-constexpr int kTileRows = kLanes == 16 ? 14 : 6;
-constexpr int kTileVectors = 2;
-constexpr int kTileColumns = kTileVectors * kLanes;
+constexpr int kRegisterRows = kLanes == 16 ? 14 : 6;
+constexpr int kRegisterVectors = 2;
+constexpr int kRegisterColumns = kRegisterVectors * kLanes;
 
 template <int MR, int NV>
-FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const float* b, size_t panel,
+FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const unit* b, size_t panel,
                                 vf (&acc)[MR][NV]) {
   // Three rows share a base pointer, so that 14 rows need 5 address registers.
-  const float* a[(MR + 2) / 3];
+  const size_t lda = s.lda / kUnit;
+  const unit* a[(MR + 2) / 3];
 #pragma GCC unroll 5
-  for (int i = 0; i < (MR + 2) / 3; i++) a[i] = s.a + (row + 3 * i) * s.lda;
-  const size_t lda = s.lda;
-  b += size_t(s.first) * kBlock;
+  for (int i = 0; i < (MR + 2) / 3; i++)
+    a[i] = reinterpret_cast<const unit*>(s.a) + (row + 3 * i) * lda;
+  b += size_t(s.first) / kUnit * kPanel;
 #pragma GCC unroll 4
-  for (int k = 0; k < s.k; k++) {
-    vf bv[NV];
+  for (int k = 0; k < s.k / kUnit; k++) {
+    units bv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++)
-      bv[v] = load(b + v * kLanes / kBlock * panel + v * kLanes % kBlock);
+      bv[v] = load(b + v * kLanes / kPanel * panel + v * kLanes % kPanel);
 #pragma GCC unroll 14
     for (int m = 0; m < MR; m++) {
-      const vf x = splat(a[m / 3][m % 3 * lda + k]);
+      const units x = broadcast(&a[m / 3][m % 3 * lda + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) acc[m][v] = fma(x, bv[v], acc[m][v]);
+      for (int v = 0; v < NV; v++) acc[m][v] = multiply_add(x, bv[v], acc[m][v]);
     }
-    b += kBlock;
+    b += kPanel;
   }
 }
 
-struct Product {
-  const Segment* segments;
-  int segment_count;
-  const Gemm* b;
-  Clamp clamp;
-  const float* add;  // null, or added before the clamp
-  size_t ld_add;
-  float* c;
-  size_t ldc;
-};
-
-template <int MR, int NV>
-void tile(const Product& p, int row, int column) {
+template <int MR, int NV, class P>
+FASTSCNN_INLINE void tile(const P& p, int row, int column) {
   vf acc[MR][NV];
-  const size_t panel = size_t(p.b->k) * kBlock;
-  const float* b = p.b->panels + column / kBlock * panel + column % kBlock;
+  const size_t panel = size_t(p.b->k) / kUnit * kPanel;
+  const unit* b = static_cast<const unit*>(p.b->panels) + column / kPanel * panel + column % kPanel;
 #pragma GCC unroll 14
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
@@ -64,63 +66,65 @@ void tile(const Product& p, int row, int column) {
   for (int s = 0; s < p.segment_count; s++)
     if (p.segments[s].a) accumulate<MR, NV>(p.segments[s], row, b, panel, acc);
   if (p.add) {
-    const float* add = p.add + row * p.ld_add + column;
+    const auto* add = p.add + row * p.ld_add + column;
 #pragma GCC unroll 14
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) acc[m][v] += load(add + m * p.ld_add + v * kLanes);
   }
-  float* c = p.c + row * p.ldc + column;
+  auto* c = p.c + row * p.ldc + column;
+  p.clamp.apply([&](auto clamp) {
 #pragma GCC unroll 14
-  for (int m = 0; m < MR; m++)
+    for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) store(c + m * p.ldc + v * kLanes, p.clamp(acc[m][v]));
-}
-
-using Tile = void (*)(const Product&, int row, int column);
-template <int NV>
-FASTSCNN_INLINE Tile tile_of(int rows) {
-#if FASTSCNN_LANES == 16
-  static constexpr Tile tiles[] = {tile<1, NV>,  tile<2, NV>,  tile<3, NV>,  tile<4, NV>,
-                                   tile<5, NV>,  tile<6, NV>,  tile<7, NV>,  tile<8, NV>,
-                                   tile<9, NV>,  tile<10, NV>, tile<11, NV>, tile<12, NV>,
-                                   tile<13, NV>, tile<14, NV>};
-#else
-  static constexpr Tile tiles[] = {tile<1, NV>, tile<2, NV>, tile<3, NV>,
-                                   tile<4, NV>, tile<5, NV>, tile<6, NV>};
-#endif
-  return tiles[rows - 1];
+      for (int v = 0; v < NV; v++) store(c + m * p.ldc + v * kLanes, clamp(acc[m][v]));
+  });
 }
 
 // B's panels stay in L1 while K is small: columns outside. Else A's tile stays and B streams from
 // L2.
-constexpr int kSmallK = 224;
+constexpr int kSmallK = 224 * kUnit;
 
-static void multiply(const Product& p, int m) {
-  const int n = p.b->n, tiles = (m + kTileRows - 1) / kTileRows;
-  const int rows = m / tiles, longer = m % tiles;  // balanced: no short last tile
-  auto columns_of = [&](int column, int row, int count) {
-    if (n - column >= kTileColumns)
-      tile_of<kTileVectors>(count)(p, row, column);
-    else
-      tile_of<kTileVectors / 2>(count)(p, row, column);
-  };
+// Rows and columns that are whole tiles.
+template <int MR, int NV, class P>
+void tiles(const P& p, Range rows, Range columns) {
+  constexpr int kColumns = NV * kLanes;
   if (p.b->k <= kSmallK) {
-    for (int column = 0; column < n; column += kTileColumns)
-      for (int i = 0, row = 0, count; i < tiles; i++, row += count)
-        columns_of(column, row, count = rows + (i < longer));
+    for (int column = columns.begin; column < columns.end; column += kColumns)
+      for (int row = rows.begin; row < rows.end; row += MR) tile<MR, NV>(p, row, column);
   } else {
-    for (int i = 0, row = 0, count; i < tiles; i++, row += count) {
-      count = rows + (i < longer);
-      for (int column = 0; column < n; column += kTileColumns) columns_of(column, row, count);
-    }
+    for (int row = rows.begin; row < rows.end; row += MR)
+      for (int column = columns.begin; column < columns.end; column += kColumns)
+        tile<MR, NV>(p, row, column);
   }
 }
 
-// A 1x1 convolution of m pixels.
-FASTSCNN_INLINE void pointwise(const Gemm& b, const float* a, size_t lda, int m, Clamp clamp,
-                               float* c, size_t ldc, const float* add = nullptr,
-                               size_t ld_add = 0) {
-  const Segment segment{a, lda, b.k, 0};
-  multiply({&segment, 1, &b, clamp, add, ld_add, c, ldc}, m);
+template <int NV, class P>
+FASTSCNN_INLINE void tiles_of(int count, const P& p, Range rows, Range columns) {
+  using Tiles = void (*)(const P&, Range, Range);
+#if FASTSCNN_LANES == 16
+  static constexpr Tiles table[] = {
+      tiles<1, NV, P>,  tiles<2, NV, P>,  tiles<3, NV, P>,  tiles<4, NV, P>, tiles<5, NV, P>,
+      tiles<6, NV, P>,  tiles<7, NV, P>,  tiles<8, NV, P>,  tiles<9, NV, P>, tiles<10, NV, P>,
+      tiles<11, NV, P>, tiles<12, NV, P>, tiles<13, NV, P>, tiles<14, NV, P>};
+#else
+  static constexpr Tiles table[] = {tiles<1, NV, P>, tiles<2, NV, P>, tiles<3, NV, P>,
+                                    tiles<4, NV, P>, tiles<5, NV, P>, tiles<6, NV, P>};
+#endif
+  table[count - 1](p, rows, columns);
+}
+
+template <class Out, class Add>
+static void multiply_in_registers(const Product<Out, Add>& p, int m) {
+  const int n = p.b->n, whole = n / kRegisterColumns * kRegisterColumns;
+  const int tiles = (m + kRegisterRows - 1) / kRegisterRows;
+  const int rows = m / tiles, longer = m % tiles;  // balanced: no short last tile
+  auto part = [&](int count, Range range) {
+    if (range.begin == range.end) return;
+    tiles_of<kRegisterVectors>(count, p, range, {0, whole});
+    if (whole < n) tiles_of<kRegisterVectors / 2>(count, p, range, {whole, n});
+  };
+  const int split = longer * (rows + 1);
+  part(rows + 1, {0, split});
+  part(rows, {split, m});
 }

@@ -6,11 +6,12 @@
 struct ExpandedRows {
   const Gemm* expand;
   Plane x;
+  int channels;  // of x
   Clamp clamp;
-  void start(int) {}
-  void row(int y, float* out) {
-    const size_t channels = expand->k;
-    pointwise(*expand, x.data + size_t(y) * x.w * channels, channels, x.w, clamp, out, expand->n);
+  void row(int y, element* out) {
+    multiply(
+        pointwise({row_of(x, y, channels), size_t(channels), channels, 0}, *expand, clamp, out),
+        x.w);
   }
 };
 
@@ -19,30 +20,34 @@ struct InvertedResidualRows {
   const Weights* weights;
   ExpandedRows source;
   Ring expanded;
-  int width;
-  float* depthwise_out;
+  Parts parts;
+  element* depthwise_out;
 
   InvertedResidualRows(const Layer& l, const Weights& w, Plane x)
       : layer(&l),
         weights(&w),
-        source{&w.expand, x, clamp_of(l.activation)},
-        width(l.output_size(x.w)) {}
+        source{&w.expand, x, padded(l.in), clamp_of(l.activation)},
+        parts(l.output_size(x.w), w.depthwise.channels) {}
   void place(Bump& scratch) {
     const int channels = weights->depthwise.channels;
     expanded.place(scratch, 3, 1, channels, source.x.w, source.x.h);
-    depthwise_out = scratch.take<float>(size_t(width) * channels);
+    depthwise_out = scratch.take<element>(parts.longest() * channels);
   }
+  int halo() const { return 2 / layer->stride; }
   void start(int y) { expanded.start(y * layer->stride - 1); }
-  void row(int y, float* out) {
+  void row(int y, element* out) {
     const int channels = weights->depthwise.channels;
     const Gemm& project = weights->main;
-    const Plane& x = source.x;
+    const element* add = layer->residual ? row_of(source.x, y, source.channels) : nullptr;
     expanded.pull(source, y * layer->stride + 1);
-    depthwise(expanded, y, layer->stride, 1, width, weights->depthwise, clamp_of(layer->activation),
-              depthwise_out);
-    const float* add = layer->residual ? x.data + size_t(y) * x.w * project.n : nullptr;
-    pointwise(project, depthwise_out, channels, width, clamp_of(Activation::none), out, project.n,
-              add, project.n);
+    parts.for_each([&](Range x) {
+      depthwise(expanded, y, layer->stride, 1, x, weights->depthwise, clamp_of(layer->activation),
+                depthwise_out);
+      const size_t first = size_t(x.begin) * project.n;
+      multiply(pointwise({depthwise_out, size_t(channels), channels, 0}, project,
+                         clamp_of(Activation::none), out + first, add ? add + first : nullptr),
+               x.size());
+    });
   }
 };
 
@@ -50,6 +55,8 @@ static size_t inverted_residual(const Layer& l, const Weights& w, Plane x, Plane
                                 const Team& team, Bump scratch) {
   InvertedResidualRows stage(l, w, x);
   stage.place(scratch);
-  if (!scratch.measuring()) run_rows(stage, out, padded(l.out), team);
+  if (scratch.measuring()) return scratch.used;
+  const Tiles tiles;
+  run_rows(stage, out, padded(l.out), team);
   return scratch.used;
 }

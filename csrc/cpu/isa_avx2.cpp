@@ -13,6 +13,8 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define FASTSCNN_LANES 8
+#define FASTSCNN_BF16 0
+#define FASTSCNN_AMX 0
 #define FASTSCNN_ISA avx2
 #define FASTSCNN_TABLE kAvx2
 #include "isa.inl"

@@ -14,6 +14,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #endif
 #define FASTSCNN_LANES 16
+#define FASTSCNN_BF16 0
+#define FASTSCNN_AMX 0
 #define FASTSCNN_ISA avx512
 #define FASTSCNN_TABLE kAvx512
 #include "isa.inl"

@@ -1,30 +1,43 @@
-// What an instruction set provides: one table of the fused ops and the whole network.
+// What an instruction set provides: for each arithmetic one table of the fused ops and the whole
+// network.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 #include "layer.h"
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace fastscnn {
 
 // A picture batch (N, C, H, W) with any strides, in elements; float, or raw uint8 to be normalised.
 struct Picture {
   const void* data;
-  bool raw;
+  Type type;
   int n, c, h, w;
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
-// A dense channels-last activation: (h, w, padded(channels)) floats of one image.
+// A dense channels-last activation: (h, w, padded(channels)) elements of one image.
 struct Plane {
-  float* data;
+  void* data;
   int h, w;
 };
 
-// The threads that share one image; `barrier` is null for a team of one.
+// The rows of the current stage that a thread has yet to do; as one word, so that the thread and
+// those that take over some of its rows agree without locks: stage (16 bits), begin, end (24 each).
+struct alignas(64) Share {
+  uint64_t rows;
+};
+constexpr int kMostRows = 1 << 24;
+
+// The threads that work on one image; `barrier` is null for a team of one.
 struct Team {
   int rank, size;
   void (*barrier)();
+  Share* shares = nullptr;     // [size]
+  mutable unsigned stage = 0;  // how many stages have begun
   void wait() const {
     if (size > 1) barrier();
   }
@@ -40,46 +53,80 @@ struct Bump {
   template <class T>
   T* take(size_t n) {
     T* p = reinterpret_cast<T*>(base + used);
-    used += (n * sizeof(T) + 63) / 64 * 64;
+    const size_t bytes = (n * sizeof(T) + kLine - 1) / kLine * kLine;
+    used += bytes;
+#if defined(__SANITIZE_ADDRESS__)  // a line that nobody may touch follows each piece
+    if (base) {
+      __asan_unpoison_memory_region(p, bytes);
+      __asan_poison_memory_region(base + used, kLine);
+    }
+    used += kLine;
+#endif
     return base ? p : nullptr;
   }
 };
 
+// One branch of pyramid_pooling: grids of bins x bins cells.
+struct Branch {
+  int bins;
+  void *pooled, *value;  // in and mid channels, elements
+  float* product;        // out channels
+};
+inline void place_branches(const Layer& l, Type type, Bump& shared, Branch* branches) {
+  auto grid = [&](int b, int channels, size_t bytes) {
+    return shared.take<char>(size_t(l.bins[b]) * l.bins[b] * padded(channels, type) * bytes);
+  };
+  for (int b = 0; b < l.bin_count; b++) {
+    branches[b].bins = l.bins[b];
+    branches[b].pooled = grid(b, l.in, bytes_of(type));
+    branches[b].value = grid(b, l.mid, bytes_of(type));
+    branches[b].product = reinterpret_cast<float*>(grid(b, l.out, sizeof(float)));
+  }
+}
+
+// `block` counts the stages of one name; -1 where there is one.
+using Reached = void(const char* stage, int block);
+
 // One image through one op. `scratch` is this thread's own, `shared` the team's. Each returns the
 // bytes of scratch that it needs, and only that where scratch is measuring. Results go to (h', w',
-// padded(channels)) floats, of upsample_classify and network to (K, H, W) or (H, W).
-struct Kernels {
-  const char* name;
-  const TrainingKernels* training;
+// padded(channels)) elements, of upsample_classify and network to (K, H, W) or (H, W).
+struct Ops {
   size_t (*stem_conv)(const Layer&, const Weights&, const Picture&, int image, Plane out,
                       const Team&, Bump scratch);
   size_t (*dsconv)(const Layer&, const Weights&, Plane x, Plane out, const Team&, Bump scratch);
   size_t (*inverted_residual)(const Layer&, const Weights&, Plane x, Plane out, const Team&,
                               Bump scratch);
-  // `grids` holds pyramid_floats(layer) floats, shared by the team.
-  size_t (*pyramid_pooling)(const Layer&, const Weights&, Plane x, float* grids, Plane out,
-                            const Team&, Bump scratch);
+  // `branches` is shared by the team: place_branches.
+  size_t (*pyramid_pooling)(const Layer&, const Weights&, Plane x, const Branch* branches,
+                            Plane out, const Team&, Bump scratch);
   // `refined` is shared and has the low branch's size; only used where the layer is dense.
   size_t (*feature_fusion)(const Layer&, const Weights&, Plane high, Plane low, Plane refined,
                            Plane out, const Team&, Bump scratch);
-  // `shared` is the team's buffer, whose size comes back in shared_bytes.
+  // `shared` is the team's buffer, whose size comes back in shared_bytes. `reached`, where not
+  // null, is told of the end of each of the network's stages by the first thread.
   size_t (*upsample_classify)(const Layer&, Plane x, Output, void* out, int h, int w, const Team&,
                               Bump shared, size_t* shared_bytes, Bump scratch);
   size_t (*network)(const Layer*, const Weights*, int layers, const Picture&, int image, Output,
-                    void* out, const Team&, Bump shared, size_t* shared_bytes, Bump scratch);
+                    void* out, const Team&, Reached* reached, Bump shared, size_t* shared_bytes,
+                    Bump scratch);
+  // The fastest loop of the arithmetic's products, in registers alone: the roof. Returns the
+  // floating-point operations done.
+  double (*roof)(int64_t iterations);
+};
+
+// Null where an instruction set has no kernels of its own: the next lower one's are as good.
+struct Kernels {
+  const char* name;
+  const Ops* ops[kArithmetics];
+  const TrainingKernels* training;
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
+extern const Kernels kAmx;
 #endif
-
-// Pooled inputs, branch values and their products of a pyramid_pooling, for all its bins.
-inline size_t pyramid_floats(const Layer& l) {
-  size_t cells = 0;
-  for (int b = 0; b < l.bin_count; b++) cells += size_t(l.bins[b]) * l.bins[b];
-  return cells * (padded(l.in) + padded(l.mid) + padded(l.out));
-}
 
 }  // namespace fastscnn

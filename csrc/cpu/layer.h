@@ -16,13 +16,28 @@ enum class Op : int {
 };
 enum class Activation : int { none, relu, relu6 };
 enum class Output : int { logits, probabilities, labels };
+enum class Type : int { f32, bf16, u8 };  // of elements in memory
+
+// How a network computes. Everything but the products of matrices is fp32 arithmetic in each.
+enum class Arithmetic : int {
+  float32,   // activations and weights are floats
+  bfloat16,  // activations and weights of products are bf16, sums are fp32
+  high       // activations are floats, products are three bf16 products each: about 17 bits
+};
+constexpr int kArithmetics = 3;
 
 constexpr int kMaxBins = 8;
 constexpr int kMaxClassesOfLabels = 256;
 
-// Channels are padded to whole blocks: activations and weights have zeros there.
-constexpr int kBlock = 16;
-constexpr int padded(int channels) { return (channels + kBlock - 1) / kBlock * kBlock; }
+constexpr Type type_of(Arithmetic a) { return a == Arithmetic::bfloat16 ? Type::bf16 : Type::f32; }
+constexpr size_t bytes_of(Type t) { return t == Type::f32 ? 4 : t == Type::bf16 ? 2 : 1; }
+
+constexpr int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+// Channels are padded to whole cache lines: activations and weights have zeros there.
+constexpr size_t kLine = 64;
+constexpr int padded(int channels, Type t) {
+  return rounded_up(channels, int(kLine / bytes_of(t)));
+}
 
 struct Layer {
   Op op;
@@ -41,15 +56,22 @@ struct Layer {
   int result_channels() const { return last ? last : out; }
 };
 
-// A 1x1 (or, over several segments, 3x3) convolution as a matrix product: B is stored in panels of
-// 16 columns, [padded(n) / 16][k][16], the bias after it.
+// A 1x1 (or, over several segments, 3x3) convolution as a matrix product. B is stored in panels of
+// kPanel columns:
+//   float32   [n / 16][k][16] floats
+//   bfloat16  [n / 16][k / 2][16][2] bf16: neighbouring rows in pairs, as dot products take them
+//   high      the same, each panel's upper halves before its lower: b = upper + lower
+// k is padded to whole AMX tiles (kTileDepth) in the latter two.
+constexpr int kPanel = 16;
+constexpr int kTileDepth = 32;
 struct Gemm {
-  float* panels;
+  void* panels;
   float* bias;  // null: none
   int k, n;
 };
 
-// Depthwise 3x3: [9][channels] and the bias.
+// Depthwise 3x3: [9][channels] floats and the bias. Where activations are bf16, each 32 channels
+// are stored as the 16 even ones, then the 16 odd ones: the order in which pairs are taken apart.
 struct Depthwise {
   float* weight;
   float* bias;
@@ -66,57 +88,69 @@ struct Weights {
   Gemm branch_out[kMaxBins];  // pyramid_pooling with kernel 1: out's columns of that branch
 };
 
+// How a layer of a network computes: the stem's products are too short for taking them apart to
+// pay.
+inline Arithmetic arithmetic_of(const Layer& l, Arithmetic network) {
+  const bool exact = network == Arithmetic::high && l.op == Op::stem_conv;
+  return exact ? Arithmetic::float32 : network;
+}
+
 // Places a layer's weights from `base` on, in the one order that packing and kernels share; returns
-// the number of floats taken.
-inline size_t place_weights(const Layer& l, float* base, Weights& w) {
+// the number of bytes taken.
+inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, Weights& w) {
+  arithmetic = arithmetic_of(l, arithmetic);
+  const Type type = type_of(arithmetic);
+  const bool halves = arithmetic != Arithmetic::float32;
+  const size_t weight_bytes = arithmetic == Arithmetic::bfloat16 ? 2 : 4;
   size_t used = 0;
-  auto take = [&](size_t floats) {
-    float* p = base + used;
-    used += (floats + kBlock - 1) / kBlock * kBlock;
+  auto take = [&](size_t bytes) {
+    char* p = base + used;
+    used += (bytes + kLine - 1) / kLine * kLine;
     return p;
   };
+  auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * sizeof(float))); };
   auto gemm = [&](Gemm& g, int k, int n) {
-    g = {nullptr, nullptr, k, padded(n)};
-    g.panels = take(size_t(g.k) * g.n);
-    g.bias = take(g.n);
+    g = {nullptr, nullptr, halves ? rounded_up(k, kTileDepth) : k, padded(n, type)};
+    g.panels = take(size_t(g.k) * g.n * weight_bytes);
+    g.bias = floats(g.n);
   };
   auto depthwise = [&](int channels) {
-    w.depthwise.channels = padded(channels);
-    w.depthwise.weight = take(9 * size_t(w.depthwise.channels));
-    w.depthwise.bias = take(w.depthwise.channels);
+    w.depthwise.channels = channels;
+    w.depthwise.weight = floats(9 * size_t(channels));
+    w.depthwise.bias = floats(channels);
   };
-  const int in = padded(l.in), out = padded(l.out), mid = padded(l.mid);
+  const int in = padded(l.in, type), out = padded(l.out, type), mid = padded(l.mid, type);
   switch (l.op) {
     case Op::stem_conv:
-      gemm(w.main, 9 * l.in, out);
-      w.scale = take(l.in);
-      w.shift = take(l.in);
+      gemm(w.main, 9 * l.in, l.out);
+      w.scale = floats(l.in);
+      w.shift = floats(l.in);
       break;
     case Op::dsconv:
       depthwise(in);
-      gemm(w.main, in, out);
+      gemm(w.main, in, l.out);
       if (l.last) gemm(w.last, out, l.last);
       break;
     case Op::inverted_residual:
-      gemm(w.expand, in, mid);
+      gemm(w.expand, in, l.mid);
       depthwise(mid);
-      gemm(w.main, mid, out);
+      gemm(w.main, mid, l.out);
       break;
     case Op::pyramid_pooling:
-      for (int b = 0; b < l.bin_count; b++) gemm(w.branch[b], in, mid);
+      for (int b = 0; b < l.bin_count; b++) gemm(w.branch[b], in, l.mid);
       if (l.kernel == 1) {
-        gemm(w.main, in, out);
-        for (int b = 0; b < l.bin_count; b++) gemm(w.branch_out[b], mid, out);
+        gemm(w.main, in, l.out);
+        for (int b = 0; b < l.bin_count; b++) gemm(w.branch_out[b], mid, l.out);
       } else {
-        gemm(w.main, 9 * (in + l.bin_count * mid), out);
+        gemm(w.main, 9 * (in + l.bin_count * mid), l.out);
       }
       break;
     case Op::feature_fusion:
       if (l.dense)
-        gemm(w.expand, in, in);
+        gemm(w.expand, in, l.in);
       else
         depthwise(in);
-      gemm(w.main, in + mid, out);
+      gemm(w.main, in + padded(l.mid, type), l.out);
       break;
     case Op::upsample_classify:
       break;

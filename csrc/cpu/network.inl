@@ -3,14 +3,19 @@
 // smaller planes, the 1/32 features and the low-resolution logits.
 static size_t network(const Layer* layers, const Weights* weights, int count,
                       const Picture& picture, int image, Output output, void* out, const Team& team,
-                      Bump shared, size_t* shared_bytes, Bump scratch) {
+                      Reached* reached, Bump shared, size_t* shared_bytes, Bump scratch) {
   const Layer *pyramid = layers + count - 5, *fusion = pyramid + 1, *head = fusion + 1,
               *tail = head + 1, *upsample = tail + 1;
   auto of = [&](const Layer* l) -> const Weights& { return weights[l - layers]; };
   const bool measuring = scratch.measuring();
   size_t most = 0;
+  auto end_stage = [&](const char* name, int block = -1) {
+    if (measuring) return;
+    team.wait();
+    if (reached && team.rank == 0) reached(name, block);
+  };
   auto plane = [&](int channels, int h, int w) {
-    return Plane{shared.take<float>(size_t(padded(channels)) * h * w), h, w};
+    return Plane{shared.take<element>(size_t(padded(channels)) * h * w), h, w};
   };
 
   // Learning to downsample.
@@ -19,14 +24,13 @@ static size_t network(const Layer* layers, const Weights* weights, int count,
   DsconvRows<DsconvRows<StemRows>> second(layers[2], weights[2], first, first.width, first.height);
   const Plane high = plane(layers[2].out, second.height, second.width);
   Bump rows = scratch;
-  second.source.source.place(rows);
-  second.source.place(rows);
   second.place(rows);
   most = largest(most, rows.used);
   if (!measuring) {
+    const Tiles tiles;
     run_rows(second, high, padded(layers[2].out), team);
-    team.wait();
   }
+  end_stage("downsample");
 
   // Global features: blocks write to two planes in turn, of the largest size that any of them
   // needs.
@@ -40,7 +44,7 @@ static size_t network(const Layer* layers, const Weights* weights, int count,
     largest_plane = largest(largest_plane, size_t(padded(pyramid->out)) * h * w);
     largest_plane = largest(largest_plane, size_t(padded(pyramid->in)) * h * w);
   }
-  float* planes[2] = {shared.take<float>(largest_plane), shared.take<float>(largest_plane)};
+  element* planes[2] = {shared.take<element>(largest_plane), shared.take<element>(largest_plane)};
   Plane x = high;
   int turn = 0;
   auto next_plane = [&](int h, int w) {
@@ -50,44 +54,44 @@ static size_t network(const Layer* layers, const Weights* weights, int count,
   for (const Layer* l = layers + 3; l != pyramid; l++) {
     const Plane y = next_plane(l->output_size(x.h), l->output_size(x.w));
     most = largest(most, inverted_residual(*l, of(l), x, y, team, scratch));
-    if (!measuring) team.wait();
+    end_stage("block", int(l - layers) - 3);
     x = y;
   }
-  float* grids = shared.take<float>(pyramid_floats(*pyramid));
+  Branch branches[kMaxBins];
+  place_branches(*pyramid, kType, shared, branches);
   const Plane features = next_plane(x.h, x.w);
-  most = largest(most, pyramid_pooling(*pyramid, of(pyramid), x, grids, features, team, scratch));
-  if (!measuring) team.wait();
+  most =
+      largest(most, pyramid_pooling(*pyramid, of(pyramid), x, branches, features, team, scratch));
+  end_stage("pyramid");
 
   // Feature fusion and classifier.
   LowLogits low(tail->last, high.h, high.w, shared);
   *shared_bytes = shared.used;
   FusionRows fused(*fusion, of(fusion), high, features);
-  if (!measuring)
-    fused.source.x = refine_dense(*fusion, of(fusion), features, next_plane(x.h, x.w), team);
   DsconvRows<FusionRows> third(*head, of(head), fused, high.w, high.h);
   DsconvRows<DsconvRows<FusionRows>> last(*tail, of(tail), third, high.w, high.h);
   rows = scratch;
-  last.source.source.place(rows);
-  last.source.place(rows);
   last.place(rows);
-  const size_t channels = padded(tail->last);
-  float* logits = rows.take<float>(high.w * channels);
+  const int channels = of(tail).last.n;
+  float* logits = rows.take<float>(size_t(high.w) * channels);
   most = largest(most, rows.used);
-  const Range range = share(high.h, team);
-  if (!measuring && range.begin < range.end) {
-    last.start(range.begin);
-    for (int y = range.begin; y < range.end; y++) {
+  if (!measuring) {
+    const Tiles tiles;
+    last.source.source.source.x =
+        refine_dense(*fusion, of(fusion), features, next_plane(x.h, x.w), team);
+    for_each_row(last, high.h, team, [&](int y) {
       last.row(y, logits);
       low.take_row(y, logits, channels);
-    }
+    });
   }
+  end_stage("classifier");
 
   Upsample full{upsample, &low, picture.h, picture.w, {}, nullptr};
   rows = scratch;
   full.place(rows, output);
   most = largest(most, rows.used);
   if (measuring) return most;
-  team.wait();
   full.run(output, out, team);
+  if (reached) end_stage("output");
   return most;
 }

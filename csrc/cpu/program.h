@@ -11,7 +11,8 @@ namespace fastscnn {
 
 constexpr uint32_t kMagic = 0x4E435346;  // "FSCN"
 constexpr uint32_t kVersion = 1;
-constexpr uint32_t kLayoutCpu = 1;  // fp32, panels of 16 columns: layer.h
+// The tag's layout of weights packed for this backend: kLayoutCpu + the arithmetic (layer.h, Gemm).
+constexpr uint32_t kLayoutCpu = 1;
 
 // The encoding of plan.py's Layer.encode(): a length, then that many values, per layer.
 inline std::vector<Layer> decode(const Program& program) {
@@ -62,24 +63,26 @@ inline uint64_t hash(const Program& program) {
   return h;
 }
 
-inline Tag make_tag(const Program& program, size_t bytes) {
-  return {kMagic, kVersion, kLayoutCpu, 0, hash(program), bytes};
+inline Tag make_tag(const Program& program, Arithmetic arithmetic, size_t bytes) {
+  return {kMagic, kVersion, kLayoutCpu + uint32_t(arithmetic), 0, hash(program), bytes};
 }
 
-inline void check_tag(const Program& program, const void* weights, size_t bytes) {
+// The arithmetic that the weights are packed for.
+inline Arithmetic check_tag(const Program& program, const void* weights, size_t bytes) {
   Tag tag{};
   if (bytes >= sizeof(Tag)) std::memcpy(&tag, weights, sizeof(Tag));
   if (tag.magic != kMagic)
     throw std::invalid_argument("weights must be packed by pack(), got an untagged tensor of " +
                                 std::to_string(bytes) + " bytes");
-  if (tag.version != kVersion || tag.layout != kLayoutCpu)
+  if (tag.version != kVersion || tag.layout < kLayoutCpu ||
+      tag.layout >= kLayoutCpu + uint32_t(kArithmetics))
     throw std::invalid_argument(
-        "weights must have the layout of the cpu backend (" + std::to_string(kLayoutCpu) +
-        ", version " + std::to_string(kVersion) + "), got layout " + std::to_string(tag.layout) +
-        ", version " + std::to_string(tag.version));
+        "weights must have a layout of the cpu backend (version " + std::to_string(kVersion) +
+        "), got layout " + std::to_string(tag.layout) + ", version " + std::to_string(tag.version));
   if (tag.program != hash(program) || tag.bytes != bytes)
     throw std::invalid_argument(
         "weights must be packed for these layers, got weights of other layers");
+  return Arithmetic(tag.layout - kLayoutCpu);
 }
 
 }  // namespace fastscnn

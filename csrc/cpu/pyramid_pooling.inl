@@ -3,26 +3,10 @@
 // computed on the grid (1 + 4 + 9 + 36 cells) and interpolated into the sum. A 3x3 does not: there
 // the concatenated rows exist, three at a time.
 
-// One branch's grids, bins x bins cells each.
-struct Branch {
-  int bins;
-  float *pooled, *value, *product;  // in, mid and out channels
-};
-
-static void place_branches(const Layer& l, float* grids, Branch* branches) {
-  for (int b = 0; b < l.bin_count; b++) {
-    const size_t cells = size_t(l.bins[b]) * l.bins[b];
-    branches[b].bins = l.bins[b];
-    branches[b].pooled = grids;
-    branches[b].value = branches[b].pooled + cells * padded(l.in);
-    branches[b].product = branches[b].value + cells * padded(l.mid);
-    grids = branches[b].product + cells * padded(l.out);
-  }
-}
-
 // Means over [i * h / bins, ceil((i + 1) * h / bins)), as torch.nn.functional.adaptive_avg_pool2d.
 // Sums are taken row by row, which keeps the rounding error of large cells small.
-static void pool(const Branch& branch, Plane x, size_t channels, Range blocks) {
+static void pool(const Branch& branch, Plane x, int channels, Range blocks) {
+  element* pooled = static_cast<element*>(branch.pooled);
   const int bins = branch.bins;
   for (int i = 0; i < bins; i++)
     for (int j = 0; j < bins; j++) {
@@ -31,26 +15,26 @@ static void pool(const Branch& branch, Plane x, size_t channels, Range blocks) {
       const int x0 = int(int64_t(j) * x.w / bins),
                 x1 = int((int64_t(j + 1) * x.w + bins - 1) / bins);
       const vf scale = splat(1.0f / (float(y1 - y0) * float(x1 - x0)));
-      for (size_t c = size_t(blocks.begin) * kBlock; c < size_t(blocks.end) * kBlock; c += kLanes) {
+      for (int c = blocks.begin * kBlock; c < blocks.end * kBlock; c += kLanes) {
         vf sum = splat(0);
         for (int y = y0; y < y1; y++) {
           vf row = splat(0);
-          const float* p = x.data + (size_t(y) * x.w + x0) * channels + c;
+          const element* p = row_of(x, y, channels) + size_t(x0) * channels + c;
           for (int k = x0; k < x1; k++, p += channels) row += load(p);
           sum += row;
         }
-        store(branch.pooled + (size_t(i) * bins + j) * channels + c, sum * scale);
+        store(pooled + (size_t(i) * bins + j) * channels + c, sum * scale);
       }
     }
 }
 
-// Row y of every branch's grid, resized to the row's width and handed to `take(branch, pixel,
-// value)`.
+// Row y of every branch's grid, resized to the row's width.
 struct BranchRows {
   const Layer* layer;
   Plane x;
   int channels;  // of the resized grids
-  float* grids[kMaxBins];
+  const Branch* branches;
+  bool products;  // rather than values
   Sample* columns[kMaxBins];
   float* blended[kMaxBins];
 
@@ -68,9 +52,12 @@ struct BranchRows {
   void blend_row(int y) {
     for (int b = 0; b < layer->bin_count; b++) {
       const Sample s = sample(y, layer->bins[b], x.h, layer->align_corners);
-      const size_t floats = size_t(layer->bins[b]) * channels;
-      blend(grids[b] + s.low * floats, grids[b] + s.high * floats, s.low_weight, s.high_weight,
-            floats, blended[b]);
+      const size_t n = size_t(layer->bins[b]) * channels;
+      auto blend_of = [&](const auto* grid) {
+        blend(grid + s.low * n, grid + s.high * n, s.low_weight, s.high_weight, n, blended[b]);
+      };
+      products ? blend_of(branches[b].product)
+               : blend_of(static_cast<const element*>(branches[b].value));
     }
   }
   FASTSCNN_INLINE vf at(int b, int pixel, int channel) const {
@@ -86,9 +73,9 @@ struct ConcatRows {
   BranchRows branches;
   int in;
   void start(int) { branches.start(); }
-  void row(int y, float* out) {
+  void row(int y, element* out) {
     const Plane& x = branches.x;
-    const float* p = x.data + size_t(y) * x.w * in;
+    const element* p = row_of(x, y, in);
     branches.blend_row(y);
     for (int i = 0; i < x.w; i++) {
       for (int c = 0; c < in; c += kLanes) store(out + c, load(p + c));
@@ -102,77 +89,82 @@ struct ConcatRows {
 static void pyramid_rows_1x1(const Layer& l, const Weights& w, BranchRows& branches, float* sum,
                              Plane out, Range rows) {
   const Plane& x = branches.x;
-  const size_t in = w.main.k, channels = w.main.n;
+  const int in = padded(l.in), channels = w.main.n;
   branches.start();
   for (int y = rows.begin; y < rows.end; y++) {
     branches.blend_row(y);
     for (int i = 0; i < x.w; i++)
-      for (size_t c = 0; c < channels; c += kLanes) {
-        vf v = branches.at(0, i, int(c));
-        for (int b = 1; b < l.bin_count; b++) v += branches.at(b, i, int(c));
-        store(sum + i * channels + c, v);
+      for (int c = 0; c < channels; c += kLanes) {
+        vf v = branches.at(0, i, c);
+        for (int b = 1; b < l.bin_count; b++) v += branches.at(b, i, c);
+        store(sum + size_t(i) * channels + c, v);
       }
-    pointwise(w.main, x.data + size_t(y) * x.w * in, in, x.w, clamp_of(l.activation),
-              out.data + size_t(y) * x.w * channels, channels, sum, channels);
+    multiply(pointwise({row_of(x, y, in), size_t(in), in, 0}, w.main, clamp_of(l.activation),
+                       row_of(out, y, channels), sum),
+             x.w);
   }
 }
 
 static void pyramid_rows_3x3(const Layer& l, const Weights& w, ConcatRows& source, Ring& ring,
                              Plane out, Range rows) {
-  const size_t channels = ring.channels;
+  const int channels = ring.channels;
   const Gemm unbiased{w.main.panels, nullptr, w.main.k, w.main.n};
+  // A sum over all nine taps is thousands of terms long and loses digits: where those digits are
+  // asked for, each row of taps is summed by itself.
+  constexpr int kTaps = kLongSums ? 9 : 3;
   ring.start(rows.begin - 1);
   source.start(ring.next);
   for (int y = rows.begin; y < rows.end; y++) {
     ring.pull(source, y + 1);
-    // A sum over all nine taps is thousands of terms long and loses digits: each row of taps is
-    // summed by itself.
-    float* sums = out.data + size_t(y) * out.w * w.main.n;
-    for (int ky = 0; ky < 3; ky++) {
-      const float* in = ring.at(y + ky - 1);
-      Segment taps[3];
-      for (int kx = 0; kx < 3; kx++)
-        taps[kx] = {in ? in + (kx - 1) * ptrdiff_t(channels) : nullptr, channels, int(channels),
-                    (3 * ky + kx) * int(channels)};
-      const Activation activation = ky == 2 ? l.activation : Activation::none;
-      multiply({taps, 3, ky == 0 ? &w.main : &unbiased, clamp_of(activation),
-                ky == 0 ? nullptr : sums, size_t(w.main.n), sums, size_t(w.main.n)},
+    element* sums = row_of(out, y, w.main.n);
+    for (int first = 0; first < 9; first += kTaps) {
+      Segment taps[kTaps];
+      for (int i = 0; i < kTaps; i++) {
+        const int tap = first + i;
+        const element* in = ring.at(y + tap / 3 - 1);
+        taps[i] = {in ? in + (tap % 3 - 1) * ptrdiff_t(channels) : nullptr, size_t(channels),
+                   channels, tap * channels};
+      }
+      const bool last = first + kTaps == 9;
+      multiply(Product<element, element>{taps, kTaps, first == 0 ? &w.main : &unbiased,
+                                         clamp_of(last ? l.activation : Activation::none),
+                                         first == 0 ? nullptr : sums, size_t(w.main.n), sums,
+                                         size_t(w.main.n)},
                out.w);
     }
   }
 }
 
-static size_t pyramid_pooling(const Layer& l, const Weights& w, Plane x, float* grids, Plane out,
-                              const Team& team, Bump scratch) {
-  const int in = padded(l.in), mid = padded(l.mid);
+static size_t pyramid_pooling(const Layer& l, const Weights& w, Plane x, const Branch* branches,
+                              Plane out, const Team& team, Bump scratch) {
+  const int in = padded(l.in), mid = padded(l.mid), out_channels = padded(l.out);
   const bool commutes = l.kernel == 1;
   BranchRows rows{};
-  rows.layer = &l, rows.x = x;
-  rows.place(scratch, commutes ? padded(l.out) : mid);
+  rows.layer = &l, rows.x = x, rows.branches = branches, rows.products = commutes;
+  rows.place(scratch, commutes ? out_channels : mid);
   Ring ring{};
   float* sum = nullptr;
   if (commutes)
-    sum = scratch.take<float>(size_t(x.w) * padded(l.out));
+    sum = scratch.take<float>(size_t(x.w) * out_channels);
   else
     ring.place(scratch, 3, 1, in + l.bin_count * mid, x.w, x.h);
   if (scratch.measuring()) return scratch.used;
 
-  Branch branches[kMaxBins];
-  place_branches(l, grids, branches);
+  const Tiles tiles;
   for (int b = 0; b < l.bin_count; b++) pool(branches[b], x, in, share(in / kBlock, team));
   team.wait();
   for (int b = 0; b < l.bin_count; b++) {
     const Branch& branch = branches[b];
     const Range cells = share(branch.bins * branch.bins, team);
-    rows.grids[b] = commutes ? branch.product : branch.value;
     if (cells.begin == cells.end) continue;
-    const int count = cells.end - cells.begin;
-    float* value = branch.value + size_t(cells.begin) * mid;
-    pointwise(w.branch[b], branch.pooled + size_t(cells.begin) * in, in, count,
-              clamp_of(Activation::relu), value, mid);
+    const element* pooled = static_cast<const element*>(branch.pooled) + size_t(cells.begin) * in;
+    element* value = static_cast<element*>(branch.value) + size_t(cells.begin) * mid;
+    multiply(pointwise({pooled, size_t(in), in, 0}, w.branch[b], clamp_of(Activation::relu), value),
+             cells.size());
     if (commutes)
-      pointwise(w.branch_out[b], value, mid, count, clamp_of(Activation::none),
-                branch.product + size_t(cells.begin) * padded(l.out), padded(l.out));
+      multiply(pointwise({value, size_t(mid), mid, 0}, w.branch_out[b], clamp_of(Activation::none),
+                         branch.product + size_t(cells.begin) * out_channels),
+               cells.size());
   }
   team.wait();
   const Range range = share(x.h, team);

@@ -11,6 +11,96 @@ typedef int32_t vi_any __attribute__((vector_size(kLanes * 4), aligned(4), may_a
 FASTSCNN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 FASTSCNN_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_any*>(p); }
 FASTSCNN_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+FASTSCNN_INLINE void store(int32_t* p, vi v) { *reinterpret_cast<vi_any*>(p) = v; }
+
+// bf16 in memory, floats in registers; rounded to nearest even, NaN stays NaN.
+using bf16 = uint16_t;
+typedef uint16_t vs __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t vs_any __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+// Compilers take __builtin_convertvector of narrow integers apart: one instruction each, by name.
+#if FASTSCNN_LANES == 16
+FASTSCNN_INLINE vf load(const bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+FASTSCNN_INLINE vf load(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
+#elif FASTSCNN_LANES == 8
+FASTSCNN_INLINE vf load(const bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+FASTSCNN_INLINE vf load(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+#else
+FASTSCNN_INLINE vf load(const bf16* p) {
+  vu bits;
+  for (int i = 0; i < kLanes; i++) bits[i] = uint32_t(p[i]) << 16;
+  return (vf)bits;
+}
+FASTSCNN_INLINE vf load(const uint8_t* p) {
+  vf v;
+  for (int i = 0; i < kLanes; i++) v[i] = float(p[i]);
+  return v;
+}
+#endif
+FASTSCNN_INLINE float to_float(float x) { return x; }
+FASTSCNN_INLINE float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+FASTSCNN_INLINE bf16 to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return x == x ? bf16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) : bf16(0x7FC0);
+}
+// The upper half of each lane is the nearest bf16.
+FASTSCNN_INLINE vu rounded_to_bf16(vf v) {
+  const vu bits = (vu)v;
+  return (v == v) ? bits + 0x7FFF + ((bits >> 16) & 1) : (vu)((vi){} + 0x7FC00000);
+}
+// Neighbouring pairs, the even one in the lower half of its lane, as floats; and back.
+FASTSCNN_INLINE vf even(vi pairs) { return (vf)(pairs << 16); }
+FASTSCNN_INLINE vf odd(vi pairs) { return (vf)(pairs & (vi)((vu){} + 0xFFFF0000u)); }
+// pack: two vectors one after the other.
+#if FASTSCNN_BF16
+FASTSCNN_INLINE void store(bf16* p, vf v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+}
+FASTSCNN_INLINE vi pack(vf first, vf second) { return (vi)_mm512_cvtne2ps_pbh(second, first); }
+FASTSCNN_INLINE vi pairs(vf even, vf odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vi)_mm512_permutexvar_epi16(order, (__m512i)pack(even, odd));
+}
+#else
+FASTSCNN_INLINE void store(bf16* p, vf v) {
+  *reinterpret_cast<vs_any*>(p) = __builtin_convertvector(rounded_to_bf16(v) >> 16, vs);
+}
+FASTSCNN_INLINE vi pack(vf first, vf second) {
+  const vs halves[2] = {__builtin_convertvector(rounded_to_bf16(first) >> 16, vs),
+                        __builtin_convertvector(rounded_to_bf16(second) >> 16, vs)};
+#if FASTSCNN_LANES == 16
+  return (vi)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)halves[0]), (__m256i)halves[1], 1);
+#elif FASTSCNN_LANES == 8
+  return (vi)_mm256_set_m128i((__m128i)halves[1], (__m128i)halves[0]);
+#else
+  vi both;
+  __builtin_memcpy(&both, halves, sizeof both);
+  return both;
+#endif
+}
+FASTSCNN_INLINE vi pairs(vf even, vf odd) {
+  return (vi)(rounded_to_bf16(even) >> 16 | (rounded_to_bf16(odd) & 0xFFFF0000u));
+}
+#endif
 
 #if FASTSCNN_LANES == 16
 FASTSCNN_INLINE vf splat(float x) { return _mm512_set1_ps(x); }
@@ -18,9 +108,7 @@ FASTSCNN_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 FASTSCNN_INLINE vf at_least(vf low, vf v) { return _mm512_max_ps(low, v); }
 FASTSCNN_INLINE vf at_most(vf high, vf v) { return _mm512_min_ps(high, v); }
 FASTSCNN_INLINE void stream(float* p, vf v) { _mm512_stream_ps(p, v); }
-FASTSCNN_INLINE vf lookup(const float* window, vi index) {
-  return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), load(window));
-}
+FASTSCNN_INLINE vf permute(vf v, vi index) { return _mm512_permutexvar_ps((__m512i)index, v); }
 // Where v > best (or, if NAN_WINS, v is the first NaN): best = v, label = candidate.
 template <bool NAN_WINS>
 FASTSCNN_INLINE void keep_larger(vf v, vi candidate, vf& best, vi& label) {
@@ -38,19 +126,17 @@ FASTSCNN_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 FASTSCNN_INLINE vf at_least(vf low, vf v) { return _mm256_max_ps(low, v); }
 FASTSCNN_INLINE vf at_most(vf high, vf v) { return _mm256_min_ps(high, v); }
 FASTSCNN_INLINE void stream(float* p, vf v) { _mm256_stream_ps(p, v); }
-FASTSCNN_INLINE vf lookup(const float* window, vi index) {
-  return _mm256_permutevar8x32_ps(load(window), (__m256i)index);
-}
+FASTSCNN_INLINE vf permute(vf v, vi index) { return _mm256_permutevar8x32_ps(v, (__m256i)index); }
 #else
 FASTSCNN_INLINE vf splat(float x) { return x - vf{}; }
 FASTSCNN_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 FASTSCNN_INLINE vf at_least(vf low, vf v) { return v < low ? low : v; }
 FASTSCNN_INLINE vf at_most(vf high, vf v) { return v > high ? high : v; }
 FASTSCNN_INLINE void stream(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
-FASTSCNN_INLINE vf lookup(const float* window, vi index) {
-  vf v;
-  for (int i = 0; i < kLanes; i++) v[i] = window[index[i]];
-  return v;
+FASTSCNN_INLINE vf permute(vf v, vi index) {
+  vf permuted;
+  for (int i = 0; i < kLanes; i++) permuted[i] = v[index[i]];
+  return permuted;
 }
 #endif
 #if FASTSCNN_LANES != 16
@@ -64,6 +150,30 @@ FASTSCNN_INLINE void store_bytes(uint8_t* p, vi v) {
   for (int i = 0; i < kLanes; i++) p[i] = uint8_t(v[i]);
 }
 #endif
+// Three planes' vectors to pixels: part(0), part(1) and part(2) are their interleaved values.
+struct Interleave3 {
+  vi from[3], channel[3];
+  Interleave3() {
+    for (int i = 0; i < 3 * kLanes; i++) {
+      from[i / kLanes][i % kLanes] = i / 3;
+      channel[i / kLanes][i % kLanes] = i % 3;
+    }
+  }
+  FASTSCNN_INLINE vf part(int i, const vf (&planes)[3]) const {
+    const vf a = permute(planes[0], from[i]), b = permute(planes[1], from[i]),
+             c = permute(planes[2], from[i]);
+    return channel[i] == 0 ? a : channel[i] == 1 ? b : c;
+  }
+};
+
+// Compilers else load a value anew for each FMA that takes it: as often as there are FMAs.
+FASTSCNN_INLINE void keep_in_register(vf& v) {
+#if FASTSCNN_LANES != 4
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
 // Orders streamed stores before whatever tells another thread that they are done.
 FASTSCNN_INLINE void stream_fence() {
 #if FASTSCNN_LANES != 4
@@ -76,10 +186,23 @@ FASTSCNN_INLINE int max_of(int a, int b) { return a > b ? a : b; }
 FASTSCNN_INLINE size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
 // An activation as a clamp; none has infinite bounds.
+struct Floor {
+  float low;
+  FASTSCNN_INLINE vf operator()(vf v) const { return at_least(splat(low), v); }
+};
 struct Clamp {
   float low, high;
   FASTSCNN_INLINE vf operator()(vf v) const {
     return at_most(splat(high), at_least(splat(low), v));
+  }
+  // Runs what takes a clamp without its upper bound, which costs as much as an FMA, where there is
+  // none.
+  template <class Run>
+  FASTSCNN_INLINE void apply(Run run) const {
+    if (high == __builtin_inff())
+      run(Floor{low});
+    else
+      run(*this);
   }
 };
 FASTSCNN_INLINE Clamp clamp_of(Activation a) {

@@ -1,6 +1,7 @@
 #include "training.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -8,11 +9,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "denormals.h"
 #include "engine.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace fastscnn {
 namespace {
@@ -33,20 +31,11 @@ void for_each_task(int64_t tasks, int threads, size_t scratch_bytes, Run run) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, threads * scratch_bytes + 64)) throw std::bad_alloc();
   const std::unique_ptr<void, Free> owner(memory);
-  if (threads == 1) {
-    const FlushDenormals flush;
-    for (int64_t task = 0; task < tasks; task++) run(task, Bump{static_cast<char*>(memory)});
-    return;
-  }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  {
-    const FlushDenormals flush;
-    const Bump scratch{static_cast<char*>(memory) + omp_get_thread_num() * scratch_bytes};
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) run(task, scratch);
-  }
-#endif
+  std::atomic<int64_t> next{0};
+  run_team(threads, [&](const Team& team) {
+    const Bump scratch{static_cast<char*>(memory) + team.rank * scratch_bytes};
+    for (int64_t task; (task = next++) < tasks;) run(task, scratch);
+  });
 }
 
 // Pixels per task of the passes over activations; fixed, so that sums do not depend on the threads.
@@ -92,14 +81,14 @@ std::vector<float> scale_of(const BatchNorm& n) {
 }
 
 void require_channels(int channels) {
-  require(channels >= kBlock && channels % kBlock == 0,
+  require(channels >= kPanel && channels % kPanel == 0,
           "channels must be a multiple of 16, got " + std::to_string(channels));
 }
 
 }  // namespace
 
 double upsampled_loss(const std::string& isa, const Loss& l, int threads) {
-  const TrainingKernels& k = *kernels_of(isa).training;
+  const TrainingKernels& k = training_kernels_of(isa);
   require(l.classes >= 1 && l.classes <= kMaxClassesOfLabels,
           "classes must be 1 to 256, got " + std::to_string(l.classes));
   require(l.n >= 1 && l.h >= 1 && l.w >= 1 && l.height >= 1 && l.width >= 1,
@@ -114,7 +103,7 @@ double upsampled_loss(const std::string& isa, const Loss& l, int threads) {
 }
 
 void batch_norm_forward(const std::string& isa, const BatchNorm& n, int threads) {
-  const TrainingKernels& k = *kernels_of(isa).training;
+  const TrainingKernels& k = training_kernels_of(isa);
   require_channels(n.channels);
   require(n.pixels >= 2, "x must have more than one value per channel");
   const std::vector<float> shift = near_mean(k, n);
@@ -139,7 +128,7 @@ void batch_norm_forward(const std::string& isa, const BatchNorm& n, int threads)
 }
 
 void batch_norm_backward(const std::string& isa, const BatchNorm& n, int threads) {
-  const TrainingKernels& k = *kernels_of(isa).training;
+  const TrainingKernels& k = training_kernels_of(isa);
   require_channels(n.channels);
   const std::vector<float> scale = scale_of(n);
   const std::vector<double> sums =
@@ -162,7 +151,7 @@ void batch_norm_backward(const std::string& isa, const BatchNorm& n, int threads
 }
 
 void depthwise_backward(const std::string& isa, const DepthwiseGradient& d, int threads) {
-  const TrainingKernels& k = *kernels_of(isa).training;
+  const TrainingKernels& k = training_kernels_of(isa);
   require_channels(d.channels);
   require(d.h >= 1 && d.w >= 1, "x must be at least 1x1");
   require(d.stride == 1 || d.stride == 2, "stride must be 1 or 2, got " + std::to_string(d.stride));

@@ -10,8 +10,6 @@
 
 namespace fastscnn {
 
-enum class Type : int { f32, bf16 };
-
 // Cross-entropy of logits that are bilinearly resized from (h, w) to the labels' size. A label l
 // stands for the target distribution targets[l], whose sum is target_sums[l]; where that is 0 the
 // pixel is left out. Per pixel: target_sums[l] * logsumexp(z) - targets[l] . z.

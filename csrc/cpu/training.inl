@@ -1,28 +1,5 @@
 // The training kernels of one instruction set (training.h). Arithmetic is in floats; storage is
 // float or bfloat16, rounded to nearest even.
-typedef uint16_t vs __attribute__((vector_size(kLanes * 2)));
-typedef uint16_t vs_any __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
-
-FASTSCNN_INLINE vf load(const uint16_t* p) {
-  const vs bits = *reinterpret_cast<const vs_any*>(p);
-  return (vf)(__builtin_convertvector(bits, vu) << 16);
-}
-FASTSCNN_INLINE void store(uint16_t* p, vf v) {
-  const vu bits = (vu)v;
-  const vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const vu safe = (v == v) ? rounded : (vu)((vi){} + 0x7FC0);
-  *reinterpret_cast<vs_any*>(p) = __builtin_convertvector(safe, vs);
-}
-
-FASTSCNN_INLINE float to_float(float x) { return x; }
-FASTSCNN_INLINE float to_float(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 FASTSCNN_INLINE float sum_of(vf v) {
 #if FASTSCNN_LANES == 16
   return _mm512_reduce_add_ps(v);
@@ -144,7 +121,7 @@ struct LossRow {
 
 template <int VECTORS, class T>
 double loss_image(const Loss& l, int image, Bump& scratch) {
-  const int vectors = (padded(l.classes) + kLanes - 1) / kLanes;
+  const int vectors = (padded(l.classes, Type::f32) + kLanes - 1) / kLanes;
   const size_t pitch = size_t(vectors) * kLanes, row = l.w * pitch;
   const size_t wide = (size_t(l.width) + kLanes - 1) / kLanes * kLanes;
   Sample* columns = scratch.take<Sample>(l.width);
@@ -200,7 +177,7 @@ double loss_image(const Loss& l, int image, Bump& scratch) {
 }
 
 static size_t loss(const Loss& l, int image, double* sum, Bump scratch) {
-  const int vectors = (padded(l.classes) + kLanes - 1) / kLanes;
+  const int vectors = (padded(l.classes, Type::f32) + kLanes - 1) / kLanes;
   const bool f32 = l.type == Type::f32;
   if (vectors == 1)
     *sum = (f32 ? loss_image<1, float> : loss_image<1, uint16_t>)(l, image, scratch);

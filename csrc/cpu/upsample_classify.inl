@@ -31,7 +31,7 @@ struct ColumnBlocks {
   template <bool WINDOWED>
   FASTSCNN_INLINE vf find(const float* row, int block, const int32_t* index) const {
     row += base[block];
-    if (WINDOWED) return lookup(row, load(index + block * kLanes));
+    if (WINDOWED) return permute(load(row), load(index + block * kLanes));
     alignas(64) float v[kLanes];
     for (int i = 0; i < kLanes; i++) v[i] = row[index[block * kLanes + i]];
     return load(v);
@@ -59,22 +59,29 @@ struct LowLogits {
     finite = shared.take<uint8_t>(h);
   }
   const float* row(int y, int c) const { return rows + (size_t(y) * classes + c) * pitch; }
-  // Takes row y from (w, channels) logits.
-  void take_row(int y, const float* in, size_t channels) {
+  // Takes row y from (w, channels) logits, kLanes pixels at a time; the last pixel fills the last
+  // vector.
+  template <class T>
+  void take_row(int y, const T* in, size_t channels) {
     float* planes = rows + size_t(y) * classes * pitch;
-    float sum = 0;  // of zeros: NaN where a logit, or a difference of two, may be infinite or NaN
-    for (int x = 0; x < w; x++, in += channels) {
-      float best = in[0];
-      int label = 0;
+    vf sum{};  // of zeros: NaN where a logit, or a difference of two, may be infinite or NaN
+    for (int x = 0; x < w; x += kLanes) {
+      const T* pixel[kLanes];
+      for (int i = 0; i < kLanes; i++) pixel[i] = in + min_of(x + i, w - 1) * channels;
+      vf best = splat(-__builtin_inff());
+      vi label{};
       for (int c = 0; c < classes; c++) {
-        const float v = in[c];
-        planes[c * pitch + x] = v;
-        sum += v * 2.0f * 0.0f;
-        if (v > best) best = v, label = c;
+        vf v;
+        for (int i = 0; i < kLanes; i++) v[i] = to_float(pixel[i][c]);
+        store(planes + c * pitch + x, v);
+        sum += v * splat(2.0f) * splat(0.0f);
+        keep_larger<false>(v, vi{} + c, best, label);
       }
-      labels[size_t(y) * pitch + x] = uint8_t(label);
+      store_bytes(labels + size_t(y) * pitch + x, label);
     }
-    finite[y] = sum == 0;
+    bool zeros = true;
+    for (int i = 0; i < kLanes; i++) zeros &= sum[i] == 0;
+    finite[y] = zeros;
   }
 };
 
@@ -91,27 +98,51 @@ static RowGroup row_group(int y, int end, int in, int out, bool align_corners) {
 
 // Results of this size and more are written past the cache: nothing here reads them again.
 constexpr size_t kStreamedBytes = 1 << 20;
-constexpr size_t kCacheLine = 64;
 
-// out[i] = low_weight * a[i] + high_weight * b[i] for n floats; a and b are readable, out is not
+// A whole, aligned cache line of results past the cache; value(i) is vector i of them.
+template <class Value>
+FASTSCNN_INLINE void stream_line(float* out, Value value) {
+  for (int i = 0; i < int(kLine / sizeof(vf)); i++) stream(out + i * kLanes, value(i));
+}
+template <class Value>
+FASTSCNN_INLINE void stream_line(bf16* out, Value value) {
+  for (int i = 0; i < int(kLine / sizeof(vf)); i++)
+    stream(reinterpret_cast<float*>(out) + i * kLanes, (vf)pack(value(2 * i), value(2 * i + 1)));
+}
+// The first n of a vector of results.
+template <class T>
+FASTSCNN_INLINE void store_some(T* out, vf v, int n) {
+  T some[kLanes];
+  store(some, v);
+  __builtin_memcpy(out, some, n * sizeof(T));
+}
+// The same past the cache, where a whole vector of floats goes to its place: class planes of a
+// power-of-two size share cache sets.
+FASTSCNN_INLINE void stream_some(float* out, vf v, int n) {
+  if (n == kLanes && reinterpret_cast<uintptr_t>(out) % sizeof(vf) == 0)
+    stream(out, v);
+  else
+    store_some(out, v, n);
+}
+FASTSCNN_INLINE void stream_some(bf16* out, vf v, int n) { store_some(out, v, n); }
+
+// out[i] = low_weight * a[i] + high_weight * b[i] for n elements; a and b are readable, out is not
 // writable, to the end of the last vector. A streamed row's ends are stored plainly up to whole
 // cache lines: a line written both ways would travel to memory and back.
-static void write_row(const float* a, const float* b, Sample s, int n, bool streamed, float* out) {
+static void write_row(const float* a, const float* b, Sample s, int n, bool streamed,
+                      element* out) {
   const vf wa = splat(s.low_weight), wb = splat(s.high_weight);
+  auto value = [&](int i) { return fma(load(b + i), wb, load(a + i) * wa); };
   auto plainly = [&](int begin, int end) {
-    for (int i = begin; i < end; i += kLanes) {
-      float v[kLanes];
-      store(v, fma(load(b + i), wb, load(a + i) * wa));
-      __builtin_memcpy(out + i, v, min_of(kLanes, end - i) * sizeof(float));
-    }
+    for (int i = begin; i < end; i += kLanes)
+      store_some(out + i, value(i), min_of(kLanes, end - i));
   };
-  constexpr int kLine = kCacheLine / sizeof(float);
-  const int before = int(-(reinterpret_cast<uintptr_t>(out) / sizeof(float)) % kLine);
-  if (!streamed || n < before + kLine) return plainly(0, n);
-  const int end = n - (n - before) % kLine;
+  const int before = int(-(reinterpret_cast<uintptr_t>(out) / sizeof(element)) % kBlock);
+  if (!streamed || n < before + kBlock) return plainly(0, n);
+  const int end = n - (n - before) % kBlock;
   plainly(0, before);
-  for (int i = before; i < end; i += kLanes)
-    stream(out + i, fma(load(b + i), wb, load(a + i) * wa));
+  for (int i = before; i < end; i += kBlock)
+    stream_line(out + i, [&](int v) { return value(i + v * kLanes); });
   plainly(end, n);
 }
 
@@ -138,9 +169,9 @@ struct Upsample {
   }
 
   template <bool WINDOWED>
-  void logits(float* out, Range rows) const {
+  void logits(element* out, Range rows) const {
     float *a = buffer, *b = buffer + wide();
-    const bool streamed = size_t(low->classes) * h * w * sizeof(float) >= kStreamedBytes;
+    const bool streamed = size_t(low->classes) * h * w * sizeof(element) >= kStreamedBytes;
     for (int c = 0; c < low->classes; c++) {
       int in_b = -1;  // the low row that b holds, widened
       for (int y = rows.begin; y < rows.end;) {
@@ -162,7 +193,7 @@ struct Upsample {
   }
 
   template <bool WINDOWED>
-  void probabilities(float* out, Range rows) const {
+  void probabilities(element* out, Range rows) const {
     const int classes = low->classes;
     float *upper = buffer, *lower = upper + classes * kLanes, *value = lower + classes * kLanes;
     for (int y = rows.begin; y < rows.end;) {
@@ -177,15 +208,8 @@ struct Upsample {
           const Sample s = sample(row, low->h, h, layer->align_corners);
           blend(upper, lower, s.low_weight, s.high_weight, size_t(classes) * kLanes, value);
           softmax(value, classes);
-          for (int c = 0; c < classes; c++) {
-            float* to = out + (size_t(c) * h + row) * w + x;
-            // Class planes of a power-of-two size share cache sets: whole vectors go past the
-            // cache.
-            if (count == kLanes && reinterpret_cast<uintptr_t>(to) % sizeof(vf) == 0)
-              stream(to, load(value + c * kLanes));
-            else
-              __builtin_memcpy(to, value + c * kLanes, count * sizeof(float));
-          }
+          for (int c = 0; c < classes; c++)
+            stream_some(out + (size_t(c) * h + row) * w + x, load(value + c * kLanes), count);
         }
       }
       y = g.end;
@@ -281,8 +305,8 @@ struct Upsample {
 
   template <bool WINDOWED>
   void run(Output output, void* out, Range rows) const {
-    if (output == Output::logits) logits<WINDOWED>(static_cast<float*>(out), rows);
-    if (output == Output::probabilities) probabilities<WINDOWED>(static_cast<float*>(out), rows);
+    if (output == Output::logits) logits<WINDOWED>(static_cast<element*>(out), rows);
+    if (output == Output::probabilities) probabilities<WINDOWED>(static_cast<element*>(out), rows);
     if (output == Output::labels) labels<WINDOWED>(static_cast<uint8_t*>(out), rows);
   }
   void run(Output output, void* out, const Team& team) {
@@ -303,9 +327,8 @@ static size_t upsample_classify(const Layer& l, Plane x, Output output, void* ou
   stage.place(scratch, output);
   if (scratch.measuring()) return scratch.used;
   const Range rows = share(x.h, team);
-  const size_t channels = padded(l.in);
-  for (int y = rows.begin; y < rows.end; y++)
-    low.take_row(y, x.data + size_t(y) * x.w * channels, channels);
+  const int channels = padded(l.in);
+  for (int y = rows.begin; y < rows.end; y++) low.take_row(y, row_of(x, y, channels), channels);
   team.wait();
   stage.run(output, out, team);
   return scratch.used;

@@ -1,0 +1,44 @@
+// The fused ops in one arithmetic, FASTSCNN_ARITHMETIC, in that arithmetic's namespace.
+#if FASTSCNN_ARITHMETIC == FASTSCNN_BFLOAT16
+using element = bf16;
+constexpr Type kType = Type::bf16;
+FASTSCNN_INLINE element to_element(float x) { return to_bf16(x); }
+#else
+using element = float;
+constexpr Type kType = Type::f32;
+FASTSCNN_INLINE element to_element(float x) { return x; }
+#endif
+// Whether the stem's taps are gathered, pixel by pixel, for products of whole tiles.
+constexpr bool kGathered = FASTSCNN_ARITHMETIC == FASTSCNN_BFLOAT16;
+// Whether fp32 sums of thousands of terms are exact enough.
+constexpr bool kLongSums = FASTSCNN_ARITHMETIC != FASTSCNN_FLOAT32;
+
+#include "rows.inl"
+#include "product.inl"
+#include "gemm.inl"
+#if FASTSCNN_AMX
+#include "gemm_amx.inl"
+#else
+constexpr int kTileRows = kRegisterRows;
+struct Tiles {  // nothing to set up
+  Tiles() {}
+};
+template <class Out, class Add>
+FASTSCNN_INLINE void multiply(const Product<Out, Add>& p, int m) {
+  multiply_in_registers(p, m);
+}
+#endif
+#include "depthwise.inl"
+#include "bilinear.inl"
+#include "stem_conv.inl"
+#include "dsconv.inl"
+#include "inverted_residual.inl"
+#include "pyramid_pooling.inl"
+#include "feature_fusion.inl"
+#include "upsample_classify.inl"
+#include "network.inl"
+#include "roof.inl"
+
+static const Ops kOps = {
+    stem_conv, dsconv, inverted_residual, pyramid_pooling, feature_fusion, upsample_classify,
+    network,   roof};
