@@ -17,6 +17,17 @@ from .plan import program
 #: The dtypes that networks compute in; which of them a backend can, it says itself.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+#: As in torch.set_float32_matmul_precision.
+PRECISIONS = ("highest", "high")
+
+#: The cpu backend's arithmetics by dtype and precision, in the order of their layouts of packed weights.
+ARITHMETICS = {
+    "float32": (torch.float32, "highest"),
+    "bfloat16": (torch.bfloat16, "highest"),
+    "high": (torch.float32, "high"),
+}
+CPU_DTYPES = tuple(dtype for dtype, precision in ARITHMETICS.values() if precision == "highest")
+
 logger = logging.getLogger("fastscnn_fast")
 
 try:
@@ -45,10 +56,11 @@ def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> st
         return _cpu_missing
     if device.type != "cpu":
         return f"device must be cpu, got {device}"
-    if dtype != torch.float32:
-        return f"dtype must be torch.float32, got {dtype}"
+    if dtype not in CPU_DTYPES:
+        return f"dtype must be {' or '.join(map(str, CPU_DTYPES))}, got {dtype}"
+    layers = [value for layer in program(config) for value in layer.encode()]
     try:
-        _cpu_module.packed_bytes([value for layer in program(config) for value in layer.encode()])
+        _cpu_module.packed_bytes(layers, arithmetic(dtype))
     except ValueError as error:
         return str(error)
     return None
@@ -108,6 +120,50 @@ def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) 
     return name
 
 
+def arithmetic(dtype: torch.dtype, precision: str = "highest") -> str:
+    """The cpu backend's arithmetic of that dtype and precision, a key of :data:`ARITHMETICS`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for name, pair in ARITHMETICS.items():
+        if pair == (dtype, precision):
+            return name
+    raise ValueError(f"precision must be 'highest' for {dtype}, got {precision!r}")
+
+
+def choose_precision(precision: str, name: str, backend: str, dtype: torch.dtype) -> str:
+    """The precision to use on ``backend``, which :func:`choose` chose for ``name``.
+
+    "high" becomes "highest", with a logged reason, where there is no faster arithmetic of that precision.
+
+    Raises:
+        ValueError: unknown precision.
+        CannotRun: the cpu backend was asked for by name, and cannot; the message says why.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "highest":
+        return precision
+    reason = _why_not_high(backend, dtype)
+    if reason is None:
+        return precision
+    if backend == "cpu" and "cpu" in (name, forced()):
+        raise CannotRun(f"backend cpu cannot run in precision high: {reason}")
+    log_once(f"running in precision highest: {reason}")
+    return "highest"
+
+
+def _why_not_high(backend: str, dtype: torch.dtype) -> str | None:
+    if backend != "cpu":
+        return f"backend must be cpu, got {backend}"
+    if dtype != torch.float32:
+        return f"dtype must be torch.float32, got {dtype}"
+    if isa() not in isas("high"):
+        return f"it needs AMX, the instruction set in use is {isa()}"
+    return None
+
+
 def report() -> dict[str, str | None]:
     """Per backend: None where it runs float32 on this machine's default device, else the reason."""
     config, cpu = Config(), torch.device("cpu")
@@ -131,13 +187,15 @@ def training_module(device: torch.device) -> ModuleType | None:
     return _cpu_module if asked and device.type == "cpu" else None
 
 
-def isas() -> list[str]:
-    """Instruction sets compiled into the extension that this processor runs, the best last."""
-    return [] if _cpu_module is None else list(_cpu_module.instruction_sets())
+def isas(arithmetic: str = "float32") -> list[str]:
+    """Instruction sets with kernels of their own for ``arithmetic`` that this processor runs, the best last."""
+    return [] if _cpu_module is None else list(_cpu_module.instruction_sets(arithmetic))
 
 
 def isa() -> str:
     """The instruction set in use: the best, or what FASTSCNN_ISA forces.
+
+    An arithmetic that has no kernels for it runs those of the best set below.
 
     Raises:
         ValueError: FASTSCNN_ISA names one that cannot run here.
@@ -147,9 +205,10 @@ def isa() -> str:
 
 @cache
 def _isa(forced: str | None) -> str:
-    names = cpu_module().instruction_sets()
+    cpu_module()
+    names = list(dict.fromkeys(name for arithmetic in ARITHMETICS for name in isas(arithmetic)))
     if forced is None:
-        return str(names[-1])
+        return names[-1]
     if forced not in names:
         raise ValueError(f"FASTSCNN_ISA must be one of {', '.join(names)}, got {forced!r}")
     return forced

@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="dtype to compute in (%(default)s)",
     )
+    options.add_precision(command)
     command.add_argument(
         "--size",
         type=options.size,
@@ -252,7 +253,7 @@ def _legend(weights: Path, model: FastSCNN) -> Legend:
 def _segment(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
     legend = _legend(args.weights, model)
-    fast = fuse(model, args.backend, options.DTYPES[args.dtype])
+    fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
     args.out.mkdir(parents=True, exist_ok=True)
     jobs, problems = _jobs(args.pictures)
     for problem in problems:
@@ -382,10 +383,10 @@ def _bench(args: argparse.Namespace) -> int:
     about = _about(fast, args)
     _report(results, about)
     if args.csv is not None:
-        bench.write_csv(args.csv, results, about)
+        bench.write_csv(args.csv, [result.fields() for result in results], about)
         print(f"wrote {args.csv}")
     try:
-        bench.plot(args.plot, results, about)
+        bench.plot(args.plot, results, bench.chart_title(about))
     except ImportError as error:
         print(f"no plot: {error}")
     else:
@@ -410,20 +411,22 @@ def _info(args: argparse.Namespace) -> int:
     print(f"processor: {bench.processor()}, {torch.get_num_threads()} threads")
     packages = "torch numpy pillow safetensors matplotlib onnx onnxscript onnxruntime triton"
     print("packages: " + ", ".join(f"{name} {_version(name)}" for name in packages.split()))
-    sets = backends.isas()
-    if sets:
+    if backends.isas():
         module = backends.cpu_module()
         compiler = module.compiler if module.compiler[0].isalpha() else f"GCC {module.compiler}"
         openmp = "with" if module.openmp else "WITHOUT"
         print(f"C++ kernels: built by {compiler}, {openmp} OpenMP")
-        print(f"instruction sets that run here: {', '.join(sets)}")
+        for arithmetic in backends.ARITHMETICS:
+            sets = ", ".join(backends.isas(arithmetic)) or "none"
+            print(f"instruction sets that run here, {arithmetic}: {sets}")
         print(f"instruction set in use: {_or_error(backends.isa)}")
     else:
         print("C++ kernels: not built")
     for name, reason in backends.report().items():
         print(f"backend {name}: {'can run' if reason is None else f'cannot run: {reason}'}")
-    choose = partial(backends.choose, "auto", Config(), torch.device("cpu"), torch.float32)
-    print(f"backend in use for float32 on the CPU: {_or_error(choose)}")
+    for dtype in backends.CPU_DTYPES:
+        choose = partial(backends.choose, "auto", Config(), torch.device("cpu"), dtype)
+        print(f"backend in use for {dtype} on the CPU: {_or_error(choose)}")
     return 0
 
 

@@ -87,11 +87,15 @@ def _ratio(part: Any, whole: Any) -> float:
 
 
 def labeller(
-    model: FastSCNN, backend: str, dtype: torch.dtype, size: tuple[int, int] | None = None
+    model: FastSCNN,
+    backend: str,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None = None,
+    precision: str = "highest",
 ) -> Labeller:
     """``segment`` by ``model`` fused by ``backend`` in ``dtype``, or by "plain" torch as it is."""
     if backend != "plain":
-        return partial(segment, fuse(model, backend, dtype), size=size)
+        return partial(segment, fuse(model, backend, dtype, precision), size=size)
     device = model.classifier.conv.weight.device
 
     @torch.no_grad()
@@ -192,6 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(options.DTYPES),
         help="dtypes to compare on the fused path (all)",
     )
+    options.add_precision(parser)
     parser.add_argument(
         "--device", default="auto", help="torch device for all of them (auto: GPU, else CPU)"
     )
@@ -219,7 +224,10 @@ def main(args: argparse.Namespace) -> int:
     for name in args.dtype:
         dtype = options.DTYPES[name]
         backend = backends.choose("auto", model.config, device, dtype)
-        runs[f"fused, {backend}, {name}"] = labeller(model, backend, dtype, args.size)
+        precision = args.precision if dtype == torch.float32 else "highest"
+        precision = backends.choose_precision(precision, "auto", backend, dtype)
+        shown = name if precision == "highest" else f"{name}, {precision}"
+        runs[f"fused, {backend}, {shown}"] = labeller(model, backend, dtype, args.size, precision)
     scores, equal, seconds = compare(runs, examples)
 
     reference, *_ = runs

@@ -6,19 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from . import backends, ops, structure
 from .fold import FoldedWeights, fold
-from .reference import normalise
 
 if TYPE_CHECKING:
     from .model import FastSCNN
-
-
-def has_tangent(x: Tensor) -> bool:
-    """Whether x is a dual tensor of forward-mode differentiation, which torch.no_grad() leaves on."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 class FusedFastSCNN(nn.Module):
@@ -28,73 +21,93 @@ class FusedFastSCNN(nn.Module):
     are normalised by ``config.mean`` and ``config.std`` inside the first kernel. It has no parameters and no
     gradients. Works under ``torch.compile(fullgraph=True)`` and ``torch.export``.
 
+    Each method takes ``out``, a contiguous tensor of the result's shape and dtype, to be filled and returned
+    instead of a new one.
+
     Attributes:
         config: the architecture, :class:`fastscnn_fast.config.Config`.
         backend: "cpu" or "reference".
         dtype: dtype of float input and of the results.
+        precision: "highest", or "high": float32 whose products keep about 17 bits.
     """
 
     weights: Tensor
 
-    def __init__(self, folded: FoldedWeights, backend: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folded: FoldedWeights, backend: str, dtype: torch.dtype, precision: str = "highest"
+    ) -> None:
         super().__init__()
         self.config = folded.config
         self.backend = backend
         self.dtype = dtype
+        self.precision = precision
         self.program = ops.encode(folded.layers)
-        self.register_buffer("weights", ops.pack(folded.layers, folded.tensors, backend, dtype))
+        packed = ops.pack(folded.layers, folded.tensors, backend, dtype, precision)
+        self.register_buffer("weights", packed)
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits (N, K, H, W) of :attr:`dtype`.
 
         Raises:
-            ValueError: wrong shape or device, or a picture too small for the first convolution.
+            ValueError: x of a wrong shape or device, or a picture too small for the first convolution; out
+                of a wrong shape or device, or not contiguous.
             TypeError: wrong dtype.
             RuntimeError: x requires grad while gradients are enabled, or has a tangent.
         """
-        return self._run(x, "logits")
+        return self._run(x, "logits", out)
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Softmax over classes (N, K, H, W); raises as :meth:`forward`."""
-        return self._run(x, "probabilities")
+    def probabilities(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`."""
+        return self._run(x, "probabilities", out)
 
-    def labels(self, x: Tensor) -> Tensor:
+    def labels(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The largest logit's class, uint8 (N, H, W), without full-size logits.
 
         Raises:
             ValueError: more than 256 classes, and as :meth:`forward`.
         """
-        return self._run(x, "labels")
+        return self._run(x, "labels", out)
 
-    def _run(self, x: Tensor, output: str) -> Tensor:
-        if (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x):
+    def _run(self, x: Tensor, output: str, out: Tensor | None) -> Tensor:
+        if ops.is_differentiated(x):
             raise RuntimeError(
                 "x must not require grad or have a tangent: the fused network has no gradient (use"
                 " torch.no_grad(), or FastSCNN.reference(x) to differentiate)"
             )
         if x.dtype not in (self.dtype, torch.uint8):
             raise TypeError(f"x must be of dtype {self.dtype} or torch.uint8, got {x.dtype}")
-        if x.dtype == torch.uint8 and self.dtype != torch.float32:  # the ops' floats for raw pixels
-            x = normalise(x, self.config, self.dtype)
-        return ops.network(x, self.weights, self.program, output, self.backend)
+        weights = self._buffers["weights"]  # as self.weights, which takes its time
+        assert weights is not None
+        return ops.network(x, weights, self.program, output, self.backend, self.dtype, out)
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.config.num_classes}, backend={self.backend}, dtype={self.dtype}"
+        return (
+            f"num_classes={self.config.num_classes}, backend={self.backend}, dtype={self.dtype},"
+            f" precision={self.precision}"
+        )
 
 
-def fuse(model: FastSCNN, backend: str = "auto", dtype: torch.dtype | None = None) -> FusedFastSCNN:
+def fuse(
+    model: FastSCNN,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    precision: str = "highest",
+) -> FusedFastSCNN:
     """The fused copy of ``model`` as it is in eval mode, on the model's device.
 
     Args:
         backend: "auto" (FASTSCNN_BACKEND, else the best that can run), or one of
             :data:`fastscnn_fast.backends.BACKENDS`.
         dtype: dtype to compute in; the model's own by default.
+        precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks on the
+            cpu backend compute each product as three of bfloat16, where the processor has AMX. All else
+            runs in "highest", with a logged reason.
 
     Raises:
         TypeError: not a FastSCNN.
-        ValueError: unknown backend, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
-        CannotRun: a RuntimeError: the backend cannot run, and why.
+        ValueError: unknown backend or precision, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
+        CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why.
     """
     from .model import FastSCNN
 
@@ -107,5 +120,6 @@ def fuse(model: FastSCNN, backend: str = "auto", dtype: torch.dtype | None = Non
     weight = model.classifier.conv.weight
     dtype = weight.dtype if dtype is None else dtype
     chosen = backends.choose(backend, model.config, weight.device, dtype)
+    precision = backends.choose_precision(precision, backend, chosen, dtype)
     with torch.inference_mode(False):  # the copy outlives the caller's mode
-        return FusedFastSCNN(fold(model), chosen, dtype).to(weight.device)
+        return FusedFastSCNN(fold(model), chosen, dtype, precision).to(weight.device)

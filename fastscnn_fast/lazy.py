@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends
-from .fused import FusedFastSCNN, fuse, has_tangent
+from .fused import FusedFastSCNN, fuse
+from .ops import is_traced
 from .structure import SETTINGS, Unfusable, submodules
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class LazyFusion:
         model = cast("FastSCNN", self)
         if torch.compiler.is_compiling() or model.training or torch.is_grad_enabled():
             return None
-        if _being_traced(x) or getattr(model, "_is_replica", False):
+        if is_traced(x) or getattr(model, "_is_replica", False):
             return None
         decision = self._fused
         if decision is None or not decision.holds(model):
@@ -125,19 +126,6 @@ class LazyFusion:
             return decision.network
         backends.log_once(f"FastSCNN runs unfused: {reason}")
         return None
-
-
-def _being_traced(x: Tensor) -> bool:
-    """Exporting, tracing, or running under a mode, a transform or a kind of tensor that must see every op."""
-    return (
-        type(x) not in (Tensor, nn.Parameter)
-        or x.is_meta
-        or x.layout is not torch.strided
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or has_tangent(x)
-    )
 
 
 def _refused_input(x: Tensor, network: FusedFastSCNN) -> str | None:

@@ -7,9 +7,19 @@ import os
 
 import torch
 
+from . import backends
 from .config import SMALLEST_SIDE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=backends.PRECISIONS,
+        default="highest",
+        help="of float32 products (%(default)s); high is faster on processors with AMX",
+    )
 
 
 def device(name: str) -> torch.device:
