@@ -4,6 +4,7 @@
 #   make demo [IMAGE=photo.jpg]   segment a picture, with the speed and the parity beside it
 #   make test                     the fast tests
 #   make bench                    the whole network (and bench.png), then every fused op, against torch
+#   make sanitize                 the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (GCC or Clang)
 #   make lint                     ruff, clang-format, mypy
 #   make clean                    remove what was built; $(VENV) stays
 #
@@ -20,10 +21,10 @@ installed := $(VENV)/fastscnn-installed
 installed_dev := $(VENV)/fastscnn-installed-dev
 installed_bench := $(VENV)/fastscnn-installed-bench
 built := $(VENV)/fastscnn-built
-csrc := $(shell find csrc -type f)
+csrc := $(shell find csrc -type f -not -name '*.md')
 install := $(python) -m pip install --disable-pip-version-check -c $(constraints)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench sanitize lint clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -37,10 +38,13 @@ bench: $(installed_bench) $(built)
 	$(python) -m fastscnn_fast bench
 	$(python) -m pytest benchmarks --benchmark-only
 
+sanitize:
+	$(MAKE) -j$(shell nproc 2>/dev/null || echo 1) -f tests/sanitize/Makefile
+
 lint: $(installed_dev)
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(csrc)
+	$(VENV)/bin/clang-format --dry-run -Werror $(csrc) tests/sanitize/driver.cpp
 	$(python) -m mypy
 
 clean:

@@ -1,9 +1,10 @@
-"""One fresh seed a run, printed with the run and with each failure; one case per instruction set."""
+"""One fresh seed a run, printed with the run and with each failure; one case per instruction set and arithmetic."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from secrets import randbits
 
 import numpy
@@ -13,6 +14,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
+from helpers import Kernels
 from hypothesis import settings
 
 from fastscnn_fast import backends
@@ -38,16 +40,42 @@ def seed() -> int:
     return SEED
 
 
+_FORCED: dict[str, Sequence[Kernels]] = {
+    "isa": [kernels for kernels in Kernels.all() if kernels.arithmetic == "float32"],
+    "bf16_kernels": [kernels for kernels in Kernels.all() if kernels.arithmetic != "float32"],
+    "kernels": Kernels.all(),
+}
+
+
 @pytest.hookimpl(trylast=True)  # so that the instruction set varies fastest
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", backends.isas(), indirect=True)
+    for name, kernels in _FORCED.items():
+        if name in metafunc.fixturenames:
+            ids = [k.isa if name == "isa" else str(k) for k in kernels]
+            metafunc.parametrize(name, kernels, indirect=True, ids=ids)
+
+
+def _force(request: pytest.FixtureRequest) -> Kernels:
+    chosen: Kernels = request.param
+    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.setenv("FASTSCNN_ISA", chosen.isa)
+    assert backends.isa() == chosen.isa
+    return chosen
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that is compiled in and runs here, forced in turn."""
-    name: str = request.param
-    monkeypatch.setenv("FASTSCNN_ISA", name)
-    assert backends.isa() == name
-    return name
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set that has float32 kernels and runs here, forced in turn."""
+    return _force(request).isa
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Each arithmetic on each instruction set that has kernels for it and runs here, forced in turn."""
+    return _force(request)
+
+
+@pytest.fixture
+def bf16_kernels(request: pytest.FixtureRequest) -> Kernels:
+    """The kernels made of bfloat16 products, whatever they start from and end in."""
+    return _force(request)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import err, small_network
+from helpers import Kernels, err, small_network
 
 from fastscnn_fast import backends, fuse, ops
 from fastscnn_fast.config import PRESETS, Config
@@ -35,10 +35,12 @@ def test_the_best_that_can_run_is_chosen(monkeypatch, log):
     monkeypatch.delenv("FASTSCNN_BACKEND", raising=False)
     assert choose() == "cpu" and not log.messages
     assert [choose(name) for name in ("cpu", "reference")] == ["cpu", "reference"]
+    assert choose(dtype=torch.bfloat16) == "cpu" and not log.messages
     for _ in range(2):
-        assert choose(dtype=torch.bfloat16) == "reference"
+        assert choose(dtype=torch.float16) == "reference"
     assert log.messages == [
-        "running on the reference backend: cpu: dtype must be torch.float32, got torch.bfloat16"
+        "running on the reference backend: cpu:"
+        " dtype must be torch.float32 or torch.bfloat16, got torch.float16"
     ]
 
 
@@ -75,7 +77,7 @@ def test_a_forced_backend_that_cannot_run_says_why(forced, monkeypatch):
 def test_the_cpu_backend_says_what_it_cannot_run():
     for device, dtype, reason in (
         (torch.device("cuda", 0), torch.float32, "device must be cpu, got cuda:0"),
-        (CPU, torch.float16, "dtype must be torch.float32, got torch.float16"),
+        (CPU, torch.float16, "dtype must be torch.float32 or torch.bfloat16, got torch.float16"),
     ):
         assert backends.BACKENDS["cpu"].why_not(Config(), device, dtype) == reason
     nine = Config(bottleneck_channels=(16, 16, 36), pyramid_bins=tuple(range(1, 10)))
@@ -83,14 +85,15 @@ def test_the_cpu_backend_says_what_it_cannot_run():
         backends.BACKENDS["cpu"].why_not(nine, CPU, torch.float32)
     )
     for config in PRESETS.values():
-        assert backends.BACKENDS["cpu"].why_not(config, CPU, torch.float32) is None
+        for dtype in (torch.float32, torch.bfloat16):
+            assert backends.BACKENDS["cpu"].why_not(config, CPU, dtype) is None
 
 
 @built
 def test_empty_variables_count_as_unset(monkeypatch):
     monkeypatch.setenv("FASTSCNN_BACKEND", "")
     monkeypatch.setenv("FASTSCNN_ISA", "")
-    assert choose() == "cpu" and backends.isa() == backends.isas()[-1]
+    assert choose() == "cpu" and backends.isa() == Kernels.all()[-1].isa
 
 
 @built
@@ -102,10 +105,80 @@ def test_the_report_has_a_line_for_every_backend():
 
 
 @built
-def test_every_instruction_set_computes_the_same(isa):
+def test_every_instruction_set_computes_the_same(kernels):
     x, model = torch.randn(1, 3, 70, 90), small_network()
+    fast = fuse(model, "cpu", kernels.dtype, kernels.precision)
+    assert (fast.dtype, fast.precision) == (kernels.dtype, kernels.precision)
+    bound = {"float32": 1e-5, "bfloat16": 5e-2, "high": 1e-3}[kernels.arithmetic]
     with torch.no_grad():
-        assert err(fuse(model)(x), model.reference(x).double()) < 1e-5
+        assert err(fast(x.to(kernels.dtype)), model.reference(x).double()) < bound
+
+
+@built
+def test_any_instruction_set_may_be_forced_for_any_dtype(monkeypatch):
+    """Where it has no kernels of its own, those of a lesser one run."""
+    x, model = torch.randn(1, 3, 70, 90), small_network()
+    fast = fuse(model)
+    for isa in {kernels.isa for kernels in Kernels.all()}:
+        monkeypatch.setenv("FASTSCNN_ISA", isa)
+        assert backends.isa() == isa
+        y = fast(x)
+        least = [name for name in backends.isas() if name == isa] or backends.isas()[-1:]
+        monkeypatch.setenv("FASTSCNN_ISA", least[0])
+        assert torch.equal(fast(x), y)
+
+
+# ---------------------------------------------------------------- precision
+
+with_amx = pytest.mark.skipif(not backends.isas("high"), reason="the processor has no AMX")
+
+
+@with_amx
+def test_high_precision_runs_where_there_is_amx(monkeypatch, log):
+    x, model = torch.randn(1, 3, 70, 90), small_network()
+    monkeypatch.delenv("FASTSCNN_BACKEND", raising=False)
+    monkeypatch.delenv("FASTSCNN_ISA", raising=False)
+    high, highest = fuse(model, precision="high"), fuse(model)
+    assert (high.precision, highest.precision) == ("high", "highest") and not log.messages
+    assert high(x).dtype == torch.float32 and not torch.equal(high(x), highest(x))
+    assert fuse(model, "cpu", precision="high").precision == "high"
+    monkeypatch.setenv("FASTSCNN_ISA", "portable")
+    with pytest.raises(ValueError, match="portable"):
+        high(x)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "forced_isa", "reason"),
+    [
+        ("cpu", torch.float32, "portable", "it needs AMX, the instruction set in use is portable"),
+        ("cpu", torch.bfloat16, "", "dtype must be torch.float32, got torch.bfloat16"),
+        ("reference", torch.float32, "", "backend must be cpu, got reference"),
+    ],
+)
+@built
+def test_high_precision_where_there_is_none(backend, dtype, forced_isa, reason, monkeypatch, log):
+    """The highest, with one logged reason; an error where the cpu backend was asked for by name."""
+    model = small_network()
+    monkeypatch.setenv("FASTSCNN_ISA", forced_isa)
+    monkeypatch.setenv("FASTSCNN_BACKEND", "" if backend == "cpu" else backend)
+    for _ in range(2):
+        fast = fuse(model, dtype=dtype, precision="high")
+        assert (fast.backend, fast.precision) == (backend, "highest")
+    assert log.messages == [f"running in precision highest: {reason}"]
+    if backend != "cpu":
+        assert fuse(model, backend, dtype, "high").precision == "highest"
+        return
+    for name, forced in (("cpu", ""), ("auto", "cpu")):
+        monkeypatch.setenv("FASTSCNN_BACKEND", forced)
+        with pytest.raises(RuntimeError, match=f"cpu cannot run in precision high: {reason}"):
+            fuse(model, name, dtype, "high")
+
+
+def test_an_arithmetic_for_each_dtype_and_precision():
+    for name, pair in backends.ARITHMETICS.items():
+        assert backends.arithmetic(*pair) == name
+    with pytest.raises(ValueError, match="precision must be 'highest' for torch.bf.*, got 'high'"):
+        backends.arithmetic(torch.bfloat16, "high")
 
 
 @built
@@ -119,9 +192,8 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     assert fast(x).isfinite().all()
     cpu = backends.cpu_module()
     with pytest.raises(ValueError, match="isa must be one that this processor runs, got 'sse9'"):
-        cpu.network(
-            ("sse9", fast.program, fast.weights.data_ptr(), 0, 1), ops._picture(x), "logits", 0
-        )
+        _, *call = ops._call(fast.program, fast.weights, fast.dtype)
+        cpu.network(("sse9", *call), ops._picture(x), "logits", 0)
 
 
 def test_without_the_extension_everything_runs_in_plain_torch():
@@ -182,9 +254,10 @@ assert not torch.cuda.is_initialized()
 @built
 def test_a_forced_backend_leaves_what_it_cannot_run_to_plain_torch(monkeypatch, log):
     monkeypatch.setenv("FASTSCNN_BACKEND", "cpu")
-    model, x = small_network().bfloat16(), torch.randn(1, 3, 64, 64).bfloat16()
+    model, x = small_network().half(), torch.randn(1, 3, 64, 64).half()
     with torch.no_grad():
         assert torch.equal(model(x), model.reference(x))
     assert log.messages == [
-        "FastSCNN runs unfused: backend cpu cannot run: dtype must be torch.float32, got torch.bfloat16"
+        "FastSCNN runs unfused: backend cpu cannot run:"
+        " dtype must be torch.float32 or torch.bfloat16, got torch.float16"
     ]

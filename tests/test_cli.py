@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastscnn_fast import bench, checkpoints, cli, data, fuse
+from fastscnn_fast import backends, bench, checkpoints, cli, data, fuse, segment
 
 UNTRAINED_MODEL = functools.cache(bench.untrained_model)
 
@@ -105,17 +105,27 @@ def test_unreadable_pictures_are_reported_and_skipped(pictures, tmp_path, capsys
     assert not list((tmp_path / "out").glob("broken*"))
 
 
-def test_weights_size_and_backend(pictures, tmp_path):
-    weights = tmp_path / "net.safetensors"
-    checkpoints.save_checkpoint(bench.untrained_model("tramac", num_classes=7), weights)
-    command = ["segment", str(pictures / "b.png"), "--weights", str(weights), "--size", "64x96"]
-    results = []
-    for backend in ("auto", "reference"):
-        out = tmp_path / backend
-        assert cli.main([*command, "--backend", backend, "-o", str(out)]) == 0
-        with Image.open(out / "b_labels.png") as labels:
-            results.append(np.asarray(labels))
-    assert results[0].shape == (48, 64) and (results[0] == results[1]).mean() > 0.999
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"backend": "reference"},
+        {"precision": "high"},
+        {"dtype": "bfloat16", "backend": "auto"},
+    ],
+    ids=str,
+)
+def test_segment_runs_what_its_options_say(chosen, pictures, tmp_path):
+    model = UNTRAINED_MODEL("tramac", num_classes=7)
+    picture, weights, out = pictures / "b.png", tmp_path / "net.safetensors", tmp_path / "out"
+    checkpoints.save_checkpoint(model, weights)
+    command = ["segment", str(picture), "--weights", str(weights), "--size", "64x96"]
+    told = [word for name, value in chosen.items() for word in (f"--{name}", value)]
+    assert cli.main([*command, *told, "-o", str(out)]) == 0
+    dtype = getattr(torch, chosen.pop("dtype", "float32"))
+    expected = segment(fuse(model, dtype=dtype, **chosen), picture, (64, 96))
+    with Image.open(out / "b_labels.png") as labels:
+        assert np.array_equal(np.asarray(labels), expected)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +134,11 @@ def test_weights_size_and_backend(pictures, tmp_path):
         (["--weights", "nowhere.pth"], "nowhere.pth: No such file"),
         (["--backend", "triton"], "backend triton cannot run: "),
         (
-            ["--backend", "cpu", "--dtype", "bfloat16"],
+            ["--backend", "cpu", "--dtype", "float16"],
+            "dtype must be torch.float32 or torch.bfloat16, got torch.float16",
+        ),
+        (
+            ["--backend", "cpu", "--dtype", "bfloat16", "--precision", "high"],
             "dtype must be torch.float32, got torch.bfloat16",
         ),
     ],
@@ -145,6 +159,7 @@ def test_what_cannot_be_done_is_one_line_and_status_2(
         ["segment", "x.png"],
         ["segment", "x.png", "-o", "out", "--size", "31x64"],
         ["segment", "x.png", "-o", "out", "--size", "wide"],
+        ["segment", "x.png", "-o", "out", "--precision", "medium"],
         ["bench", "--threads", "0"],
         ["bench", "--preset", "nothing"],
         ["export"],
@@ -252,6 +267,19 @@ def test_the_untrained_model_is_always_the_same_and_predicts_every_class():
     with torch.no_grad():
         labels = first.reference(bench.picture_tensor(data.street(1)[0])).argmax(1)
     assert len(labels.unique()) == 5
+
+
+def test_info_tells_instruction_sets_by_arithmetic(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    if not backends.isas():
+        assert "C++ kernels: not built" in printed
+        return
+    for arithmetic in backends.ARITHMETICS:
+        sets = ", ".join(backends.isas(arithmetic)) or "none"
+        assert f"instruction sets that run here, {arithmetic}: {sets}\n" in printed
+    assert f"instruction set in use: {backends.isa()}\n" in printed
+    assert "backend in use for torch.bfloat16 on the CPU: cpu\n" in printed
 
 
 def test_info_and_help_run_as_a_module():

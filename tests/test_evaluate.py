@@ -13,7 +13,7 @@ import torch
 from helpers import small_network
 from PIL import Image
 
-from fastscnn_fast import evaluate
+from fastscnn_fast import backends, evaluate
 from fastscnn_fast.checkpoints import read_details, save_checkpoint
 from fastscnn_fast.cli import main
 from fastscnn_fast.config import Config
@@ -122,6 +122,11 @@ def test_command(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*arguments[:4], "--size", "96x128", "--dtype", "float32"]) == 0
     text = capsys.readouterr().out
     assert "2 pictures, run at 96x128" in text and "bfloat16" not in text
+
+    assert main([*arguments[:4], "--precision", "high", "--dtype", "float32", "bfloat16"]) == 0
+    text = capsys.readouterr().out
+    assert ("float32, high " in text) == bool(backends.isas("high"))
+    assert re.search("bfloat16 .* %", text) and "bfloat16, high" not in text
 
 
 def test_command_refuses(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

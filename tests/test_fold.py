@@ -115,11 +115,14 @@ def test_what_no_backend_packs() -> None:
     weights = random_weights(LAYER)
     with pytest.raises(ValueError, match="backend must be one of reference, cpu, got 'tpu'"):
         ops.pack([LAYER], [weights], "tpu")
-    for dtype in (torch.float64, torch.bfloat16):
-        with pytest.raises(ValueError, match="dtype must be torch.float32 for backend cpu"):
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(ValueError, match="dtype must be .* for backend cpu, got torch.float"):
             ops.pack([LAYER], [weights], "cpu", dtype)
     with pytest.raises(ValueError, match="dtype must be .* for backend reference, got torch.int8"):
         ops.pack([LAYER], [weights], "reference", torch.int8)
+    for backend, dtype in (("cpu", torch.bfloat16), ("reference", torch.float32)):
+        with pytest.raises(ValueError, match="precision must be 'highest' for .*, got 'high'"):
+            ops.pack([LAYER], [weights], backend, dtype, "high")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

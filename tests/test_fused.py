@@ -13,6 +13,8 @@ import torch
 from helpers import LAYOUTS, assert_labels, err, in_layout, small_network, threads
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, fuse, ops
 from fastscnn_fast.config import PRESETS
@@ -96,14 +98,22 @@ def test_raw_pixels_are_normalised_floats(preset):
     assert err(fast(x.float()), expected) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes(dtype, x, no_grad):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.float64, "reference"),
+        (torch.bfloat16, "cpu"),
+        (torch.bfloat16, "reference"),
+        (torch.float16, "reference"),
+    ],
+)
+def test_other_dtypes(dtype, backend, x, no_grad):
     raw = torch.randint(256, x.shape, dtype=torch.uint8)
     errors = []
     for _ in range(3):  # one small network may be lucky in what it rounds
         other = small_network().to(dtype)
-        fast = fuse(other)
-        assert (fast.backend, fast.dtype) == ("reference", dtype)
+        fast = fuse(other, backend)
+        assert (fast.backend, fast.dtype) == (backend, dtype)
         exact = copy.deepcopy(other).double()
         for picture, picture64 in ((x.to(dtype), x.to(dtype).double()), (raw, raw)):
             y, own, expected = fast(picture), other.reference(picture), exact.reference(picture64)
@@ -131,6 +141,145 @@ def test_lazily_negated_conjugated_and_zero_tensors(fast, x):
     assert torch.equal(fast(z.conj().imag), fast(-x))
     zeros = torch._efficientzerotensor(x.shape)
     assert torch.equal(fast(zeros), fast(torch.zeros_like(x)))
+
+
+# ---------------------------------------------------------------- into the caller's memory
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_out_is_filled_and_returned(backend, dtype, output, raw, model, x):
+    run = getattr(fuse(model, backend, dtype), output)
+    x = torch.randint(256, x.shape, dtype=torch.uint8) if raw else x.to(dtype)
+    expected = run(x)
+    memory = torch.full((4, *expected.shape[1:]), 255, dtype=torch.uint8).to(expected.dtype)
+    out = memory[1:3]
+    version = out._version
+    assert run(x, out=out) is out
+    assert torch.equal(out, expected) and out._version > version
+    assert (memory[::3] == 255).all()
+    with torch.inference_mode():
+        assert torch.equal(run(x, torch.empty_like(expected)), expected)
+    assert run(x[:0], out=out[:0]).shape == (0, *expected.shape[1:])
+
+
+UNFIT: dict[str, tuple[type[Exception], str, Callable[[Tensor], Tensor]]] = {
+    "dtype": (TypeError, "out must be of dtype torch.*, got torch.int32", Tensor.int),
+    "batch": (ValueError, r"out must be of shape \(2, .*, got \(1, ", lambda y: y[:1]),
+    "dimensions": (ValueError, r"out must be of shape \(2, .*, got \(1, 2, ", lambda y: y[None]),
+    "size": (ValueError, r"out must be of shape .* 80\), got .* 79\)", lambda y: y[..., 1:]),
+    "device": (ValueError, "out must be on cpu, got meta", lambda y: y.to("meta")),
+    "strides": (
+        ValueError,
+        r"out must be contiguous, got strides \(",
+        lambda y: y.new_ones((*y.shape, 2))[..., 0],
+    ),
+    "transposed": (
+        ValueError,
+        r"out must be contiguous, got strides \(",
+        lambda y: y.mT.contiguous().mT,
+    ),
+    "sparse": (ValueError, "out must be contiguous, got torch.sparse", Tensor.to_sparse),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_out_that_does_not_fit_is_a_clear_error(unfit, output, backend, model, x):
+    error, message, spoil = UNFIT[unfit]
+    run = getattr(fuse(model, backend), output)
+    out = spoil(torch.ones_like(run(x)))
+    with pytest.raises(error, match=message):
+        run(x, out=out)
+    assert out.is_meta or (out.to_dense() == 1).all()
+
+
+def test_wrong_input_is_an_error_with_out_too(fast, x):
+    out = fast(x)
+    for name, (error, message, spoil) in REFUSED.items():
+        with pytest.raises(error, match=f"{message}|out must be of shape"):
+            pytest.fail(f"{name}: {fast(spoil(x.detach().clone()), out=out)}")
+
+
+def test_out_has_no_gradient_either(fast, x):
+    out, leaf = fast(x), x.clone().requires_grad_()
+    arguments = (fast.weights, fast.program, "logits", "cpu", torch.float32)
+    for picture, into in ((leaf, out), (x, out.clone().requires_grad_())):
+        with pytest.raises(RuntimeError, match="no gradient"):
+            ops.network(picture, *arguments, into)
+        with torch.no_grad():
+            assert torch.equal(ops.network(picture, *arguments, into), fast(x))
+    saved = (torch.ones_like(out, requires_grad=True) * out).sum()
+    fast(x, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_out_compiles_whole(backend, output, model, x):
+    run = getattr(fuse(model, backend), output)
+
+    def doubled(x: Tensor, out: Tensor) -> Tensor:
+        return run(x, out=out) * 2
+
+    torch.compiler.reset()  # there is a limit to what one function may be compiled for
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 3, 64, 80), (1, 3, 65, 97)):
+        x = torch.randn(shape)
+        expected = run(x)
+        out = torch.zeros_like(expected)
+        assert torch.equal(compiled(x, out), expected * 2) and torch.equal(out, expected)
+    with pytest.raises(Exception, match="out must be"):
+        compiled(x, out[..., 1:])
+
+
+# ---------------------------------------------------------------- by the dispatcher or straight
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops, and runs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_must_see_every_op_sees_it(fast, x):
+    """A plain call goes past the dispatcher: it takes a tenth of the time of a small picture."""
+    expected = fast(x)
+    with Seen() as seen:
+        assert torch.equal(fast(x), expected)
+        assert torch.equal(fast(x, out=torch.empty_like(expected)), expected)
+    assert [op for op in seen.ops if "fastscnn" in op] == [
+        "fastscnn.network.default",
+        "fastscnn.network.out",
+    ]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fast(x)
+    assert "fastscnn::network" in {event.name for event in profile.events()}
+    assert "fastscnn::network" in str(torch.jit.trace(fast, x, check_trace=False).inlined_graph)
+    assert "fastscnn.network" in str(make_fx(fast)(x).graph)
+    assert type(fast(x.as_subclass(Subclass))) is Subclass
+
+
+class Subclass(Tensor):
+    pass
+
+
+def test_out_without_memory_of_its_own_values_is_an_error(fast, x):
+    y = fast(x)
+    for out in (torch._neg_view(y), torch._efficientzerotensor(y.shape)):
+        with pytest.raises(RuntimeError):
+            fast(x, out=out)
 
 
 # ---------------------------------------------------------------- extreme numbers
@@ -346,8 +495,10 @@ def test_what_cannot_be_fused(model, fast):
             RuntimeError, match=f"backend {backend} cannot run: this version has no"
         ):
             fuse(model, backend)
-    with pytest.raises(RuntimeError, match="dtype must be torch.float32, got torch.float16"):
+    with pytest.raises(RuntimeError, match="dtype must be .*, got torch.float16"):
         fuse(model, "cpu", torch.float16)
+    with pytest.raises(ValueError, match="precision must be one of highest, high, got 'medium'"):
+        fuse(model, precision="medium")
     for dtype in (torch.int8, torch.float8_e4m3fn, torch.complex64):
         with pytest.raises(RuntimeError, match="dtype must be one of torch.float32"):
             fuse(model, dtype=dtype)
@@ -359,7 +510,10 @@ def test_what_cannot_be_fused(model, fast):
 def test_it_holds_one_buffer_and_nothing_to_train(fast):
     assert list(fast.state_dict()) == ["weights"] and not list(fast.parameters())
     assert [name for name, _ in fast.named_modules()] == [""] and not fast.training
-    assert repr(fast) == "FusedFastSCNN(num_classes=5, backend=cpu, dtype=torch.float32)"
+    assert (
+        repr(fast)
+        == "FusedFastSCNN(num_classes=5, backend=cpu, dtype=torch.float32, precision=highest)"
+    )
 
 
 def saved(fast: FusedFastSCNN) -> FusedFastSCNN:
@@ -385,12 +539,25 @@ COPIES: dict[str, Callable[[FusedFastSCNN], Any]] = {
 }
 
 
+ARITHMETICS = [name for name in backends.ARITHMETICS if backends.isas(name)]
+
+
+@pytest.fixture(scope="module")
+def fused(model: FastSCNN) -> dict[str, FusedFastSCNN]:
+    """On the cpu backend, by arithmetic."""
+    pairs = {name: backends.ARITHMETICS[name] for name in ARITHMETICS}
+    return {name: fuse(model, "cpu", *pair) for name, pair in pairs.items()}
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("way", COPIES)
-def test_copies_and_conversions_do_not_corrupt_it(way, fast, x):
+def test_copies_and_conversions_do_not_corrupt_it(way, arithmetic, fused, x):
+    fast = fused[arithmetic]
     other = COPIES[way](copy.deepcopy(fast))
-    assert other.weights.dtype == torch.uint8 and other.dtype == torch.float32
-    assert_all_equal(other, fast, x)
-    assert (other.config, other.backend, other.program) == (fast.config, fast.backend, fast.program)
+    assert other.weights.dtype == torch.uint8
+    assert_all_equal(other, fast, x.to(fast.dtype))
+    for name in ("config", "backend", "dtype", "precision", "program"):
+        assert getattr(other, name) == getattr(fast, name)
 
 
 def test_state_dicts_fit_the_same_network_only(fast, x):
@@ -492,22 +659,27 @@ def test_compiles_with_the_default_backend_among_other_modules(fast, x):
 # ---------------------------------------------------------------- memory
 
 
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_a_call_allocates_its_result_and_nothing_else(output, layout, fast, x):
-    run, view = getattr(fast, output), in_layout(x, layout)
+def test_a_call_allocates_its_result_and_nothing_else(
+    output, layout, arithmetic, given, raw, fused, x
+):
+    fast = fused[arithmetic]
+    view = in_layout(x.to(torch.uint8 if raw else fast.dtype), layout)
+    run = getattr(fast, output)
     y = run(view)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        run(view)
+        run(view, out=y if given else None)
     events = profile.events()
-    allocations = [event for event in events if event.self_cpu_memory_usage > 0]
-    assert sum(event.self_cpu_memory_usage for event in allocations) == y.nbytes
-    assert {event.name for event in events if event.name.startswith("aten::")} == {
-        "aten::new_empty",
-        "aten::empty",
-    }
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in events)
+    assert allocated == (0 if given else y.nbytes)
+    names = {event.name for event in events if event.name.startswith("aten::")}
+    assert names == (set() if given else {"aten::new_empty", "aten::empty"})
 
 
 def test_scratch_memory_stops_growing_once_warm(fast, x):
@@ -524,3 +696,18 @@ def test_scratch_memory_stops_growing_once_warm(fast, x):
             for output in OUTPUTS:
                 getattr(fast, output)(torch.randn(size))
     assert 0 < cpu.scratch_bytes() == warm
+
+
+def test_out_is_memory_of_its_own_and_aligned() -> None:
+    """A batch's later pictures are read after the first results are written."""
+    fast = fuse(small_network(3, in_channels=3))
+    memory = torch.zeros(2 * 3 * 32 * 48 + 1)
+    x = memory[:-1].view(2, 3, 32, 48)
+    for shared in (x, memory[1:].view(2, 3, 32, 48)):
+        with pytest.raises(ValueError, match="out must not share memory with x"):
+            fast(x, out=shared)
+    buffer = bytearray(4 * x.numel() + 4)
+    odd = torch.frombuffer(buffer, dtype=torch.float32, offset=1, count=x.numel())
+    if odd.data_ptr() % 4:
+        with pytest.raises(ValueError, match="out must be aligned"):
+            fast(x, out=odd.view(x.shape))

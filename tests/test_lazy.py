@@ -520,17 +520,30 @@ def test_refused_inputs_run_or_fail_as_in_plain_torch(model, x, no_grad, log):
     assert "FastSCNN runs unfused: autocast is enabled" in reasons
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_models_of_other_dtypes_run_in_plain_torch(dtype, model, x, no_grad, log):
     model.to(dtype)
     for _ in range(3):
         assert_right(model, x.to(dtype), fused=False)
         assert model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).dtype == dtype
     (message,) = log.messages
-    assert (
-        message
-        == f"running on the reference backend: cpu: dtype must be torch.float32, got {dtype}"
+    assert message == (
+        "running on the reference backend: cpu:"
+        f" dtype must be torch.float32 or torch.bfloat16, got {dtype}"
     )
+    assert_right(model.float(), x, fused=True)
+
+
+def test_a_bfloat16_model_fuses(model, x, no_grad, log):
+    exact = copy.deepcopy(model.bfloat16()).double()
+    pictures = torch.randint(256, x.shape, dtype=torch.uint8)
+    for _ in range(2):
+        for picture, same in ((x.bfloat16(), x.bfloat16().double()), (pictures, pictures)):
+            assert model.fused_for(picture) is not None
+            y, own, expected = model(picture), model.reference(picture), exact.reference(same)
+            assert y.dtype == torch.bfloat16
+            assert err(y, expected) <= 1.5 * err(own, expected)
+    assert model.fused_for(x) is None and "got torch.float32" in log.messages[0]
     assert_right(model.float(), x, fused=True)
 
 
