@@ -1,4 +1,4 @@
-"""Every fused op at every layer shape of the network: plain torch, torch.compile and ours.
+"""Every fused op at every layer shape of the network: plain torch, torch.compile and ours, beside their roof.
 
 A time is reported only where the result passed the parity bound in the same run. See README.md.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config as inductor
-from helpers import assert_labels, assert_parity, random_weights
+from helpers import BOUNDS, assert_labels, assert_parity, random_weights
 from torch import Tensor, nn
 
 from fastscnn_fast import backends, ops, reference
@@ -22,7 +23,9 @@ from fastscnn_fast.plan import Shape, Step, plan
 Run = Callable[[], Tensor]
 
 #: What an op can take or return; a forward pass to logits runs the first.
-VARIANTS = {"stem_conv": ("float32", "uint8"), "upsample_classify": ops.OUTPUTS}
+VARIANTS = {"stem_conv": ("", "uint8"), "upsample_classify": ops.OUTPUTS}
+OURS = "ours"
+_ROOF_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,15 @@ class Case:
     step: Step
     calls: int
     variant: str
+    arithmetic: str
 
     @property
     def name(self) -> str:
-        return f"{self.step.layer.name} {self.variant}".strip()
+        return " ".join(filter(None, (self.step.layer.name, self.variant, self.arithmetic)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return backends.ARITHMETICS[self.arithmetic][0]
 
     @property
     def shape(self) -> str:
@@ -48,12 +56,12 @@ def _text(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-def cases(config: Config, height: int, width: int) -> list[Case]:
+def cases(config: Config, height: int, width: int, arithmetic: str = "float32") -> list[Case]:
     """The distinct steps of ``plan(config, height, width)``, in the order of execution."""
     steps = plan(config, height, width)
     unnamed = [replace(step, layer=replace(step.layer, name="")) for step in steps]
     return [
-        Case(step, 0 if number else unnamed.count(unnamed[index]), variant)
+        Case(step, 0 if number else unnamed.count(unnamed[index]), variant, arithmetic)
         for index, step in enumerate(steps)
         if unnamed.index(unnamed[index]) == index
         for number, variant in enumerate(VARIANTS.get(step.layer.op, ("",)))
@@ -80,9 +88,9 @@ class Plain(nn.Module):
 
 @dataclass(frozen=True)
 class Work:
-    """A case with random channels-last inputs, float32 weights, torch's own result and the true one.
+    """A case with random channels-last inputs, weights, torch's own result and the true one.
 
-    Of labels, the true one is the logits.
+    All but the last, which is float64, are of the case's dtype. Of labels, the true one is the logits.
     """
 
     case: Case
@@ -94,13 +102,14 @@ class Work:
     def check(self, y: Tensor) -> None:
         """Raises AssertionError where ``y`` is not equal, as the parity tests define it."""
         if self.case.variant == "labels":
-            assert_labels(y, self.ref64, tolerance=1e-4)
+            wide = self.case.dtype == torch.float32
+            assert_labels(y, self.ref64, 1e-4 if wide else 2**-7 * self.ref64.abs().max().item())
         else:
-            assert_parity(y, self.own, self.ref64)
+            assert_parity(y, self.own, self.ref64, *BOUNDS[self.case.arithmetic])
 
     @property
     def bytes(self) -> int:
-        """Step.elements x 4, less for pictures and labels of bytes."""
+        """Step.elements x 4 or, in bfloat16, x 2; less for pictures and labels of bytes."""
         return sum(t.nbytes for t in (*self.inputs, *self.weights.values(), self.own))
 
 
@@ -121,25 +130,35 @@ def _ours(work: Work) -> Run:
     reason = backends.report()["cpu"]
     if reason is not None:
         pytest.skip(reason)
-    layer, size = work.case.step.layer, work.case.step.output[1:]
-    packed = ops.pack([layer], [work.weights], "cpu")
-    arguments = (size, work.case.variant) if layer.op == "upsample_classify" else ()
+    case, layer = work.case, work.case.step.layer
+    packed = ops.pack([layer], [work.weights], "cpu", *backends.ARITHMETICS[case.arithmetic])
     op = getattr(ops, layer.op)
-    return lambda: op(*work.inputs, packed, layer, *arguments)
+    if layer.op == "upsample_classify":
+        return lambda: op(*work.inputs, packed, layer, case.step.output[1:], case.variant)
+    if layer.op == "stem_conv":
+        return lambda: op(*work.inputs, packed, layer, dtype=case.dtype)
+    return lambda: op(*work.inputs, packed, layer)
 
 
 CONTENDERS: dict[str, Callable[[Work], Run]] = {
     "reference": _reference,
     "compile": _compile,
-    "ours": _ours,
+    OURS: _ours,
 }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    every = cases(_config(metafunc.config), *metafunc.config.getoption("size"))
+    options = metafunc.config
+    config, (height, width) = _config(options), options.getoption("size")
+    arithmetics = options.getoption("arithmetics")
+    every = [case for name in arithmetics for case in cases(config, height, width, name)]
     names = [case.name.replace(" ", "-") for case in every]
     metafunc.parametrize("work", every, ids=names, indirect=True, scope="module")
-    metafunc.parametrize("contender", CONTENDERS)
+    isas = options.getoption("isas")
+    ours = [(OURS, isa) for isa in isas] if isas else [(OURS, "")]
+    contenders = [("reference", ""), ("compile", ""), *ours]
+    ids = ["-".join(filter(None, contender)) for contender in contenders]
+    metafunc.parametrize(("contender", "isa"), contenders, ids=ids)
 
 
 def _config(options: pytest.Config) -> Config:
@@ -151,7 +170,7 @@ def work(request: pytest.FixtureRequest, seed: int) -> Work:
     case: Case = request.param
     torch.manual_seed(seed)
     inputs = tuple(_random(shape, case) for shape in case.step.inputs)
-    weights = random_weights(case.step.layer)
+    weights = {n: t.to(case.dtype) for n, t in random_weights(case.step.layer).items()}
     exact = {name: tensor.double() for name, tensor in weights.items()}
     wide = (x if x.dtype == torch.uint8 else x.double() for x in inputs)
     checked = replace(case, variant="logits") if case.variant == "labels" else case
@@ -164,7 +183,7 @@ def _random(shape: Shape, case: Case) -> Tensor:
     if case.variant == "uint8":
         x = torch.randint(256, (1, *shape), dtype=torch.uint8)
     else:
-        x = torch.randn(1, *shape)
+        x = torch.randn(1, *shape, dtype=case.dtype)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -172,29 +191,50 @@ def _random(shape: Shape, case: Case) -> Tensor:
 def test_op(
     work: Work,
     contender: str,
+    isa: str,
     machine: dict[str, str],
     benchmark: Any,
     results: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, case = CONTENDERS[contender](work), work.case
+    case = work.case
+    if isa:
+        if isa not in backends.isas(case.arithmetic):
+            pytest.skip(
+                f"{isa} has no kernels of its own for {case.arithmetic}, or does not run here"
+            )
+        monkeypatch.setenv("FASTSCNN_ISA", isa)
+    run = CONTENDERS[contender](work)
     benchmark.group = f"{case.name} {case.shape}"
     with torch.no_grad():
         work.check(run())
         benchmark(run)
     if not benchmark.enabled:
         return
-    seconds = benchmark.stats.stats.median
+    seconds, rate = benchmark.stats.stats.median, case.step.flops / benchmark.stats.stats.median
     benchmark.extra_info |= {
         "layer": case.name,
         "shape": case.shape,
         "calls": case.calls,
         "contender": contender,
+        "arithmetic": case.arithmetic,
+        "isa": isa or machine["isa"],
         "ms": seconds * 1e3,
         "bytes": work.bytes,
         "flops": case.step.flops,
         "gb_per_s": work.bytes / seconds / 1e9,
-        "gflop_per_s": case.step.flops / seconds / 1e9,
-        "isa": machine["isa"],
+        "gflop_per_s": rate / 1e9,
+        "of_roof": rate / _roof(case.arithmetic),
         "threads": int(machine["threads"]),
     }
     results.append(benchmark.extra_info)
+
+
+def _roof(arithmetic: str) -> float:
+    """Operations a second on registers alone, as fast as the machine is right now; NaN without the extension."""
+    if not backends.isas():
+        return nan
+    threads = torch.get_num_threads()
+    return backends.cpu_module().multiply_add_roof(
+        backends.isa(), arithmetic, threads, _ROOF_SECONDS
+    )
