@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -74,6 +75,42 @@ def _reference_why_not(config: Config, device: torch.device, dtype: torch.dtype)
     return None
 
 
+def _triton_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}"
+    if device.type == "cpu":
+        return (
+            None
+            if _interpreted()
+            else "device must be cuda (or cpu with TRITON_INTERPRET=1), got cpu"
+        )
+    if device.type != "cuda":
+        return f"device must be cuda, got {device}"
+    found = architecture(device)
+    if isinstance(found, int) and found < (80 if dtype == torch.bfloat16 else 75):
+        return f"{dtype} needs a newer GPU than one of compute capability {found / 10}"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels on the cpu: it looks at the environment when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def architecture(device: torch.device) -> int | str:
+    """10 times the compute capability of an NVIDIA GPU, AMD's name of one, "interpreter" for the cpu."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def _absent(kernels: str) -> Callable[[Config, torch.device, torch.dtype], str]:
     return lambda config, device, dtype: f"this version has no {kernels} kernels"
 
@@ -83,8 +120,8 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cuda", _absent("CUDA")),
-        Backend("triton", _absent("Triton")),
         Backend("cpu", _cpu_why_not),
+        Backend("triton", _triton_why_not),
         Backend("reference", _reference_why_not),
     )
 }

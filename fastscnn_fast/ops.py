@@ -8,65 +8,20 @@ that is computed in: x's own, or, for ops that also take raw pixels, the argumen
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, reference
+from . import engines, reference
+from .engines import cpu
+from .engines.memory import activation
+from .packed import encode, parsed
 from .plan import OPS, Layer
 
 OUTPUTS = ("logits", "probabilities", "labels")
-
-# The tag before packed weights (csrc/cpu/program.h): magic, version, layout, dtype, hash of the layers, bytes.
-_TAG = struct.Struct("<4I2Q32x")
-_LAYOUT_AT = 8  # bytes into the tag
-_MAGIC, _VERSION = 0x4E435346, 1
-_REFERENCE_LAYOUT = 0
-_CPU_LAYOUTS = {at: dtype for at, (dtype, _) in enumerate(backends.ARITHMETICS.values(), start=1)}
-_BACKENDS = ("reference", "cpu")
-_LINE = 64  # bytes of which every pixel of an activation takes a multiple
-
-_PICTURE_KINDS = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.uint8: "uint8",
-}
-
-
-# ---------------------------------------------------------------- programs
-
-
-class _Program(NamedTuple):
-    layers: tuple[Layer, ...]
-    integers: tuple[int, ...]
-    hash: int
-
-
-def encode(layers: Sequence[Layer]) -> str:
-    """The text by which layers travel: the dispatcher would copy a list of integers value by value."""
-    return " ".join(str(value) for layer in layers for value in layer.encode())
-
-
-@lru_cache(maxsize=256)
-def _parsed(program: str) -> _Program:
-    try:
-        integers = tuple(map(int, program.split()))
-    except ValueError:
-        raise ValueError(f"program must be as encode() writes it, got {program!r}") from None
-    value = 0xCBF29CE484222325
-    for v in integers:
-        value = (value ^ v) * 0x100000001B3 % 2**64
-    return _Program(tuple(Layer.decode(integers)), integers, value)
-
-
-# ---------------------------------------------------------------- packed weights
 
 
 def pack(
@@ -80,78 +35,26 @@ def pack(
 
     Args:
         tensors: per layer, what ``layer.weights()`` names, in any floating dtype.
-        backend: "cpu" (float32 and bfloat16 only) or "reference".
+        backend: one that has an engine: "cpu", "triton" or "reference".
         dtype: the dtype to compute in.
-        precision: "highest", or "high" (cpu and float32 only): products of about 17 bits.
+        precision: "highest", or "high" (float32 only): products of about 17 bits on the cpu backend, of
+            TF32 on the triton backend.
 
     Raises:
         ValueError: a tensor is missing or of a wrong shape, or the backend has no such layout.
     """
+    engine = engines.engine(backend)
     _require(
-        backend in _BACKENDS, f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}"
+        dtype in engine.dtypes,
+        f"dtype must be {' or '.join(map(str, engine.dtypes))} for backend {backend}, got {dtype}",
     )
-    wanted = _dtypes(backend)
+    allowed = engine.precisions if dtype == torch.float32 else ("highest",)
     _require(
-        dtype in wanted,
-        f"dtype must be {' or '.join(map(str, wanted))} for backend {backend}, got {dtype}",
+        precision in allowed,
+        f"precision must be {' or '.join(map(repr, allowed))} for backend {backend} and {dtype},"
+        f" got {precision!r}",
     )
-    _require(
-        backend == "cpu" or precision == "highest",
-        f"precision must be 'highest' for backend {backend}, got {precision!r}",
-    )
-    program = _parsed(encode(layers))
-    plain_dtype = torch.float32 if backend == "cpu" else dtype
-    flat = [torch.zeros(0, dtype=plain_dtype, device="cpu")]
-    for index, (layer, named) in enumerate(zip(layers, tensors, strict=True)):
-        for name, shape in layer.weights().items():
-            if name not in named or tuple(named[name].shape) != shape:
-                got = tuple(named[name].shape) if name in named else "nothing"
-                raise ValueError(
-                    f"weights of layer {index} ({layer.op}): {name} must be {shape}, got {got}"
-                )
-            flat.append(named[name].detach().to("cpu", plain_dtype).reshape(-1))
-    plain = torch.cat(flat)
-    if backend == "cpu":
-        cpu, arithmetic = backends.cpu_module(), backends.arithmetic(dtype, precision)
-        size = cpu.packed_bytes(program.integers, arithmetic)
-        packed = torch.empty(size, dtype=torch.uint8, device="cpu")
-        cpu.pack(program.integers, arithmetic, plain.data_ptr(), plain.numel(), packed.data_ptr())
-        return packed
-    size = _TAG.size + plain.numel() * plain.element_size()
-    tag = _TAG.pack(
-        _MAGIC, _VERSION, _REFERENCE_LAYOUT, backends.DTYPES.index(dtype), program.hash, size
-    )
-    return torch.cat([torch.frombuffer(bytearray(tag), dtype=torch.uint8), plain.view(torch.uint8)])
-
-
-def _unpack(weights: Tensor, program: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """The reference layout's tensors, as views."""
-    tag = (
-        bytes(weights[: _TAG.size].cpu().numpy())
-        if weights.numel() >= _TAG.size
-        else bytes(_TAG.size)
-    )
-    magic, version, layout, packed_dtype, program_hash, size = _TAG.unpack(tag)
-    if (magic, version, layout) != (_MAGIC, _VERSION, _REFERENCE_LAYOUT):
-        raise ValueError("weights must be packed for the reference backend, got another layout")
-    parsed = _parsed(program)
-    if program_hash != parsed.hash or size != weights.numel():
-        raise ValueError("weights must be packed for these layers, got weights of other layers")
-    _check_packed_dtype(backends.DTYPES[packed_dtype], dtype)
-    plain = weights[_TAG.size :].view(dtype)
-    tensors, at = [], 0
-    for layer in parsed.layers:
-        named = {}
-        for name, shape in layer.weights().items():
-            named[name] = plain[at : at + prod(shape)].view(shape)
-            at += prod(shape)
-        tensors.append(named)
-    return tensors
-
-
-def _check_packed_dtype(packed: torch.dtype, dtype: torch.dtype) -> None:
-    if packed != dtype:
-        raise ValueError(f"weights must be packed for {dtype}, got weights for {packed}")
+    return engine.pack(parsed(encode(layers)), tensors, dtype, precision)
 
 
 # ---------------------------------------------------------------- checks and shapes
@@ -160,10 +63,6 @@ def _check_packed_dtype(packed: torch.dtype, dtype: torch.dtype) -> None:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
-
-
-def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    return backends.DTYPES if backend == "reference" else backends.CPU_DTYPES
 
 
 def _check_input(
@@ -186,9 +85,7 @@ def _check_input(
     if weights.dim() != 1 or not weights.is_contiguous():
         got = f"shape {tuple(weights.shape)}, strides {weights.stride()}"
         raise ValueError(f"weights must be contiguous and of one dimension, got {got}")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
-    wanted = wanted or _dtypes(backend)
+    wanted = wanted or engines.engine(backend).dtypes
     if x.dtype not in wanted:
         allowed = ", ".join(map(str, wanted))
         raise TypeError(f"{name} must be of dtype {allowed} for backend {backend}, got {x.dtype}")
@@ -199,20 +96,9 @@ def _check_picture(
 ) -> None:
     """x may be raw pixels; ``dtype`` is what is computed in."""
     _check_input("x", x, channels, weights, backend, (dtype, torch.uint8))
-    if dtype not in _dtypes(backend):
-        allowed = ", ".join(map(str, _dtypes(backend)))
+    if dtype not in engines.engine(backend).dtypes:
+        allowed = ", ".join(map(str, engines.engine(backend).dtypes))
         raise TypeError(f"dtype must be {allowed} for backend {backend}, got {dtype}")
-
-
-def _padded(channels: int, dtype: torch.dtype) -> int:
-    block = _LINE // dtype.itemsize
-    return -(-channels // block) * block
-
-
-def _activation(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """An empty (N, channels, height, width) in channels-last memory with padded channels."""
-    memory = like.new_empty((like.shape[0], height, width, _padded(channels, dtype)), dtype=dtype)
-    return memory.permute(0, 3, 1, 2)[:, :channels]
 
 
 class _Spec(NamedTuple):
@@ -247,52 +133,9 @@ def _check_out(out: Tensor, x: Tensor, spec: _Spec) -> None:
 
 
 def _layer(layer: str, op: str) -> Layer:
-    layers = _parsed(layer).layers
+    layers = parsed(layer).layers
     _require(len(layers) == 1 and layers[0].op == op, f"layer must be one encoded {op}")
     return layers[0]
-
-
-# ---------------------------------------------------------------- calls into the backends
-
-
-def _batch(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and size of an activation that _activation or _dense made; the caller keeps it alive."""
-    return (x.data_ptr(), x.shape[0], x.shape[2], x.shape[3])
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x in channels-last memory with channels padded by zeros: itself where it already is so."""
-    channels, memory = x.shape[1], x.permute(0, 2, 3, 1)
-    padding = _padded(channels, x.dtype) - channels
-    if padding:
-        memory = torch.nn.functional.pad(memory, (0, padding))
-    return memory.contiguous().permute(0, 3, 1, 2)  # pad keeps what it takes for x's layout
-
-
-def _picture(x: Tensor) -> tuple[int, str, torch.Size, tuple[int, ...]]:
-    return (x.data_ptr(), _PICTURE_KINDS[x.dtype], x.shape, x.stride())
-
-
-def _call(
-    program: str, weights: Tensor, dtype: torch.dtype
-) -> tuple[str, tuple[int, ...], int, int, int]:
-    if weights.device.type != "cpu":
-        raise ValueError(f"weights must be on the cpu for backend cpu, got {weights.device}")
-    address, size = weights.data_ptr(), weights.numel()
-    if size >= _TAG.size:  # the layout alone decides how many bytes an element has
-        layout = ctypes.c_uint32.from_address(address + _LAYOUT_AT).value
-        _check_packed_dtype(_CPU_LAYOUTS.get(layout, dtype), dtype)
-    threads = torch.get_num_threads()
-    return (backends.isa(), _parsed(program).integers, address, size, threads)
-
-
-def _by_reference(
-    function: Callable[..., Tensor], out: Tensor, weights: Tensor, program: str, dtype: torch.dtype
-) -> None:
-    """``function(layers, tensors)`` in the dtype asked for, whatever surrounds the call."""
-    tensors = _unpack(weights, program, dtype)
-    with torch.autocast(out.device.type, enabled=False):
-        out.copy_(function(_parsed(program).layers, tensors))
 
 
 # ---------------------------------------------------------------- the ops
@@ -304,23 +147,13 @@ def _stem_result(
 ) -> Tensor:
     one = _layer(layer, "stem_conv")
     _check_picture(x, one.in_channels, weights, dtype, backend)
-    return _activation(x, one.out_channels, *one.output_size(x.shape[2], x.shape[3]), dtype)
+    return activation(x, one.out_channels, *one.output_size(x.shape[2], x.shape[3]), dtype)
 
 
 def _stem_fill(
     out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype, backend: str
 ) -> None:
-    if backend == "reference":
-        _by_reference(
-            lambda layers, tensors: reference.stem_conv(x, layers[0], tensors[0]),
-            out,
-            weights,
-            layer,
-            dtype,
-        )
-        return
-    call = _call(layer, weights, dtype)
-    backends.cpu_module().stem_conv(call, _picture(x), _batch(out))
+    engines.engine(backend).stem_conv(out, x, weights, layer, dtype)
 
 
 def _plane_result(op: str) -> Callable[..., Tensor]:
@@ -330,26 +163,14 @@ def _plane_result(op: str) -> Callable[..., Tensor]:
         height, width = x.shape[2:]
         if op != "pyramid_pooling":
             height, width = one.output_size(height, width)
-        return _activation(x, one.last_channels or one.out_channels, height, width, x.dtype)
+        return activation(x, one.last_channels or one.out_channels, height, width, x.dtype)
 
     return result
 
 
 def _plane_fill(op: str) -> Callable[..., None]:
     def fill(out: Tensor, x: Tensor, weights: Tensor, layer: str, backend: str) -> None:
-        if backend == "reference":
-            function = getattr(reference, op)
-            _by_reference(
-                lambda layers, tensors: function(x, layers[0], tensors[0]),
-                out,
-                weights,
-                layer,
-                x.dtype,
-            )
-            return
-        x = _dense(x)
-        call = _call(layer, weights, x.dtype)
-        getattr(backends.cpu_module(), op)(call, _batch(x), _batch(out))
+        engines.engine(backend).plane(op, out, x, weights, layer)
 
     return fill
 
@@ -362,24 +183,13 @@ def _fusion_result(high: Tensor, low: Tensor, weights: Tensor, layer: str, backe
         high.shape[0] == low.shape[0],
         f"low must have high's batch {high.shape[0]}, got {low.shape[0]}",
     )
-    return _activation(high, one.out_channels, high.shape[2], high.shape[3], high.dtype)
+    return activation(high, one.out_channels, high.shape[2], high.shape[3], high.dtype)
 
 
 def _fusion_fill(
     out: Tensor, high: Tensor, low: Tensor, weights: Tensor, layer: str, backend: str
 ) -> None:
-    if backend == "reference":
-        _by_reference(
-            lambda layers, tensors: reference.feature_fusion(high, low, layers[0], tensors[0]),
-            out,
-            weights,
-            layer,
-            high.dtype,
-        )
-        return
-    high, low = _dense(high), _dense(low)
-    call = _call(layer, weights, high.dtype)
-    backends.cpu_module().feature_fusion(call, _batch(high), _batch(low), _batch(out))
+    engines.engine(backend).feature_fusion(out, high, low, weights, layer)
 
 
 def _upsample_result(
@@ -401,24 +211,13 @@ def _upsample_fill(
     output: str,
     backend: str,
 ) -> None:
-    if backend == "reference":
-        _by_reference(
-            lambda layers, _: reference.upsample_classify(x, layers[0], (height, width), output),
-            out,
-            weights,
-            layer,
-            x.dtype,
-        )
-        return
-    x = _dense(x)
-    call = _call(layer, weights, x.dtype)
-    backends.cpu_module().upsample_classify(call, _batch(x), output, out.data_ptr(), height, width)
+    engines.engine(backend).upsample_classify(out, x, weights, layer, output)
 
 
 def _network_spec(
     x: Tensor, weights: Tensor, program: str, dtype: torch.dtype, output: str, backend: str
 ) -> _Spec:
-    layers = _parsed(program).layers
+    layers = parsed(program).layers
     _require(
         len(layers) >= 9 and layers[0].op == OPS[0] and layers[-1].op == OPS[-1],
         "program must be a whole network",
@@ -441,17 +240,7 @@ def _network_fill(
     output: str,
     backend: str,
 ) -> None:
-    if backend == "reference":
-        _by_reference(
-            lambda layers, tensors: reference.network(x, layers, tensors, output),
-            out,
-            weights,
-            program,
-            dtype,
-        )
-        return
-    call = _call(program, weights, dtype)
-    backends.cpu_module().network(call, _picture(x), output, out.data_ptr())
+    engines.engine(backend).network(out, x, weights, program, dtype, output)
 
 
 _PLANE = "Tensor x, Tensor weights, str layer, str backend"
@@ -668,8 +457,4 @@ def network_stages(
 ) -> list[tuple[str, float]]:
     """Name and seconds of each stage of :func:`network` on the cpu backend, for one image."""
     out = _network_result(x, weights, program, dtype, output, "cpu")
-    call = _call(program, weights, dtype)
-    stages: list[tuple[str, float]] = backends.cpu_module().network_stages(
-        call, _picture(x), output, out.data_ptr()
-    )
-    return stages
+    return cpu.ENGINE.network_stages(out, x, weights, program, dtype, output)

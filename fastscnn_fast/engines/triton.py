@@ -1,0 +1,193 @@
+"""The Triton kernels: plans of launches, cached per shape, on the tensors' device and current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import backends
+from ..kernels import weights as layout
+from ..kernels.engine import Plan, Pool, network_plan, op_plan
+from ..kernels.launch import Buffer
+from ..kernels.tiles import INTERPRETER, Architecture
+from ..packed import TAG, Program, check_dtype, layout_of, parsed, plain_weights, tag
+from ..reference import Weights
+from .memory import dense
+
+# Layouts of packed weights after those of the cpu backend, by dtype and precision.
+_LAYOUTS = {
+    16: (torch.float32, "highest"),
+    17: (torch.float32, "high"),
+    18: (torch.bfloat16, "highest"),
+    19: (torch.float16, "highest"),
+}
+
+
+def _products(precision: str, architecture: Architecture) -> str:
+    """PRECISION of kernels/common.py."""
+    if architecture == INTERPRETER:
+        return "interpreted"
+    return "tf32" if precision == "high" else "ieee"
+
+
+_pool = Pool()
+_checked = WeakTensorKeyDictionary()
+
+
+@lru_cache(maxsize=256)
+def _pieces(program: str, dtype: torch.dtype) -> tuple[list[dict[str, Buffer]], int]:
+    return layout.layout(parsed(program).layers, dtype, TAG.size)
+
+
+Where = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]  # dtype, shape, strides
+
+
+def _where(x: Tensor) -> Where:
+    return (x.dtype, tuple(x.shape), x.stride())
+
+
+def _picture(where: Where) -> Buffer:
+    return Buffer("x", *where)
+
+
+def _plane(name: str, where: Where) -> Buffer:
+    dtype, (n, c, h, w), (sn, sc, sh, sw) = where
+    return Buffer(name, dtype, (n, h, w, c), (sn, sh, sw, sc))
+
+
+@lru_cache(maxsize=256)
+def _op_plan(
+    text: str,
+    inputs: tuple[Where, ...],
+    out: Where,
+    dtype: torch.dtype,
+    output: str,
+    architecture: Architecture,
+    precision: str,
+) -> Plan:
+    (layer,) = parsed(text).layers
+    (pieces,), _ = _pieces(text, dtype)
+    if layer.op == "stem_conv":
+        buffers = [_picture(inputs[0])]
+    else:
+        names = ("high", "low") if layer.op == "feature_fusion" else ("x",)
+        buffers = [_plane(name, where) for name, where in zip(names, inputs)]
+    result = Buffer("out", *out) if layer.op == "upsample_classify" else _plane("out", out)
+    return op_plan(
+        layer,
+        buffers,
+        result,
+        pieces,
+        dtype,
+        architecture,
+        output,
+        _products(precision, architecture),
+    )
+
+
+@lru_cache(maxsize=256)
+def _network_plan(
+    text: str,
+    x: Where,
+    out: Where,
+    dtype: torch.dtype,
+    output: str,
+    architecture: Architecture,
+    precision: str,
+) -> Plan:
+    pieces, _ = _pieces(text, dtype)
+    return network_plan(
+        parsed(text).layers,
+        _picture(x),
+        Buffer("out", *out),
+        pieces,
+        dtype,
+        architecture,
+        output,
+        _products(precision, architecture),
+    )
+
+
+def _precision(weights: Tensor, text: str, dtype: torch.dtype) -> str:
+    """What the weights are packed for. Their tag is read once: on a GPU that waits for the device."""
+    version = 0 if weights.is_inference() else weights._version
+    known = _checked.get(weights)
+    if known is None or known[:2] != (version, text):
+        at, _ = layout_of(weights, parsed(text), "triton")
+        if at not in _LAYOUTS:
+            raise ValueError("weights must be packed for the triton backend, got another layout")
+        known = _checked[weights] = (version, text, *_LAYOUTS[at])
+    check_dtype(known[2], dtype)
+    precision: str = known[3]
+    return precision
+
+
+class _Engine:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    precisions = backends.PRECISIONS
+
+    def pack(
+        self, program: Program, tensors: Sequence[Weights], dtype: torch.dtype, precision: str
+    ) -> Tensor:
+        at = next(at for at, pair in _LAYOUTS.items() if pair == (dtype, precision))
+        pieces, size = layout.layout(program.layers, dtype, TAG.size)
+        packed = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        packed[: TAG.size] = tag(program, at, 0, size)
+        plain = plain_weights(program.layers, tensors, torch.float32)
+        layout.fill(packed, pieces, program.layers, plain)
+        return packed
+
+    def stem_conv(
+        self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
+    ) -> None:
+        self._op(out, {"x": x}, weights, layer, dtype)
+
+    def plane(self, op: str, out: Tensor, x: Tensor, weights: Tensor, layer: str) -> None:
+        self._op(out, {"x": dense(x)}, weights, layer, x.dtype)
+
+    def feature_fusion(
+        self, out: Tensor, high: Tensor, low: Tensor, weights: Tensor, layer: str
+    ) -> None:
+        self._op(out, {"high": dense(high), "low": dense(low)}, weights, layer, high.dtype)
+
+    def upsample_classify(
+        self, out: Tensor, x: Tensor, weights: Tensor, layer: str, output: str
+    ) -> None:
+        self._op(out, {"x": x}, weights, layer, x.dtype, output)
+
+    def _op(
+        self,
+        out: Tensor,
+        inputs: dict[str, Tensor],
+        weights: Tensor,
+        layer: str,
+        dtype: torch.dtype,
+        output: str = "logits",
+    ) -> None:
+        precision = _precision(weights, layer, dtype)
+        key = (layer, tuple(map(_where, inputs.values())), _where(out), dtype, output)
+        architecture = backends.architecture(out.device)
+        plan = _op_plan(*key, architecture, precision)
+        _pool.run((*key, precision), plan, out.device, {**inputs, "weights": weights, "out": out})
+
+    def network(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        program: str,
+        dtype: torch.dtype,
+        output: str,
+    ) -> None:
+        precision = _precision(weights, program, dtype)
+        key = (program, _where(x), _where(out), dtype, output)
+        plan = _network_plan(*key, backends.architecture(out.device), precision)
+        tensors = {"x": x, "weights": weights, "out": out}
+        _pool.run((*key, precision), plan, out.device, tensors)
+
+
+ENGINE = _Engine()

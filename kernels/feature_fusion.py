@@ -1,0 +1,217 @@
+"""feature_fusion: resize of low -> depthwise 3x3 + ReLU -> 1x1, plus 1x1 of high, act; nothing resized is stored.
+
+A program owns pixels of one row. A depthwise over a bilinear resize is a sum over the SPAN x SPAN low pixels
+that the nine samples touch (3 x 3 for a factor of 4), each with one coefficient per channel, so each low
+pixel is loaded once instead of four times a tap. Both 1x1s are one product over K = C + M. A dense
+refinement commutes with the resize: it runs at low resolution in a launch of its own.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import triton
+import triton.language as tl
+
+from fastscnn_fast.plan import Layer
+
+from .common import activate, cast, hat, offset, position, product
+from .launch import Buffer, Launch, cdiv, wide
+from .pyramid_pooling import convolution
+from .resize import fraction
+from .tiles import Tile
+from .weights import chunk, columns, padded
+
+
+@triton.jit
+def feature_fusion_kernel(
+    high,
+    low,
+    refine_weight,
+    refine_bias,
+    low_weight,
+    high_weight,
+    bias,
+    out,
+    height,
+    width,
+    low_height,
+    low_width,
+    tiles_across,
+    y_scale,
+    y_shift,
+    y_divisor,
+    x_scale,
+    x_shift,
+    x_divisor,
+    high_image,
+    low_image,
+    out_image,
+    HIGH_PITCH: tl.constexpr,
+    LOW_PITCH: tl.constexpr,
+    OUT_PITCH: tl.constexpr,
+    IN: tl.constexpr,
+    MID: tl.constexpr,
+    OUT: tl.constexpr,
+    TAPS: tl.constexpr,
+    DILATION: tl.constexpr,
+    Y_SPAN: tl.constexpr,
+    X_SPAN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_MID: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """high (H, W, HIGH_PITCH), low (h, w, LOW_PITCH) -> out (H, W, OUT_PITCH)."""
+    image = tl.program_id(0) // (height * tiles_across)
+    high += image.to(tl.int64) * high_image
+    low += image.to(tl.int64) * low_image
+    out += image.to(tl.int64) * out_image
+    row = tl.program_id(0) // tiles_across % height
+    column = tl.program_id(0) % tiles_across * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    exists = (column < width)[:, None]
+    o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    OUT_ROW: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT * BLOCK_OUT
+    top, _ = position(tl.maximum(row - DILATION, 0), y_scale, y_shift, y_divisor, low_height)
+    left, _ = position(tl.maximum(column - DILATION, 0), x_scale, x_shift, x_divisor, low_width)
+    # How much each tap's sample counts each of the low columns that a pixel's samples touch.
+    shares = ()
+    for j in tl.static_range(X_SPAN):
+        for tap in tl.static_range(TAPS):
+            k = column + (tap - TAPS // 2) * DILATION
+            share = hat(k, x_scale, x_shift, x_divisor, low_width, left + j)
+            shares = shares + (tl.where((k >= 0) & (k < width), share, 0.0),)  # noqa: RUF005
+    total = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(bias + o)
+    for c0 in range(0, IN, BLOCK_IN):
+        c = c0 + tl.arange(0, BLOCK_IN)
+        refined = tl.zeros((BLOCK_PIXELS, BLOCK_IN), tl.float32)
+        if TAPS > 1:
+            refined += tl.load(refine_bias + c)
+        for i in range(Y_SPAN):
+            # The depthwise's columns, their rows weighted by how much they count this low row.
+            taps = (0.0,) * TAPS
+            for above in tl.static_range(TAPS):
+                r = row + (above - TAPS // 2) * DILATION
+                share = hat(r, y_scale, y_shift, y_divisor, low_height, top + i)
+                share = tl.where((r >= 0) & (r < height), share, 0.0)
+                for tap in tl.static_range(TAPS):
+                    if TAPS > 1:
+                        at = refine_weight + (above * TAPS + tap) * IN + c
+                        total_tap = taps[tap] + share * tl.load(at)
+                    else:
+                        total_tap = taps[tap] + share
+                    taps = taps[:tap] + (total_tap,) + taps[tap + 1 :]  # noqa: RUF005
+            y = tl.minimum(top + i, low_height - 1)
+            for j in tl.static_range(X_SPAN):
+                x = tl.minimum(left + j, low_width - 1)
+                at = low + offset(y, x, low_width, LOW_PITCH, WIDE)[:, None] + c
+                value = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+                coefficient = shares[j * TAPS][:, None] * taps[0]
+                for tap in tl.static_range(1, TAPS):
+                    coefficient += shares[j * TAPS + tap][:, None] * taps[tap]
+                refined += value * coefficient
+        refined = cast(activate(refined, "relu"), low_weight, PRECISION)
+        right = tl.load(low_weight + c[:, None] * OUT_ROW + o)
+        total = product(refined, right, total, PRECISION)
+    for m0 in range(0, MID, BLOCK_MID):
+        m = m0 + tl.arange(0, BLOCK_MID)
+        at = high + offset(row, column, width, HIGH_PITCH, WIDE)[:, None] + m
+        value = tl.load(at, mask=exists, other=0.0)
+        right = tl.load(high_weight + m[:, None] * OUT_ROW + o)
+        total = product(value, right, total, PRECISION)
+    tl.store(
+        out + offset(row, column, width, OUT_PITCH, WIDE)[:, None] + o,
+        cast(activate(total, ACTIVATION), out, PRECISION),
+        mask=exists & (o < OUT),
+    )
+
+
+def span(dilation: int, size: int, out: int, align_corners: bool) -> int:
+    """Most neighbouring input indices that samples at i - dilation, i and i + dilation touch."""
+    scale, _, divisor = fraction(size, out, align_corners)
+    return min(ceil(2 * dilation * scale / divisor) + 2, size)
+
+
+def launches(
+    layer: Layer,
+    high: Buffer,
+    low: Buffer,
+    out: Buffer,
+    weights: dict[str, Buffer],
+    tile: Tile,
+    precision: str,
+) -> list[Launch]:
+    """high (N, H, W, M), low (N, h, w, C), out (N, H, W, O)."""
+    images, height, width, _ = high.shape
+    _, low_height, low_width, _ = low.shape
+    c, o, align = layer.in_channels, layer.out_channels, layer.align_corners
+    result = []
+    refined = low
+    if layer.dense:
+        refined = Buffer.dense("fusion_refined", low.dtype, (*low.shape[:3], low.strides[2]))
+        result.append(
+            convolution(
+                low,
+                refined,
+                weights["refine_weight"],
+                weights["refine_bias"],
+                (c, c),
+                "none",
+                tile,
+                precision,
+            )
+        )
+    across = cdiv(width, tile.pixels)
+    block_out = columns(o)
+    y_scale, y_shift, y_divisor = fraction(low_height, height, align)
+    x_scale, x_shift, x_divisor = fraction(low_width, width, align)
+    dilation = 0 if layer.dense else layer.dilation
+    result.append(
+        Launch(
+            feature_fusion_kernel,
+            (across * height * images, cdiv(padded(o), block_out)),
+            {
+                "high": high,
+                "low": refined,
+                **weights,
+                "out": out,
+                "height": height,
+                "width": width,
+                "low_height": low_height,
+                "low_width": low_width,
+                "tiles_across": across,
+                "y_scale": y_scale,
+                "y_shift": y_shift,
+                "y_divisor": y_divisor,
+                "x_scale": x_scale,
+                "x_shift": x_shift,
+                "x_divisor": x_divisor,
+                "high_image": high.strides[0],
+                "low_image": refined.strides[0],
+                "out_image": out.strides[0],
+                "HIGH_PITCH": high.strides[2],
+                "LOW_PITCH": refined.strides[2],
+                "OUT_PITCH": out.strides[2],
+                "IN": padded(c),
+                "MID": padded(layer.mid_channels),
+                "OUT": padded(o),
+                "TAPS": 1 if layer.dense else 3,
+                "DILATION": dilation,
+                "Y_SPAN": span(dilation, low_height, height, align),
+                "X_SPAN": span(dilation, low_width, width, align),
+                "ACTIVATION": layer.activation,
+                "PRECISION": precision,
+                "WIDE": wide(high, refined, out),
+                "BLOCK_PIXELS": tile.pixels,
+                "BLOCK_IN": min(chunk(c), tile.block),
+                "BLOCK_MID": chunk(layer.mid_channels),
+                "BLOCK_OUT": block_out,
+            },
+            tile.warps,
+            tile.stages,
+        )
+    )
+    return result

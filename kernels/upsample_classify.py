@@ -1,0 +1,162 @@
+"""upsample_classify: bilinear resize of low-resolution logits -> logits, softmax or labels of each pixel.
+
+A program owns the columns of a tile in all rows that lie between the same two low rows: it blends each
+class's two rows along the columns once, and every output row is one blend more. Labels and softmax keep
+their maximum and sum in registers; full-size logits exist only where they are asked for.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastscnn_fast.plan import Layer
+
+from .common import cast, position
+from .launch import Buffer, Launch, cdiv, wide
+from .resize import fraction
+from .tiles import Tile
+
+
+@triton.jit
+def lerp(a, b, weight):
+    """a (1 - weight) + b weight, infinite and NaN where torch's is."""
+    return a.to(tl.float32) * (1.0 - weight) + b.to(tl.float32) * weight
+
+
+@triton.jit
+def blended(x, top, bottom, left, right, weight, by_row):
+    """One class at all the tile's pixels; ``x`` is the class's (h, w) logits."""
+    above = lerp(tl.load(x + top + left), tl.load(x + top + right), weight)
+    below = lerp(tl.load(x + bottom + left), tl.load(x + bottom + right), weight)
+    return lerp(above[None, :], below[None, :], by_row)
+
+
+@triton.jit
+def upsample_classify_kernel(
+    x,
+    out,
+    low_height,
+    low_width,
+    height,
+    width,
+    tiles_across,
+    y_scale,
+    y_shift,
+    y_divisor,
+    x_scale,
+    x_shift,
+    x_divisor,
+    x_image,
+    x_class,
+    x_row,
+    x_column,
+    out_image,
+    out_class,
+    CLASSES: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """x (h, w, CLASSES), any strides -> out (CLASSES, H, W) or labels (H, W)."""
+    image = tl.program_id(0) // (low_height * tiles_across)
+    x += image.to(tl.int64) * x_image
+    out += image.to(tl.int64) * out_image
+    low = tl.program_id(0) // tiles_across % low_height
+    column = tl.program_id(0) % tiles_across * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    # The first output row that samples at or beyond the low row, and that of the next.
+    begin = tl.cdiv(tl.maximum(low * y_divisor - y_shift, 0), tl.maximum(y_scale, 1))
+    end = tl.cdiv(tl.maximum((low + 1) * y_divisor - y_shift, 0), tl.maximum(y_scale, 1))
+    begin = tl.where(low == 0, 0, tl.minimum(begin, height))
+    end = tl.where(low == low_height - 1, height, tl.minimum(end, height))
+    left, weight = position(tl.minimum(column, width - 1), x_scale, x_shift, x_divisor, low_width)
+    right = tl.minimum(left + 1, low_width - 1) * x_column
+    left = left * x_column
+    top = low * x_row
+    bottom = tl.minimum(low + 1, low_height - 1) * x_row
+    for first in range(begin, end, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        mask = (row < end)[:, None] & (column < width)
+        _, by_row = position(row, y_scale, y_shift, y_divisor, low_height)
+        by_row = by_row[:, None]
+        if WIDE:
+            row = row.to(tl.int64)
+        to = out + row[:, None] * width + column
+        if OUTPUT == "logits":
+            for k in range(CLASSES):
+                value = blended(x + k * x_class, top, bottom, left, right, weight, by_row)
+                plane = k * out_class
+                if WIDE:
+                    plane = tl.cast(k, tl.int64) * out_class
+                tl.store(to + plane, cast(value, out, PRECISION), mask=mask)
+        else:
+            largest = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
+            label = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
+            for k in range(CLASSES):
+                value = blended(x + k * x_class, top, bottom, left, right, weight, by_row)
+                # As torch.argmax: the first of equal ones, and NaN is the largest of all.
+                larger = (value > largest) | ((value != value) & (largest == largest))
+                largest = tl.where(larger, value, largest)
+                label = tl.where(larger, k, label)
+            if OUTPUT == "labels":
+                tl.store(to, label.to(tl.uint8), mask=mask)
+            else:
+                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+                for k in range(CLASSES):
+                    value = blended(x + k * x_class, top, bottom, left, right, weight, by_row)
+                    total += tl.exp(value - largest)
+                for k in range(CLASSES):
+                    value = blended(x + k * x_class, top, bottom, left, right, weight, by_row)
+                    plane = k * out_class
+                    if WIDE:
+                        plane = tl.cast(k, tl.int64) * out_class
+                    value = tl.div_rn(tl.exp(value - largest), total)
+                    tl.store(to + plane, cast(value, out, PRECISION), mask=mask)
+
+
+def launches(
+    layer: Layer, x: Buffer, out: Buffer, output: str, tile: Tile, precision: str
+) -> list[Launch]:
+    """x (N, h, w, K), any strides; out (N, K, H, W), or (N, H, W) labels, contiguous."""
+    images, low_height, low_width, classes = x.shape
+    height, width = out.shape[-2:]
+    y_scale, y_shift, y_divisor = fraction(low_height, height, layer.align_corners)
+    x_scale, x_shift, x_divisor = fraction(low_width, width, layer.align_corners)
+    across = cdiv(width, tile.pixels)
+    return [
+        Launch(
+            upsample_classify_kernel,
+            (across * low_height * images,),
+            {
+                "x": x,
+                "out": out,
+                "low_height": low_height,
+                "low_width": low_width,
+                "height": height,
+                "width": width,
+                "tiles_across": across,
+                "y_scale": y_scale,
+                "y_shift": y_shift,
+                "y_divisor": y_divisor,
+                "x_scale": x_scale,
+                "x_shift": x_shift,
+                "x_divisor": x_divisor,
+                "x_image": x.strides[0],
+                "x_class": x.strides[3],
+                "x_row": x.strides[1],
+                "x_column": x.strides[2],
+                "out_image": out.strides[0],
+                "out_class": height * width,
+                "CLASSES": classes,
+                "OUTPUT": output,
+                "PRECISION": precision,
+                "WIDE": wide(x, out),
+                "BLOCK_ROWS": tile.rows,
+                "BLOCK_COLUMNS": tile.pixels,
+            },
+            tile.warps,
+            tile.stages,
+        )
+    ]
