@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from . import engines, reference
 from .engines import cpu
 from .engines.memory import activation
-from .packed import encode, parsed
+from .packed import encode as encode, parsed
 from .plan import OPS, Layer
 
 OUTPUTS = ("logits", "probabilities", "labels")
