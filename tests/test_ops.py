@@ -351,7 +351,6 @@ def test_upsampled_labels(case: Case, kernels: Kernels) -> None:
         return
     labels = run_poisoned("upsample_classify", *arguments)
     assert_labels(labels, ref64, LABEL_ULPS * arguments[0].abs().max().item())
-    assert (labels != ref64.argmax(1)).double().mean() < 1e-3
 
 
 def coarse_logits(kernels: Kernels, classes: int, height: int, width: int) -> Tensor:
