@@ -301,25 +301,26 @@ void run_plane_op(const Prepared& p, const Layer& l, PlaneOp op, Batch x, Batch 
   });
 }
 
+// What network.inl takes for granted.
 void require_network(const std::vector<Layer>& layers) {
   const size_t n = layers.size();
   require(n >= 9, "program must be a whole network");
-  auto expect = [&](size_t i, Op op, int in) {
-    require(layers[i].op == op && layers[i].in == in,
-            "program must be a whole network, layer " + std::to_string(i) + " does not fit");
-  };
-  expect(0, Op::stem_conv, layers[0].in);
-  for (size_t i = 1; i < n; i++) {
-    const Op op = i < 3        ? Op::dsconv
+  const Layer &fusion = layers[n - 4], &head = layers[n - 3], &tail = layers[n - 2];
+  for (size_t i = 0; i < n; i++) {
+    const Layer& l = layers[i];
+    const Op op = i == 0       ? Op::stem_conv
+                  : i < 3      ? Op::dsconv
                   : i < n - 5  ? Op::inverted_residual
                   : i == n - 5 ? Op::pyramid_pooling
                   : i == n - 4 ? Op::feature_fusion
                   : i < n - 1  ? Op::dsconv
                                : Op::upsample_classify;
-    expect(i, op, layers[i - 1].result_channels());
+    const bool fits = l.op == op && (i == 0 || l.in == layers[i - 1].result_channels()) &&
+                      (l.last > 0) == (&l == &tail) &&
+                      (l.stride == 1 || (&l != &head && &l != &tail)) &&
+                      (&l != &fusion || l.mid == layers[2].out);
+    require(fits, "program must be a whole network, layer " + std::to_string(i) + " does not fit");
   }
-  require(layers[n - 4].mid == layers[2].out && layers[n - 2].last > 0,
-          "program must be a whole network, its fusion or classifier does not fit");
 }
 
 int pieces_of(Output output, int classes) { return output == Output::labels ? 1 : classes; }
