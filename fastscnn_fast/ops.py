@@ -450,8 +450,20 @@ def _network_fill(
             dtype,
         )
         return
-    call = _call(program, weights, dtype)
-    backends.cpu_module().network(call, _picture(x), output, out.data_ptr())
+    _run_network("network", out, x, weights, program, dtype, output)
+
+
+def _run_network(
+    function: str,
+    out: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    program: str,
+    dtype: torch.dtype,
+    output: str,
+) -> Any:
+    run = getattr(backends.cpu_module(), function)
+    return run(_call(program, weights, dtype), _picture(x), output, out.data_ptr())
 
 
 _PLANE = "Tensor x, Tensor weights, str layer, str backend"
@@ -517,6 +529,7 @@ def _needs_dispatcher(x: Tensor) -> bool:
     """Whether anything but the op itself may have to happen to x."""
     return (
         torch.autograd._profiler_enabled()
+        or torch._C._len_torch_function_stack() > 0
         or is_traced(x)
         or is_differentiated(x)
         or x.is_neg()
@@ -668,8 +681,4 @@ def network_stages(
 ) -> list[tuple[str, float]]:
     """Name and seconds of each stage of :func:`network` on the cpu backend, for one image."""
     out = _network_result(x, weights, program, dtype, output, "cpu")
-    call = _call(program, weights, dtype)
-    stages: list[tuple[str, float]] = backends.cpu_module().network_stages(
-        call, _picture(x), output, out.data_ptr()
-    )
-    return stages
+    return _run_network("network_stages", out, x, weights, program, dtype, output)
