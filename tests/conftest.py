@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Sequence
 from secrets import randbits
+from typing import Any
 
 import numpy
 import pytest
@@ -40,19 +41,28 @@ def seed() -> int:
     return SEED
 
 
+_ALL = Kernels.all()
 _FORCED: dict[str, Sequence[Kernels]] = {
-    "isa": [kernels for kernels in Kernels.all() if kernels.arithmetic == "float32"],
-    "bf16_kernels": [kernels for kernels in Kernels.all() if kernels.arithmetic != "float32"],
-    "kernels": Kernels.all(),
+    "isa": [kernels for kernels in _ALL if kernels.arithmetic == "float32"],
+    "bf16_kernels": [kernels for kernels in _ALL if kernels.arithmetic != "float32"],
+    "kernels": _ALL,
+    "best_kernels": _ALL,
 }
+
+
+def _case(name: str, kernels: Kernels) -> Any:
+    best = kernels.isa == backends.isas(kernels.arithmetic)[-1]
+    marks = [pytest.mark.slow] if name == "best_kernels" and not best else []
+    return pytest.param(
+        kernels, id=kernels.isa if name == "isa" else str(kernels), marks=marks
+    )
 
 
 @pytest.hookimpl(trylast=True)  # so that the instruction set varies fastest
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, kernels in _FORCED.items():
         if name in metafunc.fixturenames:
-            ids = [k.isa if name == "isa" else str(k) for k in kernels]
-            metafunc.parametrize(name, kernels, indirect=True, ids=ids)
+            metafunc.parametrize(name, [_case(name, k) for k in kernels], indirect=True)
 
 
 def _force(request: pytest.FixtureRequest) -> Kernels:
@@ -72,6 +82,12 @@ def isa(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """Each arithmetic on each instruction set that has kernels for it and runs here, forced in turn."""
+    return _force(request)
+
+
+@pytest.fixture
+def best_kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Each arithmetic on its best instruction set; `slow`: on every. For what the ops' own tests show of every."""
     return _force(request)
 
 
