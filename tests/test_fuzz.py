@@ -218,7 +218,7 @@ NETWORKS = st.tuples(
 
 
 @given(NETWORKS)
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_random_networks(drawn: Any) -> None:
     check_network(*drawn)
 

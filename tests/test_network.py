@@ -86,11 +86,13 @@ class Network:
 
     @torch.no_grad()
     def reference64(self, x: Tensor) -> Tensor:
-        return self.model64.reference(x if x.dtype == torch.uint8 else x.double())
+        with threads(1):
+            return self.model64.reference(x if x.dtype == torch.uint8 else x.double())
 
     @torch.no_grad()
     def reference(self, x: Tensor) -> Tensor:
-        return self.own.reference(x)
+        with threads(1):
+            return self.own.reference(x)
 
 
 def fused(model: FastSCNN, dtype: torch.dtype, precision: str) -> FusedFastSCNN:
