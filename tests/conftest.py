@@ -47,9 +47,10 @@ def seed() -> int:
 
 
 _ALL = Kernels.all()
+_FLOAT32 = [kernels for kernels in _ALL if kernels.arithmetic == "float32"]
 _FORCED: dict[str, Sequence[Kernels]] = {
-    "isa": [kernels for kernels in _ALL if kernels.arithmetic == "float32"],
-    "bf16_kernels": [kernels for kernels in _ALL if kernels.arithmetic != "float32"],
+    "isa": _FLOAT32,
+    "best_isa": _FLOAT32,
     "kernels": _ALL,
     "best_kernels": _ALL,
 }
@@ -57,8 +58,8 @@ _FORCED: dict[str, Sequence[Kernels]] = {
 
 def _case(name: str, kernels: Kernels) -> Any:
     best = kernels.isa == backends.isas(kernels.arithmetic)[-1]
-    marks = [pytest.mark.slow] if name == "best_kernels" and not best else []
-    return pytest.param(kernels, id=kernels.isa if name == "isa" else str(kernels), marks=marks)
+    marks = [pytest.mark.slow] if name.startswith("best") and not best else []
+    return pytest.param(kernels, id=kernels.isa if "isa" in name else str(kernels), marks=marks)
 
 
 @pytest.hookimpl(trylast=True)  # so that the instruction set varies fastest
@@ -86,6 +87,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def best_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The best of them; `slow`: each. For what the ops' own tests show of each."""
+    with _forced(request) as chosen:
+        yield chosen.isa
+
+
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     """Each arithmetic on each instruction set that has kernels for it and runs here, forced in turn."""
     with _forced(request) as chosen:
@@ -94,13 +102,6 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
 
 @pytest.fixture
 def best_kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    """Each arithmetic on its best instruction set; `slow`: on every. For what the ops' own tests show of every."""
-    with _forced(request) as chosen:
-        yield chosen
-
-
-@pytest.fixture
-def bf16_kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    """The kernels made of bfloat16 products, whatever they start from and end in."""
+    """Each arithmetic on its best instruction set; `slow`: on each. For what the ops' own tests show of each."""
     with _forced(request) as chosen:
         yield chosen

@@ -61,7 +61,7 @@ def test_the_network_is_measured_against_its_peers(tmp_path: Path, peers: list[s
         "--threads",
         "2",
         "--rounds",
-        "2",
+        "1",
         "--calls",
         "1",
         "--batch",

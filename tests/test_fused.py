@@ -301,7 +301,7 @@ def test_out_without_memory_of_its_own_values_is_an_error(fast, x):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_pixels_spoil_what_they_spoil_in_plain_torch(preset, value, isa, no_grad):
+def test_non_finite_pixels_spoil_what_they_spoil_in_plain_torch(preset, value, best_isa, no_grad):
     """Means over the whole picture spread one such pixel over its image, but not over its neighbours."""
     model = small_network(preset=preset)
     fast = fuse(model)
@@ -330,7 +330,7 @@ def test_non_finite_pixels_spoil_what_they_spoil_in_plain_torch(preset, value, i
 
 
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e10, 1e30, 3e38])
-def test_extreme_magnitudes(magnitude, model, fast, x, isa, no_grad):
+def test_extreme_magnitudes(magnitude, model, fast, x, best_isa, no_grad):
     """Where plain torch overflows so do we, though not at the very same pixels."""
     x = x.clamp(-1, 1) * magnitude
     y, own = fast(x), model.reference(x)

@@ -202,7 +202,7 @@ def network_of_streets(name: str, arithmetic: str) -> Network:
 
 @lru_cache(maxsize=DTYPES)
 def drawn_picture(name: str, dtype: torch.dtype) -> Prepared:
-    net, x = network_of_streets(name, backends.arithmetic(dtype)), scene(0, 240, 400)
+    net, x = network_of_streets(name, backends.arithmetic(dtype)), scene(0, 160, 264)
     return x, net.reference(x), net.reference64(x)
 
 
