@@ -101,8 +101,8 @@ def fuse(
             :data:`fastscnn_fast.backends.BACKENDS`.
         dtype: dtype to compute in; the model's own by default.
         precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks on the
-            cpu backend compute each product as three of bfloat16, where the processor has AMX. All else
-            runs in "highest", with a logged reason.
+            cpu backend compute each product as three of bfloat16, where the processor has AMX; an infinite
+            activation becomes NaN there. All else runs in "highest", with a logged reason.
 
     Raises:
         TypeError: not a FastSCNN.

@@ -306,6 +306,7 @@ def _needs_dispatcher(x: Tensor) -> bool:
     """Whether anything but the op itself may have to happen to x."""
     return (
         torch.autograd._profiler_enabled()
+        or torch._C._len_torch_function_stack() > 0
         or is_traced(x)
         or is_differentiated(x)
         or x.is_neg()
