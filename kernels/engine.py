@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -25,6 +26,7 @@ from .launch import Buffer, Launch, rounded_up
 from .tiles import Architecture, tile
 
 EXTERNAL = ("x", "high", "low", "weights", "out")
+_INTERPRETER = Lock()  # which patches triton.language for the whole process while a kernel runs
 _LINE = 64  # bytes of which every pixel of an activation takes a multiple
 _ALIGNMENT = 512
 
@@ -160,6 +162,7 @@ class _Bound:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._arena = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
+        self._one_at_a_time = _INTERPRETER if device.type == "cpu" else nullcontext()
         self._weights: weakref.ref[Tensor] | None = None
         self._calls: list[tuple[Launch, dict[str, Any], list[tuple[str, str]]]] = []
         self._weight_buffers: list[tuple[dict[str, Any], list[tuple[str, Buffer]]]] = []
@@ -186,7 +189,8 @@ class _Bound:
             for fixed, buffers in self._weight_buffers:
                 fixed.update((name, buffer.view(weights)) for name, buffer in buffers)
         for launch, fixed, given in self._calls:
-            launch.run({**fixed, **{name: tensors[memory] for name, memory in given}})
+            with self._one_at_a_time:
+                launch.run({**fixed, **{name: tensors[memory] for name, memory in given}})
 
 
 class Pool:
