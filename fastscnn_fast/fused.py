@@ -26,9 +26,10 @@ class FusedFastSCNN(nn.Module):
 
     Attributes:
         config: the architecture, :class:`fastscnn_fast.config.Config`.
-        backend: "cpu" or "reference".
+        backend: "cpu", "triton" or "reference".
         dtype: dtype of float input and of the results.
-        precision: "highest", or "high": float32 whose products keep about 17 bits.
+        precision: "highest", or "high": float32 whose products keep about 17 bits on the cpu backend, and
+            are TF32, 10 bits, on the triton backend.
     """
 
     weights: Tensor
@@ -100,9 +101,10 @@ def fuse(
         backend: "auto" (FASTSCNN_BACKEND, else the best that can run), or one of
             :data:`fastscnn_fast.backends.BACKENDS`.
         dtype: dtype to compute in; the model's own by default.
-        precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks on the
-            cpu backend compute each product as three of bfloat16, where the processor has AMX; an infinite
-            activation becomes NaN there. All else runs in "highest", with a logged reason.
+        precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks
+            compute each product as three of bfloat16 on the cpu backend, where the processor has AMX (an
+            infinite activation becomes NaN there), and in TF32 on the triton backend, where the GPU has it.
+            All else runs in "highest", with a logged reason.
 
     Raises:
         TypeError: not a FastSCNN.
@@ -120,6 +122,6 @@ def fuse(
     weight = model.classifier.conv.weight
     dtype = weight.dtype if dtype is None else dtype
     chosen = backends.choose(backend, model.config, weight.device, dtype)
-    precision = backends.choose_precision(precision, backend, chosen, dtype)
+    precision = backends.choose_precision(precision, backend, chosen, weight.device, dtype)
     with torch.inference_mode(False):  # the copy outlives the caller's mode
         return FusedFastSCNN(fold(model), chosen, dtype, precision).to(weight.device)
