@@ -193,7 +193,7 @@ class Pool:
     """Bound plans by device, stream and plan: taken for a call and given back, bounded in number.
 
     On one stream calls run in order, so a given-back arena may be taken at once; another stream or a
-    concurrent call gets one of its own.
+    concurrent call gets one of its own, and so does a call that is captured as a CUDA graph.
     """
 
     def __init__(self, most: int = 16) -> None:
@@ -204,8 +204,22 @@ class Pool:
     def run(
         self, key: Any, plan: Plan, device: torch.device, tensors: Mapping[str, Tensor]
     ) -> None:
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key = (key, device, stream)
+        if device.type != "cuda":
+            self._run((key, device), plan, device, tensors)
+            return
+        with torch.cuda.device(device):  # kernels are launched on the current one
+            key = (key, device, torch.cuda.current_stream().cuda_stream)
+            if torch.cuda.is_current_stream_capturing():
+                # An arena in the graph's private memory, which none but the graph uses.
+                with self._lock:
+                    self._free.pop(key, None)
+                _Bound(plan, device).run(tensors)
+            else:
+                self._run(key, plan, device, tensors)
+
+    def _run(
+        self, key: Any, plan: Plan, device: torch.device, tensors: Mapping[str, Tensor]
+    ) -> None:
         with self._lock:
             free = self._free.pop(key, [])
             bound = free.pop() if free else None

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
 from ..kernels import weights as layout
@@ -35,7 +34,6 @@ def _products(precision: str, architecture: Architecture) -> str:
 
 
 _pool = Pool()
-_checked = WeakTensorKeyDictionary()
 
 
 @lru_cache(maxsize=256)
@@ -113,16 +111,12 @@ def _network_plan(
 
 
 def _precision(weights: Tensor, text: str, dtype: torch.dtype) -> str:
-    """What the weights are packed for. Their tag is read once: on a GPU that waits for the device."""
-    version = 0 if weights.is_inference() else weights._version
-    known = _checked.get(weights)
-    if known is None or known[:2] != (version, text):
-        at, _ = layout_of(weights, parsed(text), "triton")
-        if at not in _LAYOUTS:
-            raise ValueError("weights must be packed for the triton backend, got another layout")
-        known = _checked[weights] = (version, text, *_LAYOUTS[at])
-    check_dtype(known[2], dtype)
-    precision: str = known[3]
+    """What the weights are packed for."""
+    at, _ = layout_of(weights, parsed(text), "triton")
+    if at not in _LAYOUTS:
+        raise ValueError("weights must be packed for the triton backend, got another layout")
+    packed, precision = _LAYOUTS[at]
+    check_dtype(packed, dtype)
     return precision
 
 
