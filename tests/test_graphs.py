@@ -6,7 +6,7 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from fastscnn_fast.graphs import MOST, Call, Graphs
 class Fake:
     """Captures on the cpu: replays by calling again, and counts."""
 
-    made: list[Fake] = []
+    made: ClassVar[list[Fake]] = []
 
     def __init__(self, call: Call, x: Tensor) -> None:
         self.call, self.runs = call, 0

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..kernels import weights as layout
+from ..kernels import choices, weights as layout
+from ..kernels.choices import Choices
 from ..kernels.engine import Plan, Pool, network_plan, op_plan
 from ..kernels.launch import Buffer
 from ..kernels.tiles import INTERPRETER, Architecture
@@ -26,7 +27,7 @@ _LAYOUTS = {
 }
 
 
-def _products(precision: str, architecture: Architecture) -> str:
+def products(precision: str, architecture: Architecture) -> str:
     """PRECISION of kernels/common.py."""
     if architecture == INTERPRETER:
         return "interpreted"
@@ -66,6 +67,7 @@ def _op_plan(
     output: str,
     architecture: Architecture,
     precision: str,
+    chosen: Choices,
 ) -> Plan:
     (layer,) = parsed(text).layers
     (pieces,), _ = _pieces(text, dtype)
@@ -83,7 +85,8 @@ def _op_plan(
         dtype,
         architecture,
         output,
-        _products(precision, architecture),
+        products(precision, architecture),
+        chosen,
     )
 
 
@@ -96,6 +99,7 @@ def _network_plan(
     output: str,
     architecture: Architecture,
     precision: str,
+    chosen: Choices,
 ) -> Plan:
     pieces, _ = _pieces(text, dtype)
     return network_plan(
@@ -106,7 +110,8 @@ def _network_plan(
         dtype,
         architecture,
         output,
-        _products(precision, architecture),
+        products(precision, architecture),
+        chosen,
     )
 
 
@@ -165,8 +170,11 @@ class _Engine:
         precision = _precision(weights, layer, dtype)
         key = (layer, tuple(map(_where, inputs.values())), _where(out), dtype, output)
         architecture = backends.architecture(out.device)
-        plan = _op_plan(*key, architecture, precision)
-        _pool.run((*key, precision), plan, out.device, {**inputs, "weights": weights, "out": out})
+        chosen = choices.load(out.device)
+        plan = _op_plan(*key, architecture, precision, chosen)
+        _pool.run(
+            (*key, precision, chosen), plan, out.device, {**inputs, "weights": weights, "out": out}
+        )
 
     def network(
         self,
@@ -179,9 +187,10 @@ class _Engine:
     ) -> None:
         precision = _precision(weights, program, dtype)
         key = (program, _where(x), _where(out), dtype, output)
-        plan = _network_plan(*key, backends.architecture(out.device), precision)
+        chosen = choices.load(out.device)
+        plan = _network_plan(*key, backends.architecture(out.device), precision, chosen)
         tensors = {"x": x, "weights": weights, "out": out}
-        _pool.run((*key, precision), plan, out.device, tensors)
+        _pool.run((*key, precision, chosen), plan, out.device, tensors)
 
 
 ENGINE = _Engine()
