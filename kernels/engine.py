@@ -28,7 +28,7 @@ from . import (
 )
 from .choices import Choices
 from .launch import Buffer, Launch, rounded_up
-from .tiles import Architecture, tile
+from .tiles import Architecture, Tile, tile
 
 EXTERNAL = ("x", "high", "low", "weights", "out")
 _LINE = 64  # bytes of which every pixel of an activation takes a multiple
@@ -160,6 +160,10 @@ class Place:
     def key(self, dtype: torch.dtype, precision: str, output: str) -> str:
         return choices.layer_key(self.layer, self.inputs, self.out, dtype, precision, output)
 
+    def tile(self, dtype: torch.dtype, architecture: Architecture) -> Tile:
+        """The one in use where nothing was tuned."""
+        return tile(self.layer, dtype, architecture)
+
 
 def op_plan(
     layer: Layer,
@@ -186,7 +190,7 @@ def _steps(
     chosen: Choices,
 ) -> list[Launch | TorchStep]:
     layer, out, weights = place.layer, place.out, dict(place.weights)
-    cut = chosen.get(place.key(dtype, precision, output)) or tile(layer, dtype, architecture)
+    cut = chosen.get(place.key(dtype, precision, output)) or place.tile(dtype, architecture)
     if cut == choices.TORCH:
         arguments = {**dict(zip(input_names(layer), place.inputs)), "out": out, **weights}
         return [TorchStep(layer, arguments, dtype, output, precision == "tf32")]
@@ -268,7 +272,7 @@ def _plain_of(step: TorchStep, weights: Tensor, pieces: Mapping[str, Tensor]) ->
     return known[1][key]
 
 
-class Bound:
+class _Bound:
     """A plan with its arena, ready for one call at a time on one stream."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -332,7 +336,7 @@ class Pool:
 
     def __init__(self, most: int = 16) -> None:
         self._most = most
-        self._free: dict[Any, list[Bound]] = {}
+        self._free: dict[Any, list[_Bound]] = {}
         self._lock = Lock()
 
     def run(
@@ -347,7 +351,7 @@ class Pool:
                 # An arena in the graph's private memory, which none but the graph uses.
                 with self._lock:
                     self._free.pop(key, None)
-                Bound(plan, device).run(tensors)
+                _Bound(plan, device).run(tensors)
             else:
                 self._run(key, plan, device, tensors)
 
@@ -360,7 +364,7 @@ class Pool:
             if free:
                 self._free[key] = free
         if bound is None:
-            bound = Bound(plan, device)
+            bound = _Bound(plan, device)
         bound.run(tensors)
         with self._lock:
             self._free.setdefault(key, []).append(bound)

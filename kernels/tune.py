@@ -21,17 +21,16 @@ from fastscnn_fast.engines.triton import products
 from fastscnn_fast.fold import FoldedWeights, fold
 from fastscnn_fast.model import FastSCNN
 from fastscnn_fast.packed import TAG
-from fastscnn_fast.plan import Layer
 
 from . import weights as layout
 from .choices import TORCH, Choice, Choices
-from .engine import Bound, Place, input_names, op_plan, places
+from .engine import Place, Pool, input_names, op_plan, places
 from .launch import Buffer
-from .tiles import Architecture, Tile, tile
+from .tiles import Architecture, Tile
 
 #: Milliseconds of a run, several times: of these in turns, which read and write different memory.
 Clock = Callable[[Sequence[Callable[[], None]]], Sequence[float]]
-Tiles = Callable[[Layer, torch.dtype, Architecture], Sequence[Tile]]
+Tiles = Callable[[Place, torch.dtype, Architecture], Sequence[Tile]]
 
 #: By dtype: a single op may err so much, or that many times what torch errs in that dtype, whichever is more.
 _BOUNDS = {torch.float32: (1e-6, 2.0), torch.bfloat16: (0.0, 1.5), torch.float16: (0.0, 1.5)}
@@ -40,14 +39,14 @@ _TF32_ERROR = 2.0**-10  # of factors of 11 bits
 _OTHER_LABELS = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
-def candidates(layer: Layer, dtype: torch.dtype, architecture: Architecture) -> list[Tile]:
+def candidates(place: Place, dtype: torch.dtype, architecture: Architecture) -> list[Tile]:
     """Tiles to try, the one in use without tuning first."""
-    pixels, blocks, areas, warps, stages = _CANDIDATES[layer.op]
+    pixels, blocks, areas, warps, stages = _CANDIDATES[place.layer.op]
     tried = [
         Tile(p, b, *area, w, s)
         for p, b, area, w, s in product(pixels, blocks, areas, warps, stages)
     ]
-    return list(dict.fromkeys([tile(layer, dtype, architecture), *tried]))
+    return list(dict.fromkeys([place.tile(dtype, architecture), *tried]))
 
 
 # Pixels, blocks of channels, (rows, columns), warps, stages.
@@ -62,10 +61,10 @@ _CANDIDATES: dict[
     ],
 ] = {
     "stem_conv": ((32, 64, 128, 256), (32,), ((1, 1),), (2, 4, 8), (2,)),
-    "dsconv": ((16, 32, 64, 128), (32, 64), ((1, 1),), (2, 4, 8), (2, 3)),
-    "inverted_residual": ((16, 32), (32, 64), ((1, 1), (1, 2), (2, 2)), (2, 4, 8), (2,)),
-    "pyramid_pooling": ((16, 32, 64), (32, 64, 128), ((1, 1),), (4, 8), (2, 3)),
-    "feature_fusion": ((16, 32, 64), (32, 64), ((1, 1),), (2, 4, 8), (2,)),
+    "dsconv": ((16, 32, 64, 128), (16, 32, 64), ((1, 1),), (4, 8), (1, 2, 3)),
+    "inverted_residual": ((8, 16, 32), (32, 64), ((1, 1), (1, 2), (2, 2)), (4, 8), (1, 2)),
+    "pyramid_pooling": ((16, 32, 64), (32, 64, 128), ((1, 1),), (4, 8), (1, 2, 3)),
+    "feature_fusion": ((16, 32, 64), (16, 32, 64), ((1, 1),), (4, 8), (1, 2)),
     "upsample_classify": ((64, 128, 256), (32,), ((4, 1), (8, 1), (16, 1)), (2, 4, 8), (2,)),
 }
 
@@ -154,7 +153,7 @@ def tune(
             if key in done:
                 continue
             done.add(key)
-            options: list[Choice] = [*tiles(place.layer, dtype, architecture), TORCH]
+            options: list[Choice] = [*tiles(place, dtype, architecture), TORCH]
             name = place.layer.name
             if place.layer.op == "upsample_classify":
                 name += f" {output}"
@@ -219,7 +218,7 @@ def _trials(
         double = [x if x.dtype == torch.uint8 else x.double() for x in inputs]
         exact = reference.run(layer, double, exact_weights, size, output)
         own = reference.run(layer, inputs, plain, size, output).to(out.dtype)
-    key = place.key(how.dtype, how.precision, output)
+    key, pool = place.key(how.dtype, how.precision, output), Pool()
     for choice in options:
         try:
             plan = op_plan(
@@ -233,14 +232,14 @@ def _trials(
                 how.precision,
                 Choices({key: choice}),
             )
-            bound = Bound(plan, device)
+            run = partial(pool.run, choice, plan, device)
             out.fill_(255 if out.dtype == torch.uint8 else float("nan"))
-            bound.run(copies[0])
+            run(copies[0])
             problem = _wrong(out, own, exact, how)
             if problem:
                 yield Trial(choice, None, problem)
             else:
-                times = how.clock([partial(bound.run, copy) for copy in copies])
+                times = how.clock([partial(run, copy) for copy in copies])
                 yield Trial(choice, median(times))
         except Exception as error:  # Triton has many of its own: too much shared memory, and so on
             yield Trial(choice, None, f"{type(error).__name__}: {error}".splitlines()[0])

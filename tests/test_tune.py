@@ -6,6 +6,7 @@ of their own.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -57,7 +58,7 @@ if INTERPRETED:
     from fastscnn_fast.kernels import choices, tune
     from fastscnn_fast.kernels.choices import TORCH, Choice
     from fastscnn_fast.kernels.engine import Place, Plan, TorchStep
-    from fastscnn_fast.kernels.tiles import INTERPRETER, Tile, tile
+    from fastscnn_fast.kernels.tiles import INTERPRETER, Tile
 
 
 @pytest.fixture(scope="module")
@@ -259,14 +260,14 @@ def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
 
 @interpreted
 def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.MonkeyPatch) -> None:
-    def two(layer: Any, dtype: torch.dtype, architecture: Any) -> list[Tile]:
-        usual = tile(layer, dtype, architecture)
-        return [usual, replace(usual, pixels=128)] if layer.op == "stem_conv" else [usual]
+    def two(place: Place, dtype: torch.dtype, architecture: Any) -> list[Tile]:
+        usual = place.tile(dtype, architecture)
+        return [usual, replace(usual, pixels=128)] if place.layer.op == "stem_conv" else [usual]
 
     def clock(runs: Sequence[Callable[[], None]]) -> list[float]:
         """Torch is the fastest at pyramid pooling and the slowest elsewhere; of tiles the one of more pixels is."""
         assert len(runs) == 2
-        *_, step = (call[0] for call in runs[0].func.__self__._calls)  # type: ignore[attr-defined]
+        step = runs[0].args[1].steps[-1]  # type: ignore[attr-defined]
         if isinstance(step, TorchStep):
             return [9.0, 1.0 if step.layer.op == "pyramid_pooling" else 9.0, 0.0]
         pixels = step.arguments.get("BLOCK_PIXELS") or step.arguments["BLOCK_COLUMNS"]
@@ -298,7 +299,7 @@ def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.Mon
 
 @interpreted
 def test_a_candidate_that_does_not_run_is_left_out(model: FastSCNN) -> None:
-    def broken(layer: Any, dtype: torch.dtype, architecture: Any) -> list[Tile]:
+    def broken(place: Place, dtype: torch.dtype, architecture: Any) -> list[Tile]:
         return [Tile(100)]  # no power of two
 
     (stem, *_) = tune.tune(
@@ -311,10 +312,10 @@ def test_a_candidate_that_does_not_run_is_left_out(model: FastSCNN) -> None:
 
 @interpreted
 def test_candidates_begin_with_what_is_used_untuned() -> None:
-    for layer in program(FastSCNN().config):
+    for place in places(FastSCNN()):
         for dtype in (torch.float32, torch.float16):
-            tiles = tune.candidates(layer, dtype, 90)
-            assert tiles[0] == tile(layer, dtype, 90) and len(tiles) == len(set(tiles)) > 8
+            tiles = tune.candidates(place, dtype, 90)
+            assert tiles[0] == place.tile(dtype, 90) and len(tiles) == len(set(tiles)) > 8
 
 
 @interpreted
@@ -332,11 +333,34 @@ def test_the_command_prints_and_keeps_what_it_found(
     measured = tune.tune
 
     def quick(*args: Any) -> Any:
-        usual = lambda *of: [tile(*of)]  # noqa: E731
-        return measured(*args, lambda runs: [1.0, 2.0, 3.0], usual)
+        return measured(*args, lambda runs: [1.0, 2.0, 3.0], lambda *of: [Place.tile(*of)])
 
     monkeypatch.setattr(tune, "tune", quick)
     assert cli.main(["tune", "--size", "64x96", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert f"wrote {cache}" in printed and "| fusion " in printed and "2.0000" in printed
     assert choices.load(CPU).by_layer
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.slow
+def test_on_a_gpu_no_layer_is_slower_than_torch_and_the_network_is_right(
+    model: FastSCNN, cache: Path
+) -> None:
+    from fastscnn_fast.kernels import choices, tune
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    network = copy.deepcopy(model).to(device)
+    found = list(tune.tune(network, [SIZE], 1, torch.float32, "highest", device))
+    for layer in found:
+        *_, torchs = layer.trials
+        assert layer.best is not None and torchs.ms is not None, layer
+        assert layer.best.ms is not None and layer.best.ms <= torchs.ms
+    choices.save({f.key: f.best.choice for f in found if f.best}, device)
+    x = noise(1, 3, *SIZE).to(device)
+    for policy in ("off", "on"):
+        assert (
+            err(fuse(network, "triton", cuda_graph=policy)(x), bench.exact_logits(network, x))
+            < 1e-5
+        )
