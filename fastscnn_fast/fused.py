@@ -109,8 +109,8 @@ def fuse(
             :data:`fastscnn_fast.backends.BACKENDS`.
         dtype: dtype to compute in; the model's own by default.
         precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks on the
-            cpu backend compute each product as three of bfloat16, where the processor has AMX. All else
-            runs in "highest", with a logged reason.
+            cpu backend compute each product as three of bfloat16, where the processor has AMX; an infinite
+            activation becomes NaN there. All else runs in "highest", with a logged reason.
         cuda_graph: on GPUs, "auto" captures a call as a CUDA graph when an input's shape, strides and dtype
             are seen a second time, "on" the first time, "off" never. A graph keeps an input, a result and
             the scratch memory; the 8 shapes used last are kept. Not measured on a GPU.

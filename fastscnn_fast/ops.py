@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from . import engines, reference
 from .engines import cpu
 from .engines.memory import activation
-from .packed import encode, parsed
+from .packed import encode as encode, parsed
 from .plan import OPS, Layer
 
 OUTPUTS = ("logits", "probabilities", "labels")
@@ -306,6 +306,7 @@ def _needs_dispatcher(x: Tensor) -> bool:
     """Whether anything but the op itself may have to happen to x."""
     return (
         torch.autograd._profiler_enabled()
+        or torch._C._len_torch_function_stack() > 0
         or is_traced(x)
         or is_differentiated(x)
         or x.is_neg()

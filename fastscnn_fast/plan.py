@@ -94,7 +94,8 @@ class Layer:
         layers, at = [], 0
         while at < len(values):
             v = values[at + 1 : at + 1 + values[at]]
-            if values[at] < _FIELDS or len(v) != values[at] or min(v) < 0:
+            whole = values[at] >= _FIELDS and len(v) == values[at] and min(v) >= 0
+            if not whole or v[0] >= len(OPS) or max(v[9:11]) >= len(ACTIVATIONS):
                 raise ValueError(f"layers must be as encode() writes them, got {tuple(v)}")
             layers.append(
                 Layer(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from secrets import randbits
+from typing import Any
 
 import numpy
 import pytest
@@ -14,14 +16,15 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
-from helpers import Kernels
+from helpers import Kernels, threads
 from hypothesis import settings
 
 from fastscnn_fast import backends
 
 SEED = int(os.environ.get("FASTSCNN_SEED") or randbits(31))
 
-torch.set_num_threads(2)
+# Most tensors here are too small to share: on a busy processor threads would wait for each other.
+torch.set_num_threads(1)
 settings.register_profile("fastscnn_fast", deadline=None, print_blob=True)
 settings.load_profile("fastscnn_fast")
 
@@ -36,46 +39,69 @@ def seed() -> int:
     print(f"FASTSCNN_SEED={SEED}")
     random.seed(SEED)
     numpy.random.seed(SEED % 2**32)
-    torch.manual_seed(SEED)
+    # torch.manual_seed also notes the seed, with a traceback, for each kind of device that is not in use: 2 ms.
+    torch.default_generator.manual_seed(SEED)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(SEED)
     return SEED
 
 
+_ALL = Kernels.all()
+_FLOAT32 = [kernels for kernels in _ALL if kernels.arithmetic == "float32"]
 _FORCED: dict[str, Sequence[Kernels]] = {
-    "isa": [kernels for kernels in Kernels.all() if kernels.arithmetic == "float32"],
-    "bf16_kernels": [kernels for kernels in Kernels.all() if kernels.arithmetic != "float32"],
-    "kernels": Kernels.all(),
+    "isa": _FLOAT32,
+    "best_isa": _FLOAT32,
+    "kernels": _ALL,
+    "best_kernels": _ALL,
 }
+
+
+def _case(name: str, kernels: Kernels) -> Any:
+    best = kernels.isa == backends.isas(kernels.arithmetic)[-1]
+    marks = [pytest.mark.slow] if name.startswith("best") and not best else []
+    return pytest.param(kernels, id=kernels.isa if "isa" in name else str(kernels), marks=marks)
 
 
 @pytest.hookimpl(trylast=True)  # so that the instruction set varies fastest
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, kernels in _FORCED.items():
         if name in metafunc.fixturenames:
-            ids = [k.isa if name == "isa" else str(k) for k in kernels]
-            metafunc.parametrize(name, kernels, indirect=True, ids=ids)
+            metafunc.parametrize(name, [_case(name, k) for k in kernels], indirect=True)
 
 
-def _force(request: pytest.FixtureRequest) -> Kernels:
+@contextmanager
+def _forced(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """The kernels of the fixture's parameter, on a team of two threads."""
     chosen: Kernels = request.param
-    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
-    monkeypatch.setenv("FASTSCNN_ISA", chosen.isa)
-    assert backends.isa() == chosen.isa
-    return chosen
+    with pytest.MonkeyPatch.context() as monkeypatch, threads(2):
+        monkeypatch.setenv("FASTSCNN_ISA", chosen.isa)
+        assert backends.isa() == chosen.isa
+        yield chosen
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest) -> str:
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that has float32 kernels and runs here, forced in turn."""
-    return _force(request).isa
+    with _forced(request) as chosen:
+        yield chosen.isa
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest) -> Kernels:
+def best_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The best of them; `slow`: each. For what the ops' own tests show of each."""
+    with _forced(request) as chosen:
+        yield chosen.isa
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     """Each arithmetic on each instruction set that has kernels for it and runs here, forced in turn."""
-    return _force(request)
+    with _forced(request) as chosen:
+        yield chosen
 
 
 @pytest.fixture
-def bf16_kernels(request: pytest.FixtureRequest) -> Kernels:
-    """The kernels made of bfloat16 products, whatever they start from and end in."""
-    return _force(request)
+def best_kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """Each arithmetic on its best instruction set; `slow`: on each. For what the ops' own tests show of each."""
+    with _forced(request) as chosen:
+        yield chosen

@@ -51,16 +51,21 @@ def output_of(script: Path, *arguments: str | Path) -> str:
 
 
 @built
-def test_the_network_is_measured_against_every_peer_that_is_installed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "peers",
+    [["eager"], pytest.param(["eager", "onnxruntime", "openvino"], marks=pytest.mark.slow)],
+    ids=",".join,
+)
+def test_the_network_is_measured_against_its_peers(tmp_path: Path, peers: list[str]) -> None:
+    """Those of them that are installed."""
     pytest.importorskip("matplotlib")
-    peers = ["eager", "onnxruntime", "openvino"]
     arguments = [
         "--size",
         "192x256",
         "--threads",
         "2",
         "--rounds",
-        "2",
+        "1",
         "--calls",
         "1",
         "--batch",
@@ -82,9 +87,9 @@ def test_the_network_is_measured_against_every_peer_that_is_installed(tmp_path: 
             expected |= {name, f"{name}, fresh output"}
             expected |= {f"{name}, uint8 pixels"} if task == "labels" else set()
             assert f"| {arithmetic} " in printed  # its roof and its stages
-        if find_spec("onnxscript") and find_spec("onnxruntime"):
+        if "onnxruntime" in peers and find_spec("onnxscript") and find_spec("onnxruntime"):
             expected |= {"onnxruntime", "onnxruntime, fresh output"}
-        if find_spec("onnxscript") and find_spec("openvino"):
+        if "openvino" in peers and find_spec("onnxscript") and find_spec("openvino"):
             expected |= {"OpenVINO", "OpenVINO, fresh output"}
         optional = {
             "OpenVINO bfloat16",
@@ -95,11 +100,9 @@ def test_the_network_is_measured_against_every_peer_that_is_installed(tmp_path: 
             assert (
                 row["passed"] == "True" and row["size"] == "2 of 192x256" and row["threads"] == "2"
             )
-            assert (
-                float(row["median"]) > 0
-                and float(row["ratio"]) > 0
-                and float(row["gflop_per_s"]) > 0
-            )
+            assert float(row["median"]) > 0 and float(row["gflop_per_s"]) > 0
+            rivals = expected & {"onnxruntime", "OpenVINO"} or "fresh" not in row["name"]
+            assert float(row["ratio"]) > 0 if rivals else row["ratio"] == ""
     text = (tmp_path / "bench_model.md").read_text()
     assert "fastscnn_fast float32, uint8 pixels" in text and "- processor: " in text
     assert (tmp_path / "bench_model.png").read_bytes().startswith(b"\x89PNG")

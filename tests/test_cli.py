@@ -33,6 +33,7 @@ def quick(monkeypatch, weights):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(bench, "untrained_model", UNTRAINED_MODEL)
+    monkeypatch.setattr(bench, "_PAUSE", 0.0)
     monkeypatch.setattr(cli, "CAMVID11", weights)
     monkeypatch.setattr(cli, "_DEMO_STREET", (12, 64, 96))
     monkeypatch.setattr(cli, "_DEMO_ROUNDS", 1)

@@ -73,6 +73,7 @@ def check_logits(session, model):
         assert_parity(run(session, x), own, ref64, floor=1e-5)
 
 
+@pytest.mark.slow
 def test_one_block_a_stage_at_sizes_it_was_not_traced_at(tmp_path):
     model = randomise(FastSCNN(19, bottleneck_repeats=(1, 1, 1))).eval()
     session = exported(tmp_path, model)
@@ -111,7 +112,9 @@ def test_the_command_line_exports_labels_of_a_grey_network(tmp_path, capsys):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     weights, path = tmp_path / "net.safetensors", tmp_path / "net.onnx"
-    model = randomise(FastSCNN(7, "tramac", in_channels=1, bottleneck_repeats=(1, 1, 1))).eval()
+    model = randomise(
+        FastSCNN(7, in_channels=1, bottleneck_repeats=(1, 1, 1), pyramid_bins=(6,))
+    ).eval()
     checkpoints.save_checkpoint(model, weights)
     arguments = ["--weights", str(weights), "--size", "64x64", "--output", "labels"]
     assert cli.main(["export", "--onnx", str(path), *arguments]) == 0

@@ -14,6 +14,7 @@ from helpers import LAYOUTS, assert_labels, err, in_layout, small_network, threa
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, fuse, ops
@@ -252,17 +253,30 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class SeenFunctions(TorchFunctionMode):
+    """Notes what is called, and calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_must_see_every_op_sees_it(fast, x):
     """A plain call goes past the dispatcher: it takes a tenth of the time of a small picture."""
     expected = fast(x)
-    with Seen() as seen:
-        assert torch.equal(fast(x), expected)
-        assert torch.equal(fast(x, out=torch.empty_like(expected)), expected)
-    assert [op for op in seen.ops if "fastscnn" in op] == [
-        "fastscnn.network.default",
-        "fastscnn.network.out",
-    ]
+    for mode in (Seen(), SeenFunctions()):
+        with mode as seen:
+            assert torch.equal(fast(x), expected)
+            assert torch.equal(fast(x, out=torch.empty_like(expected)), expected)
+        assert [op for op in seen.ops if "fastscnn" in op] == [
+            "fastscnn.network.default",
+            "fastscnn.network.out",
+        ]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fast(x)
     assert "fastscnn::network" in {event.name for event in profile.events()}
@@ -287,7 +301,7 @@ def test_out_without_memory_of_its_own_values_is_an_error(fast, x):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_pixels_spoil_what_they_spoil_in_plain_torch(preset, value, isa, no_grad):
+def test_non_finite_pixels_spoil_what_they_spoil_in_plain_torch(preset, value, best_isa, no_grad):
     """Means over the whole picture spread one such pixel over its image, but not over its neighbours."""
     model = small_network(preset=preset)
     fast = fuse(model)
@@ -316,7 +330,7 @@ def test_non_finite_pixels_spoil_what_they_spoil_in_plain_torch(preset, value, i
 
 
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e10, 1e30, 3e38])
-def test_extreme_magnitudes(magnitude, model, fast, x, isa, no_grad):
+def test_extreme_magnitudes(magnitude, model, fast, x, best_isa, no_grad):
     """Where plain torch overflows so do we, though not at the very same pixels."""
     x = x.clamp(-1, 1) * magnitude
     y, own = fast(x), model.reference(x)

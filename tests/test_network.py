@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from fastscnn_fast.data import street
 from fastscnn_fast.fold import fold
 from fastscnn_fast.fused import FusedFastSCNN, fuse
 from fastscnn_fast.model import FastSCNN
-from fastscnn_fast.plan import program
+from fastscnn_fast.plan import Layer, program
 
 pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
 
@@ -62,6 +63,15 @@ class Network:
         own, model64 = copy.deepcopy(model).to(dtype), copy.deepcopy(model).double()
         return Network(model, model64, own, fused(model, dtype, precision))
 
+    @cached_property
+    def layers(self) -> list[tuple[Layer, Tensor]]:
+        """Each with its own packed weights."""
+        folded = fold(self.model)
+        return [
+            (layer, ops.pack([layer], [tensors], "cpu", self.fast.dtype, self.fast.precision))
+            for layer, tensors in zip(folded.layers, folded.tensors)
+        ]
+
     @property
     def arithmetic(self) -> str:
         return backends.arithmetic(self.fast.dtype, self.fast.precision)
@@ -76,11 +86,13 @@ class Network:
 
     @torch.no_grad()
     def reference64(self, x: Tensor) -> Tensor:
-        return self.model64.reference(x if x.dtype == torch.uint8 else x.double())
+        with threads(1):
+            return self.model64.reference(x if x.dtype == torch.uint8 else x.double())
 
     @torch.no_grad()
     def reference(self, x: Tensor) -> Tensor:
-        return self.own.reference(x)
+        with threads(1):
+            return self.own.reference(x)
 
 
 def fused(model: FastSCNN, dtype: torch.dtype, precision: str) -> FusedFastSCNN:
@@ -88,24 +100,26 @@ def fused(model: FastSCNN, dtype: torch.dtype, precision: str) -> FusedFastSCNN:
     return FusedFastSCNN(fold(model), "cpu", dtype, precision)
 
 
-@lru_cache(maxsize=1)
+@cache
 def lifelike_model(name: str) -> FastSCNN:
     return lifelike(PRESETS[name])
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=len(backends.ARITHMETICS))
 def network(name: str, arithmetic: str = "float32") -> Network:
     return Network.of(lifelike_model(name), arithmetic)
 
 
-@lru_cache(maxsize=1)  # the instruction sets share it
-def prepared(
-    name: str, arithmetic: str, batch: int, size: Size
-) -> tuple[Network, Tensor, Tensor, Tensor]:
-    """A network, pictures, torch's own logits and the float64 ones."""
-    net = network(name, arithmetic)
-    x = net.noise(batch, *size)
-    return net, x, net.reference(x), net.reference64(x)
+Prepared = tuple[Tensor, Tensor, Tensor]  # pictures, torch's own logits and the float64 ones
+DTYPES = len(backends.CPU_DTYPES)  # arithmetics and instruction sets share what is prepared for one
+
+
+@lru_cache(maxsize=DTYPES)
+def prepared(name: str, dtype: torch.dtype, batch: int, size: Size, raw: bool = False) -> Prepared:
+    net = network(name, backends.arithmetic(dtype))
+    pixels = torch.randint(256, (batch, 3, *size), dtype=torch.uint8)
+    x = pixels if raw else net.noise(batch, *size)
+    return x, net.reference(x), net.reference64(x)
 
 
 # Logits may err by factor times torch's own error, or by floor. In "high" products are exact to 2^-18 where
@@ -142,21 +156,24 @@ def check(net: Network, x: Tensor, own: Tensor, ref64: Tensor) -> Tensor:
     ("batch", "size"), [(2, (32, 32)), (3, (33, 49)), (1, (97, 131)), (1, (160, 224))]
 )
 @pytest.mark.parametrize("name", PRESETS)
-def test_parity(name: str, batch: int, size: Size, kernels: Kernels) -> None:
-    check(*prepared(name, kernels.arithmetic, batch, size))
+def test_parity(name: str, batch: int, size: Size, best_kernels: Kernels) -> None:
+    case = prepared(name, best_kernels.dtype, batch, size)
+    check(network(name, best_kernels.arithmetic), *case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_parity_at_full_size(name: str, kernels: Kernels) -> None:
-    _, _, own, ref64 = case = prepared(name, kernels.arithmetic, 1, (512, 1024))
-    assert_share(check(*case), own, ref64, kernels.arithmetic)
+    _, own, ref64 = case = prepared(name, kernels.dtype, 1, (512, 1024))
+    labels = check(network(name, kernels.arithmetic), *case)
+    assert_share(labels, own, ref64, kernels.arithmetic)
 
 
 @pytest.mark.slow
 def test_parity_at_cityscapes_size(kernels: Kernels) -> None:
-    _, _, own, ref64 = case = prepared("paper", kernels.arithmetic, 1, (1024, 2048))
-    assert_share(check(*case), own, ref64, kernels.arithmetic)
+    _, own, ref64 = case = prepared("paper", kernels.dtype, 1, (1024, 2048))
+    labels = check(network("paper", kernels.arithmetic), *case)
+    assert_share(labels, own, ref64, kernels.arithmetic)
 
 
 # ---------------------------------------------------------------- pictures
@@ -167,38 +184,46 @@ def tensor(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
 
 
+@cache
+def scene(seed: int, height: int, width: int) -> Tensor:
+    return tensor(street(seed, height, width)[0])
+
+
 @lru_cache(maxsize=1)
 def model_of_streets(name: str) -> FastSCNN:
     """A network that has seen street scenes."""
-    scenes = torch.cat([tensor(street(seed, 120, 200)[0]) for seed in range(4)])
-    return lifelike(PRESETS[name], scenes)
+    return lifelike(PRESETS[name], torch.cat([scene(seed, 120, 200) for seed in range(4)]))
 
 
-@lru_cache(maxsize=1)
-def drawn_picture(name: str, arithmetic: str) -> tuple[Network, Tensor, Tensor, Tensor]:
-    """Such a network, a street scene, torch's own logits and the float64 ones."""
-    net, x = Network.of(model_of_streets(name), arithmetic), tensor(street(0, 240, 400)[0])
-    return net, x, net.reference(x), net.reference64(x)
+@lru_cache(maxsize=len(backends.ARITHMETICS))
+def network_of_streets(name: str, arithmetic: str) -> Network:
+    return Network.of(model_of_streets(name), arithmetic)
+
+
+@lru_cache(maxsize=DTYPES)
+def drawn_picture(name: str, dtype: torch.dtype) -> Prepared:
+    net, x = network_of_streets(name, backends.arithmetic(dtype)), scene(0, 160, 264)
+    return x, net.reference(x), net.reference64(x)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_labels_of_street_scenes(name: str, kernels: Kernels) -> None:
-    net, x, own, ref64 = drawn_picture(name, kernels.arithmetic)
-    labels = net.run(x, "labels")
+def test_labels_of_street_scenes(name: str, best_kernels: Kernels) -> None:
+    x, own, ref64 = drawn_picture(name, best_kernels.dtype)
+    labels = network_of_streets(name, best_kernels.arithmetic).run(x, "labels")
     assert len(labels.unique()) >= 8
-    assert_share(labels, own, ref64, kernels.arithmetic)
+    assert_share(labels, own, ref64, best_kernels.arithmetic)
 
 
 @lru_cache(maxsize=1)
 def trained(arithmetic: str) -> tuple[Network, Tensor, Tensor, Tensor]:
     """The weights that come along, on a street scene."""
-    net, x = Network.of(load_checkpoint(), arithmetic), tensor(street(0, 360, 480)[0])
+    net, x = Network.of(load_checkpoint(), arithmetic), scene(0, 360, 480)
     return net, x, net.reference(x), net.reference64(x)
 
 
-def test_trained_weights(kernels: Kernels) -> None:
-    net, x, own, ref64 = trained(kernels.arithmetic)
-    bound = "bfloat16" if kernels.dtype == torch.bfloat16 else "float32"
+def test_trained_weights(best_kernels: Kernels) -> None:
+    net, x, own, ref64 = trained(best_kernels.arithmetic)
+    bound = "bfloat16" if best_kernels.dtype == torch.bfloat16 else "float32"
     assert_parity(net.run(x), own, ref64, *BOUNDS[bound])
     wrong = (net.run(x, "labels") != ref64.argmax(1)).double().mean().item()
     assert wrong <= SHARES[bound]
@@ -224,9 +249,9 @@ def test_photographs(name: str) -> None:
 
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pictures_of_any_strides(layout: str, raw: bool, kernels: Kernels) -> None:
+def test_pictures_of_any_strides(layout: str, raw: bool, best_kernels: Kernels) -> None:
     """The layout changes nothing; what surrounds a picture in memory neither."""
-    net = network("paper", kernels.arithmetic)
+    net = network("paper", best_kernels.arithmetic)
     x = torch.randint(256, (2, 3, 40, 52), dtype=torch.uint8) if raw else net.noise(2, 40, 52)
     results = []
     for byte in (0, 255):
@@ -236,10 +261,10 @@ def test_pictures_of_any_strides(layout: str, raw: bool, kernels: Kernels) -> No
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_raw_pixels(name: str, kernels: Kernels) -> None:
-    net = network(name, kernels.arithmetic)
-    x = torch.randint(256, (1, 3, 65, 96), dtype=torch.uint8)
-    assert_parity(net.run(x), net.reference(x), net.reference64(x), *BOUNDS[kernels.arithmetic])
+def test_raw_pixels(name: str, best_kernels: Kernels) -> None:
+    x, own, ref64 = prepared(name, best_kernels.dtype, 1, (65, 96), raw=True)
+    net = network(name, best_kernels.arithmetic)
+    assert_parity(net.run(x), own, ref64, *BOUNDS[net.arithmetic])
 
 
 def test_non_finite_pixels(kernels: Kernels) -> None:
@@ -257,56 +282,52 @@ def test_non_finite_pixels(kernels: Kernels) -> None:
 # ---------------------------------------------------------------- arithmetic
 
 
-def chain(model: FastSCNN, x: Tensor, output: str, arithmetic: str) -> tuple[Tensor, Tensor]:
-    """The network as separate ops, each with its own packed weights: the result, and the small logits."""
-    dtype, precision = backends.ARITHMETICS[arithmetic]
-    folded, size, high = fold(model), (x.shape[2], x.shape[3]), x
-    *layers, last = folded.layers
-    for index, (layer, tensors) in enumerate(zip(layers, folded.tensors)):
-        packed = ops.pack([layer], [tensors], "cpu", dtype, precision)
+def chain(net: Network, x: Tensor) -> tuple[Tensor, Callable[[str], Tensor]]:
+    """The network as separate ops, each with its own packed weights: the small logits, and what becomes of them."""
+    size, high = (x.shape[2], x.shape[3]), x
+    *layers, (last, last_packed) = net.layers
+    for index, (layer, packed) in enumerate(layers):
         if layer.op == "feature_fusion":
             x = ops.feature_fusion(high, x, packed, layer)
         elif layer.op == "stem_conv":
-            x = ops.stem_conv(x, packed, layer, dtype=dtype)
+            x = ops.stem_conv(x, packed, layer, dtype=net.fast.dtype)
         else:
             x = getattr(ops, layer.op)(x, packed, layer)
         if index == 2:
             high = x
-    packed = ops.pack([last], [{}], "cpu", dtype, precision)
-    return ops.upsample_classify(x, packed, last, size, output), x
+    return x, lambda output: ops.upsample_classify(x, last_packed, last, size, output)
 
 
-def assert_chain(net: Network, x: Tensor, output: str) -> None:
+def assert_chain(net: Network, x: Tensor, outputs: Sequence[str] = ops.OUTPUTS) -> None:
     """The network is its ops, bit for bit, but for the small logits, which stay float32 inside it.
 
     In bfloat16 the op rounds these by 2^-8 of themselves, and both results are rounded once more. A
     probability follows by at most half of what the logits move.
     """
-    y = net.run(x, output)
-    expected, small = chain(net.model, x, output, net.arithmetic)
+    small, expected = chain(net, x)
     moved = 2**-8 * small.abs().max().item()
-    if net.fast.dtype != torch.bfloat16:
-        assert torch.equal(y, expected), output
-    elif output == "labels":
-        logits, _ = chain(net.model, x, "logits", net.arithmetic)
-        assert_labels(y, logits.double(), 4.1 * moved)
-    else:
-        largest = 3 * moved if output == "logits" else moved / 2 + 2 * 2**-8
-        assert ((y.double() - expected.double()).abs() <= largest).all(), output
+    for output in outputs:
+        y = net.run(x, output)
+        if net.fast.dtype != torch.bfloat16:
+            assert torch.equal(y, expected(output)), output
+        elif output == "labels":
+            assert_labels(y, expected("logits").double(), 4.1 * moved)
+        else:
+            largest = 3 * moved if output == "logits" else moved / 2 + 2 * 2**-8
+            assert ((y.double() - expected(output).double()).abs() <= largest).all(), output
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_network_is_its_ops(name: str, kernels: Kernels) -> None:
     net = network(name, kernels.arithmetic)
     for x in (net.noise(1, 33, 49), torch.randint(256, (2, 3, 97, 131), dtype=torch.uint8)):
-        for output in ops.OUTPUTS:
-            assert_chain(net, x, output)
+        assert_chain(net, x)
 
 
 @pytest.mark.parametrize("name", ["paper", "mmseg", "segmentron"])
-def test_threads_and_batches_do_not_change_a_bit(name: str, kernels: Kernels) -> None:
+def test_threads_and_batches_do_not_change_a_bit(name: str, best_kernels: Kernels) -> None:
     """Rows shared among threads, whole images a thread and images by themselves are the same arithmetic."""
-    net = network(name, kernels.arithmetic)
+    net = network(name, best_kernels.arithmetic)
     x = net.noise(3, 65, 88)
     for output in ops.OUTPUTS:
         with threads(1):
@@ -320,9 +341,16 @@ def test_threads_and_batches_do_not_change_a_bit(name: str, kernels: Kernels) ->
 # ---------------------------------------------------------------- the dispatcher's view
 
 
-@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "raw"),
+    [
+        (torch.float32, False),
+        (torch.bfloat16, True),
+        pytest.param(torch.float32, True, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("output", ops.OUTPUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend: str, dtype: torch.dtype, output: str, raw: bool) -> None:
     fast = fuse(lifelike_model("paper"), backend, dtype)
@@ -354,11 +382,35 @@ def test_wrong_arguments() -> None:
             run(program=ops.encode(wrong))
     with pytest.raises(ValueError, match="weights must be packed for these layers"):
         run(program=ops.encode(program(PRESETS["tramac"])))
-    swapped = ops.encode((*layers[:4], layers[6], *layers[4:6], *layers[7:]))
-    of_swapped = ops._parsed(swapped).layers
-    weights = ops.pack(of_swapped, [random_weights(layer) for layer in of_swapped], "cpu")
-    with pytest.raises(ValueError, match="program must be a whole network, layer 5 does not fit"):
-        ops.network(x, weights, swapped)
+
+
+LAYERS = program(PRESETS["paper"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "wrong"),
+    [
+        ((*LAYERS[:4], LAYERS[6], *LAYERS[4:6], *LAYERS[7:]), 5),
+        *(
+            ((*LAYERS[:at], replace(LAYERS[at], **change), *LAYERS[at + 1 :]), at)
+            for at, change in (
+                (1, {"last_channels": LAYERS[2].in_channels}),
+                (2, {"last_channels": LAYERS[3].in_channels}),
+                (-4, {"mid_channels": 32}),
+                (-3, {"last_channels": LAYERS[-2].in_channels}),
+                (-3, {"stride": 2}),
+                (-2, {"stride": 2}),
+                (-2, {"last_channels": 0, "out_channels": LAYERS[-1].in_channels}),
+            )
+            for at in [at % len(LAYERS)]
+        ),
+    ],
+)
+def test_layers_that_make_no_network(layers: tuple[Layer, ...], wrong: int) -> None:
+    """Each is sound, and takes what the one before it gives."""
+    weights = ops.pack(layers, [random_weights(layer) for layer in layers], "cpu")
+    with pytest.raises(ValueError, match=f"whole network, layer {wrong} does not fit"):
+        ops.network(torch.zeros(1, 3, 33, 49), weights, ops.encode(layers))
 
 
 def test_smallest_pictures() -> None:

@@ -134,6 +134,16 @@ def test_encoding_round_trip(layers: list[Layer]) -> None:
     assert len({layer.encode() for layer in layers}) == len(set(layers))
 
 
+@pytest.mark.parametrize(
+    ("at", "value"), [(0, 13), (0, 2**40), (1, len(OPS)), (2, -1), (10, 3), (11, 3)]
+)
+def test_wrong_encodings_are_refused(at: int, value: int) -> None:
+    encoded = list(Layer("dsconv", "", 16, 16).encode())
+    encoded[at] = value
+    with pytest.raises(ValueError, match="layers must be as encode"):
+        Layer.decode(encoded)
+
+
 # ---------------------------------------------------------------- operations and bytes
 
 

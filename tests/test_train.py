@@ -442,6 +442,7 @@ def weights_of(run: Path) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(folder: Path, tmp_path: Path) -> None:
     """gloo, batch norm frozen: the same global batch, the same weights, the same scores."""
     options = [

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import lru_cache
 
 import pytest
 import torch
@@ -38,17 +40,19 @@ def close(ours: Tensor | None, torchs: Tensor | None, ref64: Tensor | None) -> N
     assert_parity(ours, torchs, ref64, floor=5e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU, nn.ReLU6])
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_batch_norm_act(
-    shape: tuple[int, ...],
-    with_residual: bool,
-    activation: type[nn.Module],
-    dtype: torch.dtype,
-    isa: str,
-) -> None:
+Results = tuple[Tensor | None, ...]
+Run = Callable[[str], Results]  # of "ours", "torch" (float32) or "float64"
+
+
+def with_references(run: Run) -> tuple[Run, Results, Results]:
+    with threads(1):
+        return run, run("torch"), run("float64")
+
+
+@lru_cache(maxsize=1)  # the instruction sets share it
+def batch_norm_case(
+    shape: tuple[int, ...], with_residual: bool, activation: type[nn.Module], dtype: torch.dtype
+) -> tuple[Run, Results, Results]:
     x = (torch.randn(shape) * 2 + 5 * torch.randn(shape[1])[:, None, None]).to(dtype)
     inputs = [x, torch.randn(shape).to(dtype)] if with_residual else [x]
     bn = batch_norm(shape[1])
@@ -56,8 +60,8 @@ def test_batch_norm_act(
     y = copy.deepcopy(bn).double()(inputs[0].double()) + (inputs[1] if with_residual else 0)
     kink = torch.minimum(y.abs(), (y - 6).abs()) < (0.1 if dtype == torch.bfloat16 else 1e-4)
     upstream[kink] = 0  # there rounding decides whether the gradient passes
-    results = []
-    for kind in ("ours", "torch", "float64"):
+
+    def run(kind: str) -> Results:
         norm, act = copy.deepcopy(bn), activation()
         to = {"ours": dtype, "torch": torch.float32, "float64": torch.float64}[kind]
         if kind == "float64":
@@ -70,32 +74,45 @@ def test_batch_norm_act(
             y = norm(leaves[0])
             y = act(y + leaves[1] if with_residual else y)
         y.backward(upstream.to(dtype).to(to))
-        results.append(
-            (
-                y.detach(),
-                *(leaf.grad for leaf in leaves),
-                norm.weight.grad,
-                norm.bias.grad,
-                norm.running_mean,
-                norm.running_var,
-            )
-        )
         assert norm.num_batches_tracked == 1
-    for ours, torchs, ref64 in zip(*results):
-        close(ours, torchs, ref64)
+        return (
+            y.detach(),
+            *(leaf.grad for leaf in leaves),
+            norm.weight.grad,
+            norm.bias.grad,
+            norm.running_mean,
+            norm.running_var,
+        )
+
+    return with_references(run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 4), (2, 3)])
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_depthwise(
-    shape: tuple[int, ...], stride: int, dilation: int, dtype: torch.dtype, isa: str
+def test_batch_norm_act(
+    shape: tuple[int, ...],
+    with_residual: bool,
+    activation: type[nn.Module],
+    dtype: torch.dtype,
+    isa: str,
 ) -> None:
+    run, torchs, exact = batch_norm_case(shape, with_residual, activation, dtype)
+    for results in zip(run("ours"), torchs, exact):
+        close(*results)
+
+
+@lru_cache(maxsize=1)  # the instruction sets share it
+def depthwise_case(
+    shape: tuple[int, ...], stride: int, dilation: int, dtype: torch.dtype
+) -> tuple[Run, Results, Results]:
     channels = shape[1]
     conv = nn.Conv2d(channels, channels, 3, stride, dilation, dilation, channels, bias=False)
     x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
-    upstream, results = None, []
-    for kind in ("ours", "torch", "float64"):
+    upstream = torch.randn(conv(x.float()).shape).to(dtype)
+
+    def run(kind: str) -> Results:
         layer = copy.deepcopy(conv)
         to = {"ours": dtype, "torch": torch.float32, "float64": torch.float64}[kind]
         if kind != "ours":
@@ -105,11 +122,21 @@ def test_depthwise(
             y = train_ops.convolution(leaf, layer)
         else:
             y = F.conv2d(leaf, layer.weight, None, stride, dilation, dilation, channels)
-        upstream = torch.randn(y.shape).to(dtype) if upstream is None else upstream
         y.backward(upstream.to(to))
-        results.append((y.detach(), leaf.grad, layer.weight.grad))
-    for ours, torchs, ref64 in zip(*results):
-        close(ours, torchs, ref64)
+        return y.detach(), leaf.grad, layer.weight.grad
+
+    return with_references(run)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 4), (2, 3)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_depthwise(
+    shape: tuple[int, ...], stride: int, dilation: int, dtype: torch.dtype, isa: str
+) -> None:
+    run, torchs, exact = depthwise_case(shape, stride, dilation, dtype)
+    for results in zip(run("ours"), torchs, exact):
+        close(*results)
 
 
 def test_depthwise_whose_input_needs_no_gradient(isa: str) -> None:

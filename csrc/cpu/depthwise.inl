@@ -38,7 +38,7 @@ template <int STRIDE, int DILATION, int PIXELS, int NV>
 FASTSCNN_INLINE void depthwise_block(const element* const (&rows)[3], int x, size_t c, int dilation,
                                      const Depthwise& d, Clamp activation, element* out) {
   constexpr int N = NV * kParts;
-  const size_t channels = d.channels;
+  const ptrdiff_t channels = d.channels;
   auto load_weights = [&](const float* p, vf(&w)[NV][kParts]) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) load_weight_parts(p, c + v * kPartLanes, w[v]);

@@ -37,6 +37,8 @@ bool runs_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("fma");
 }
+#endif
+#if FASTSCNN_KNOWS_BF16
 bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // The processor has tiles, and the system lets this process use them. That must be asked for.
@@ -63,6 +65,8 @@ const Candidate kCandidates[] = {
 #if defined(__x86_64__)
     {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
     {&kAvx512, runs_avx512},
+#endif
+#if FASTSCNN_KNOWS_BF16
     {&kAvx512Bf16, runs_avx512_bf16},
     {&kAmx, runs_amx},
 #endif
@@ -125,7 +129,7 @@ class Pool {
     if (best.bytes >= bytes) return best;
     std::free(best.data);
     void* data = nullptr;
-    if (posix_memalign(&data, bytes < kHugePage ? 64 : kHugePage, bytes)) {
+    if (posix_memalign(&data, bytes < kHugePage ? kLine : kHugePage, bytes)) {
       std::lock_guard<std::mutex> lock(mutex_);
       total_ -= bytes;
       throw std::bad_alloc();
@@ -182,16 +186,15 @@ class Scratch {
 
 // ---------------------------------------------------------------- images
 
-size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // Calls run(team, image, shared, scratch) for every image, first once with measuring buffers. Few
 // images share all threads; from one a thread on, each thread takes whole images.
 template <class Run>
 void for_each_image(int images, int threads, Run run) {
   if (images == 0) return;
   size_t shared_bytes = 0;
-  const size_t scratch_bytes = aligned(run(Team{0, 1, nullptr}, 0, Bump{}, &shared_bytes, Bump{}));
-  shared_bytes = aligned(shared_bytes);
+  const size_t scratch_bytes =
+      whole_lines(run(Team{0, 1, nullptr}, 0, Bump{}, &shared_bytes, Bump{}));
+  shared_bytes = whole_lines(shared_bytes);
 
   threads = allowed_threads(threads);
   const bool apart = images >= threads;
@@ -220,10 +223,6 @@ void for_each_image(int images, int threads, Run run) {
 }
 
 // ---------------------------------------------------------------- checks
-
-void require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
 
 std::string size_text(int h, int w) { return std::to_string(h) + "x" + std::to_string(w); }
 
@@ -302,25 +301,26 @@ void run_plane_op(const Prepared& p, const Layer& l, PlaneOp op, Batch x, Batch 
   });
 }
 
+// What network.inl takes for granted.
 void require_network(const std::vector<Layer>& layers) {
   const size_t n = layers.size();
   require(n >= 9, "program must be a whole network");
-  auto expect = [&](size_t i, Op op, int in) {
-    require(layers[i].op == op && layers[i].in == in,
-            "program must be a whole network, layer " + std::to_string(i) + " does not fit");
-  };
-  expect(0, Op::stem_conv, layers[0].in);
-  for (size_t i = 1; i < n; i++) {
-    const Op op = i < 3        ? Op::dsconv
+  const Layer &fusion = layers[n - 4], &head = layers[n - 3], &tail = layers[n - 2];
+  for (size_t i = 0; i < n; i++) {
+    const Layer& l = layers[i];
+    const Op op = i == 0       ? Op::stem_conv
+                  : i < 3      ? Op::dsconv
                   : i < n - 5  ? Op::inverted_residual
                   : i == n - 5 ? Op::pyramid_pooling
                   : i == n - 4 ? Op::feature_fusion
                   : i < n - 1  ? Op::dsconv
                                : Op::upsample_classify;
-    expect(i, op, layers[i - 1].result_channels());
+    const bool fits = l.op == op && (i == 0 || l.in == layers[i - 1].result_channels()) &&
+                      (l.last > 0) == (&l == &tail) &&
+                      (l.stride == 1 || (&l != &head && &l != &tail)) &&
+                      (&l != &fusion || l.mid == layers[2].out);
+    require(fits, "program must be a whole network, layer " + std::to_string(i) + " does not fit");
   }
-  require(layers[n - 4].mid == layers[2].out && layers[n - 2].last > 0,
-          "program must be a whole network, its fusion or classifier does not fit");
 }
 
 int pieces_of(Output output, int classes) { return output == Output::labels ? 1 : classes; }

@@ -1,12 +1,13 @@
 // The product in registers. What one step along K takes from A is 32 bits wide: a float, or two
-// neighbouring bf16, which meet a pair of B's rows.
+// neighbouring bf16, which meet a pair of B's rows; `unit_any` as it may lie in A.
 #if FASTSCNN_ARITHMETIC != FASTSCNN_BFLOAT16
-typedef float unit;
+typedef float unit, unit_any;
 using units = vf;
 FASTSCNN_INLINE vf multiply_add(vf a, vf b, vf sum) { return fma(a, b, sum); }
-FASTSCNN_INLINE units broadcast(const unit* p) { return splat(*p); }
+FASTSCNN_INLINE units broadcast(const unit_any* p) { return splat(*p); }
 #else
 typedef int32_t unit __attribute__((may_alias));
+typedef int32_t unit_any __attribute__((may_alias, aligned(2)));
 using units = vi;
 #if FASTSCNN_BF16
 FASTSCNN_INLINE vf multiply_add(vi a, vi b, vf sum) {
@@ -17,7 +18,7 @@ FASTSCNN_INLINE vf multiply_add(vi a, vi b, vf sum) {
   return fma(odd(a), odd(b), fma(even(a), even(b), sum));
 }
 #endif
-FASTSCNN_INLINE units broadcast(const unit* p) { return vi{} + *p; }
+FASTSCNN_INLINE units broadcast(const unit_any* p) { return vi{} + *p; }
 #endif
 constexpr int kUnit = int(sizeof(unit) / sizeof(element));
 
@@ -32,10 +33,10 @@ FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const unit* b, siz
                                 vf (&acc)[MR][NV]) {
   // Three rows share a base pointer, so that 14 rows need 5 address registers.
   const size_t lda = s.lda / kUnit;
-  const unit* a[(MR + 2) / 3];
+  const unit_any* a[(MR + 2) / 3];
 #pragma GCC unroll 5
   for (int i = 0; i < (MR + 2) / 3; i++)
-    a[i] = reinterpret_cast<const unit*>(s.a) + (row + 3 * i) * lda;
+    a[i] = reinterpret_cast<const unit_any*>(s.a) + (row + 3 * i) * lda;
   b += size_t(s.first) / kUnit * kPanel;
 #pragma GCC unroll 4
   for (int k = 0; k < s.k / kUnit; k++) {

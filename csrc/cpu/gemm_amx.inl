@@ -214,7 +214,8 @@ struct Halves {
 };
 
 // Takes columns [first, last) of A's rows apart: a = upper + lower, up to 2^-17 of a. Zeros follow
-// to the end of the tile.
+// to the end of the tile. The lower half of infinity is NaN; without it infinity would meet lower
+// halves of weights that are 0 or of the other sign, and become NaN all the same.
 template <class Out, class Add>
 static void take_apart(const Product<Out, Add>& p, int row, int rows, int first, int last,
                        Halves& halves) {
@@ -227,9 +228,7 @@ static void take_apart(const Product<Out, Add>& p, int row, int rows, int first,
       const Segment& s = p.segments[j];
       const int from = max_of(first, s.first), to = min_of(last, s.first + s.k);
       for (int k = from; k < to; k += kLanes) {
-        const __mmask16 some = __mmask16(0xFFFF >> max_of(0, kLanes - (to - k)));
-        const vf a =
-            s.a ? (vf)_mm512_maskz_loadu_ps(some, s.a + (row + i) * s.lda + k - s.first) : vf{};
+        const vf a = s.a ? load(s.a + (row + i) * s.lda + k - s.first) : vf{};
         const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)a);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper + k - first), half);
         store(lower + k - first, a - (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

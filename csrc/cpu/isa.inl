@@ -1,10 +1,29 @@
-// The kernels of one instruction set: included after every standard header and after the target
-// pragma, with these defined:
+// The kernels of one instruction set, with these defined:
 //   FASTSCNN_ISA, FASTSCNN_TABLE  the name, also of a namespace; the table that comes out
+//   FASTSCNN_TARGET               what compilers call it; undefined: what they compile for anyway
 //   FASTSCNN_LANES                floats in a vector
 //   FASTSCNN_BF16, FASTSCNN_AMX   1 where there are instructions for bf16, and tiles
-// Nothing in here may call an inline function of the standard library: the linker would keep one
-// copy of it for all processors.
+// Every standard header comes before the target pragma, and nothing after it may call an inline
+// function of the standard library: the linker would keep one copy of it for all processors.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "training.h"
+
+#define FASTSCNN_PRAGMA_(x) _Pragma(#x)
+#define FASTSCNN_PRAGMA(x) FASTSCNN_PRAGMA_(x)
+#if defined(FASTSCNN_TARGET) && defined(__clang__)
+FASTSCNN_PRAGMA(clang attribute push(__attribute__((target(FASTSCNN_TARGET))), apply_to = function))
+#elif defined(FASTSCNN_TARGET)
+#pragma GCC push_options
+FASTSCNN_PRAGMA(GCC target(FASTSCNN_TARGET))
+#endif
+
 #define FASTSCNN_FLOAT32 0
 #define FASTSCNN_BFLOAT16 1
 #define FASTSCNN_HIGH 2
@@ -25,6 +44,9 @@ namespace high {
 #include "ops.inl"
 #undef FASTSCNN_ARITHMETIC
 }  // namespace high
+constexpr const Ops* kHigh = &high::kOps;
+#else
+constexpr const Ops* kHigh = nullptr;
 #endif
 
 #if !FASTSCNN_BF16  // instructions for bf16 change nothing else
@@ -34,22 +56,24 @@ namespace float32 {
 #undef FASTSCNN_ARITHMETIC
 #include "training.inl"
 }  // namespace float32
+constexpr const Ops* kFloat32 = &float32::kOps;
+constexpr const TrainingKernels* kTrainingKernels = &float32::kTraining;
+#else
+constexpr const Ops* kFloat32 = nullptr;
+constexpr const TrainingKernels* kTrainingKernels = nullptr;
 #endif
 }  // namespace FASTSCNN_ISA
 
 #define FASTSCNN_STRING_(x) #x
 #define FASTSCNN_STRING(x) FASTSCNN_STRING_(x)
-#define FASTSCNN_NAME FASTSCNN_STRING(FASTSCNN_ISA)
-#if FASTSCNN_AMX
 const Kernels FASTSCNN_TABLE = {
-    FASTSCNN_NAME, {nullptr, &FASTSCNN_ISA::bfloat16::kOps, &FASTSCNN_ISA::high::kOps}, nullptr};
-#elif FASTSCNN_BF16
-const Kernels FASTSCNN_TABLE = {
-    FASTSCNN_NAME, {nullptr, &FASTSCNN_ISA::bfloat16::kOps, nullptr}, nullptr};
-#else
-const Kernels FASTSCNN_TABLE = {
-    FASTSCNN_NAME,
-    {&FASTSCNN_ISA::float32::kOps, &FASTSCNN_ISA::bfloat16::kOps, nullptr},
-    &FASTSCNN_ISA::float32::kTraining};
-#endif
+    FASTSCNN_STRING(FASTSCNN_ISA),
+    {FASTSCNN_ISA::kFloat32, &FASTSCNN_ISA::bfloat16::kOps, FASTSCNN_ISA::kHigh},
+    FASTSCNN_ISA::kTrainingKernels};
 }  // namespace fastscnn
+
+#if defined(FASTSCNN_TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#elif defined(FASTSCNN_TARGET)
+#pragma GCC pop_options
+#endif

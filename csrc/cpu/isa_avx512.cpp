@@ -1,27 +1,9 @@
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstddef>
-#include <cstdint>
-
-#include "kernels.h"
-#include "training.h"
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
-#endif
+#define FASTSCNN_ISA avx512
+#define FASTSCNN_TABLE kAvx512
+#define FASTSCNN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,fma"
 #define FASTSCNN_LANES 16
 #define FASTSCNN_BF16 0
 #define FASTSCNN_AMX 0
-#define FASTSCNN_ISA avx512
-#define FASTSCNN_TABLE kAvx512
 #include "isa.inl"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 #endif

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "bf16.h"
 #include "layer.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -52,17 +53,17 @@ struct Bump {
   bool measuring() const { return base == nullptr; }
   template <class T>
   T* take(size_t n) {
-    T* p = reinterpret_cast<T*>(base + used);
-    const size_t bytes = (n * sizeof(T) + kLine - 1) / kLine * kLine;
+    char* p = base ? base + used : nullptr;
+    const size_t bytes = whole_lines(n * sizeof(T));
     used += bytes;
 #if defined(__SANITIZE_ADDRESS__)  // a line that nobody may touch follows each piece
-    if (base) {
+    if (p) {
       __asan_unpoison_memory_region(p, bytes);
-      __asan_poison_memory_region(base + used, kLine);
+      __asan_poison_memory_region(p + bytes, kLine);
     }
     used += kLine;
 #endif
-    return base ? p : nullptr;
+    return reinterpret_cast<T*>(p);
   }
 };
 
@@ -121,10 +122,19 @@ struct Kernels {
   const TrainingKernels* training;
 };
 
+// Older compilers lack the instructions for bf16 and tiles.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define FASTSCNN_KNOWS_BF16 1
+#else
+#define FASTSCNN_KNOWS_BF16 0
+#endif
+
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+#endif
+#if FASTSCNN_KNOWS_BF16
 extern const Kernels kAvx512Bf16;
 extern const Kernels kAmx;
 #endif

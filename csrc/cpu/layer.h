@@ -35,6 +35,7 @@ constexpr size_t bytes_of(Type t) { return t == Type::f32 ? 4 : t == Type::bf16 
 constexpr int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 // Channels are padded to whole cache lines: activations and weights have zeros there.
 constexpr size_t kLine = 64;
+constexpr size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 constexpr int padded(int channels, Type t) {
   return rounded_up(channels, int(kLine / bytes_of(t)));
 }
@@ -95,8 +96,8 @@ inline Arithmetic arithmetic_of(const Layer& l, Arithmetic network) {
   return exact ? Arithmetic::float32 : network;
 }
 
-// Places a layer's weights from `base` on, in the one order that packing and kernels share; returns
-// the number of bytes taken.
+// Places a layer's weights from `base` on (null: only measures), in the one order that packing and
+// kernels share; returns the number of bytes taken.
 inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, Weights& w) {
   arithmetic = arithmetic_of(l, arithmetic);
   const Type type = type_of(arithmetic);
@@ -104,8 +105,8 @@ inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, W
   const size_t weight_bytes = arithmetic == Arithmetic::bfloat16 ? 2 : 4;
   size_t used = 0;
   auto take = [&](size_t bytes) {
-    char* p = base + used;
-    used += (bytes + kLine - 1) / kLine * kLine;
+    char* p = base ? base + used : nullptr;
+    used += whole_lines(bytes);
     return p;
   };
   auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * sizeof(float))); };

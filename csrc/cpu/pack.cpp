@@ -1,6 +1,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "bf16.h"
 #include "program.h"
 
 namespace fastscnn {
@@ -15,18 +16,6 @@ struct Plain {
     return p;
   }
 };
-
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return x == x ? uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) : 0x7FC0;
-}
-float from_bf16(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 struct Packer {
   Arithmetic arithmetic;
@@ -49,10 +38,10 @@ struct Packer {
       return;
     }
     const bool high = arithmetic == Arithmetic::high;
-    uint16_t* at = static_cast<uint16_t*>(b.panels) + (high ? 2 : 1) * panel * half +
-                   (size_t(row) / 2 * kPanel + place) * 2 + row % 2;
+    bf16* at = static_cast<bf16*>(b.panels) + (high ? 2 : 1) * panel * half +
+               (size_t(row) / 2 * kPanel + place) * 2 + row % 2;
     at[0] = to_bf16(v);
-    if (high) at[half] = to_bf16(v - from_bf16(at[0]));
+    if (high) at[half] = to_bf16(v - to_float(at[0]));
   }
 
   void fill_bias(float* bias, const float* plain, int n) const {

@@ -17,6 +17,7 @@ constexpr uint32_t kLayoutCpu = 1;
 // The encoding of plan.py's Layer.encode(): a length, then that many values, per layer.
 inline std::vector<Layer> decode(const Program& program) {
   constexpr size_t kFields = 14;
+  constexpr int kFarthest = 1 << 10;  // of dilation and bins: squared, and times channels, an int
   std::vector<Layer> layers;
   for (size_t at = 0; at < program.size(); at += 1 + size_t(program[at])) {
     const int64_t length = program[at];
@@ -44,11 +45,12 @@ inline std::vector<Layer> decode(const Program& program) {
     const bool pyramid = l.op == Op::pyramid_pooling;
     const bool needs_mid = pyramid || l.op == Op::inverted_residual || l.op == Op::feature_fusion;
     bool sound = l.in >= 1 && l.out >= 1 && (l.mid >= 1 || !needs_mid) &&
-                 (l.stride == 1 || l.stride == 2) && l.dilation >= 1 && l.padding <= 1 &&
+                 (l.last == 0 || l.op == Op::dsconv) && (l.stride == 1 || l.stride == 2) &&
+                 l.dilation >= 1 && l.dilation <= kFarthest && l.padding <= 1 &&
                  (l.kernel == 1 || l.kernel == 3) &&
                  (l.op != Op::stem_conv || (l.in <= 4 && l.stride == 2)) &&
                  (!l.residual || (l.stride == 1 && l.in == l.out)) && pyramid == (bins > 0);
-    for (int b = 0; b < l.bin_count; b++) sound &= l.bins[b] >= 1;
+    for (int b = 0; b < l.bin_count; b++) sound &= l.bins[b] >= 1 && l.bins[b] <= kFarthest;
     if (!known || !sound)
       throw std::invalid_argument("program must hold layers as plan.py encodes them, got layer " +
                                   std::to_string(layers.size()) + " of op " + std::to_string(v[0]));

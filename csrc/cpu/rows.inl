@@ -19,7 +19,7 @@ struct Ring {
 
   void place(Bump& scratch, int slots_, int pad_, int channels_, int width_, int height_) {
     slots = slots_, pad = pad_, channels = channels_, width = width_, height = height_;
-    pitch = size_t(rounded_up((width + 2 * pad) * channels, kBlock));
+    pitch = whole_lines(size_t(width + 2 * pad) * channels * sizeof(element)) / sizeof(element);
     rows = scratch.take<element>(pitch * slots);
   }
   element* slot(int y) const { return rows + pitch * (y % slots) + pad * channels; }

@@ -1,7 +1,5 @@
 // Vectors of kLanes floats. FASTSCNN_LANES is 4 (any compiler with vector extensions), 8 (AVX2 +
 // FMA) or 16 (AVX-512). Clamping and comparing keep NaN, as torch does.
-#define FASTSCNN_INLINE inline __attribute__((always_inline))
-
 constexpr int kLanes = FASTSCNN_LANES;
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
@@ -13,8 +11,7 @@ FASTSCNN_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_an
 FASTSCNN_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 FASTSCNN_INLINE void store(int32_t* p, vi v) { *reinterpret_cast<vi_any*>(p) = v; }
 
-// bf16 in memory, floats in registers; rounded to nearest even, NaN stays NaN.
-using bf16 = uint16_t;
+// bf16: bf16.h.
 typedef uint16_t vs __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t vs_any __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
@@ -49,18 +46,6 @@ FASTSCNN_INLINE vf load(const uint8_t* p) {
   return v;
 }
 #endif
-FASTSCNN_INLINE float to_float(float x) { return x; }
-FASTSCNN_INLINE float to_float(bf16 x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-FASTSCNN_INLINE bf16 to_bf16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return x == x ? bf16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) : bf16(0x7FC0);
-}
 // The upper half of each lane is the nearest bf16.
 FASTSCNN_INLINE vu rounded_to_bf16(vf v) {
   const vu bits = (vu)v;

@@ -56,7 +56,7 @@ template <class Body>
 void run_member(Barrier& barrier, int rank, int size, Body& body) {
   t_barrier = &barrier, t_size = size;
   body(Team{rank, size, [] { t_barrier->wait(t_size); }});
-  t_barrier = nullptr;
+  t_barrier = nullptr, t_size = 0;
 }
 
 #if defined(FASTSCNN_STD_THREADS)

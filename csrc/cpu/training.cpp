@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <vector>
 
 #include "engine.h"
@@ -15,10 +14,6 @@
 namespace fastscnn {
 namespace {
 
-void require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -26,10 +21,10 @@ struct Free {
 // Calls run(task, scratch) for every task, in any order, each thread with scratch of its own.
 template <class Run>
 void for_each_task(int64_t tasks, int threads, size_t scratch_bytes, Run run) {
-  scratch_bytes = (scratch_bytes + 63) / 64 * 64;
+  scratch_bytes = whole_lines(scratch_bytes);
   threads = int(std::max<int64_t>(1, std::min<int64_t>(allowed_threads(threads), tasks)));
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, threads * scratch_bytes + 64)) throw std::bad_alloc();
+  if (posix_memalign(&memory, kLine, threads * scratch_bytes + kLine)) throw std::bad_alloc();
   const std::unique_ptr<void, Free> owner(memory);
   std::atomic<int64_t> next{0};
   run_team(threads, [&](const Team& team) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ def _call(
         check_dtype(_LAYOUTS.get(layout, dtype), dtype)
     threads = torch.get_num_threads()
     return (backends.isa(), parsed(program).integers, address, size, threads)
+
+
+def _network(
+    function: str,
+    out: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    program: str,
+    dtype: torch.dtype,
+    output: str,
+) -> Any:
+    run = getattr(backends.cpu_module(), function)
+    return run(_call(program, weights, dtype), _picture(x), output, out.data_ptr())
 
 
 class _Engine:
@@ -86,32 +100,12 @@ class _Engine:
             call, _batch(x), output, out.data_ptr(), height, width
         )
 
-    def network(
-        self,
-        out: Tensor,
-        x: Tensor,
-        weights: Tensor,
-        program: str,
-        dtype: torch.dtype,
-        output: str,
-    ) -> None:
-        call = _call(program, weights, dtype)
-        backends.cpu_module().network(call, _picture(x), output, out.data_ptr())
+    def network(self, out: Tensor, *args: Any) -> None:
+        _network("network", out, *args)
 
-    def network_stages(
-        self,
-        out: Tensor,
-        x: Tensor,
-        weights: Tensor,
-        program: str,
-        dtype: torch.dtype,
-        output: str,
-    ) -> list[tuple[str, float]]:
+    def network_stages(self, out: Tensor, *args: Any) -> list[tuple[str, float]]:
         """As :meth:`network` for one image; name and seconds of each stage."""
-        call = _call(program, weights, dtype)
-        stages: list[tuple[str, float]] = backends.cpu_module().network_stages(
-            call, _picture(x), output, out.data_ptr()
-        )
+        stages: list[tuple[str, float]] = _network("network_stages", out, *args)
         return stages
 
 
