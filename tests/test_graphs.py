@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from threading import Barrier, Event
 from typing import Any, ClassVar
 
@@ -219,6 +222,97 @@ def test_policies_are_checked(model: FastSCNN) -> None:
     fast._graphs = Graphs("on")
     with pytest.raises(backends.CannotRun, match="cuda_graph='on'"):
         fast(picture())
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of torch.cuda, which does nothing."""
+    log: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            log.append("wait for stream")
+
+        def wait_event(self, event: Any) -> None:
+            log.append("wait for event")
+
+    class CudaEvent:
+        def __init__(self, enable_timing: bool = False) -> None:
+            pass
+
+        def record(self, stream: Any = None) -> None:
+            log.append("record")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 6.0
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    arguments = inspect.signature(torch.cuda.graph)
+
+    @contextmanager
+    def graph(*args: Any, **named: Any) -> Iterator[None]:
+        arguments.bind(*args, **named)
+        log.append("capture")
+        yield
+        log.append("captured")
+
+    fakes: dict[str, Any] = {
+        "Stream": Stream,
+        "Event": CudaEvent,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "current_stream": Stream,
+        "stream": nullcontext,
+        "device": nullcontext,
+        "synchronize": lambda: log.append("synchronize"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: log.append("keep"))
+    return log
+
+
+def test_a_capture_warms_up_beside_and_replays_behind_the_last_replay(log: list[str]) -> None:
+    def call(x: Tensor) -> Tensor:
+        log.append("call")
+        return x + 1
+
+    with torch.inference_mode():
+        captured = graphs.Captured(call, torch.ones(3))
+    assert log == [
+        *("wait for stream", "call", "call", "call", "wait for stream"),
+        *("capture", "call", "captured", "record"),
+    ]
+    assert not captured._input.is_inference() and not captured._output.is_inference()
+    log.clear()
+    out = captured.result()
+    captured.run(torch.full((3,), 5.0), out)
+    assert log == ["wait for event", "replay", "record", "keep"]
+    assert captured._input.tolist() == [5, 5, 5] and torch.equal(out, captured._output)
+
+
+def test_runs_are_timed_within_one_graph(log: list[str]) -> None:
+    runs = [lambda: log.append("call") for _ in range(4)]
+    assert graphs.milliseconds(runs, rounds=2) == [1.5, 1.5]
+    assert log == [
+        *("wait for stream", "call", "call", "call", "wait for stream"),
+        *("capture", "call", "call", "call", "call", "captured", "replay"),
+        *2 * ("record", "replay", "record"),
+        "synchronize",
+    ]
+
+
+def test_as_many_copies_as_exceed_the_cache_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        L2_cache_size = 50_000_000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    device = torch.device("cuda:0")
+    assert [graphs.copies(n, device) for n in (10**9, 10**7, 10**3)] == [2, 11, 512]
+    assert graphs.copies(10**3, torch.device("cpu")) == 2
 
 
 @pytest.mark.gpu
