@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import backends, ops, structure
 from .fold import FoldedWeights, fold
+from .graphs import Graphs
 
 if TYPE_CHECKING:
     from .model import FastSCNN
@@ -26,7 +27,7 @@ class FusedFastSCNN(nn.Module):
 
     Attributes:
         config: the architecture, :class:`fastscnn_fast.config.Config`.
-        backend: "cpu" or "reference".
+        backend: "cpu", "triton" or "reference".
         dtype: dtype of float input and of the results.
         precision: "highest", or "high": float32 whose products keep about 17 bits.
     """
@@ -34,9 +35,15 @@ class FusedFastSCNN(nn.Module):
     weights: Tensor
 
     def __init__(
-        self, folded: FoldedWeights, backend: str, dtype: torch.dtype, precision: str = "highest"
+        self,
+        folded: FoldedWeights,
+        backend: str,
+        dtype: torch.dtype,
+        precision: str = "highest",
+        cuda_graph: str = "auto",
     ) -> None:
         super().__init__()
+        self._graphs = Graphs(cuda_graph)
         self.config = folded.config
         self.backend = backend
         self.dtype = dtype
@@ -79,7 +86,7 @@ class FusedFastSCNN(nn.Module):
             raise TypeError(f"x must be of dtype {self.dtype} or torch.uint8, got {x.dtype}")
         weights = self._buffers["weights"]  # as self.weights, which takes its time
         assert weights is not None
-        return ops.network(x, weights, self.program, output, self.backend, self.dtype, out)
+        return self._graphs.network(x, weights, self.program, output, self.backend, self.dtype, out)
 
     def extra_repr(self) -> str:
         return (
@@ -93,6 +100,7 @@ def fuse(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
     precision: str = "highest",
+    cuda_graph: str = "auto",
 ) -> FusedFastSCNN:
     """The fused copy of ``model`` as it is in eval mode, on the model's device.
 
@@ -103,11 +111,15 @@ def fuse(
         precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks on the
             cpu backend compute each product as three of bfloat16, where the processor has AMX; an infinite
             activation becomes NaN there. All else runs in "highest", with a logged reason.
+        cuda_graph: on GPUs, "auto" captures a call as a CUDA graph when an input's shape, strides and dtype
+            are seen a second time, "on" the first time, "off" never. A graph keeps an input, a result and
+            the scratch memory; the 8 shapes used last are kept. Not measured on a GPU.
 
     Raises:
         TypeError: not a FastSCNN.
-        ValueError: unknown backend or precision, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
-        CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why.
+        ValueError: unknown backend, precision or cuda_graph, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
+        CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why;
+            or cuda_graph is "on" and the model is on no CUDA device.
     """
     from .model import FastSCNN
 
@@ -121,5 +133,6 @@ def fuse(
     dtype = weight.dtype if dtype is None else dtype
     chosen = backends.choose(backend, model.config, weight.device, dtype)
     precision = backends.choose_precision(precision, backend, chosen, dtype)
+    Graphs(cuda_graph).check(weight.device)
     with torch.inference_mode(False):  # the copy outlives the caller's mode
-        return FusedFastSCNN(fold(model), chosen, dtype, precision).to(weight.device)
+        return FusedFastSCNN(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)
