@@ -147,7 +147,8 @@ def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) 
         if chosen is None:
             raise CannotRun(f"no backend can run: {reasons}")
         if chosen == "reference":
-            log_once(f"running on the reference backend: cpu: {reasons['cpu']}")
+            better = "cpu" if device.type == "cpu" else "triton"
+            log_once(f"running on the reference backend: {better}: {reasons[better]}")
         return chosen
     if name not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
@@ -169,33 +170,42 @@ def arithmetic(dtype: torch.dtype, precision: str = "highest") -> str:
     raise ValueError(f"precision must be 'highest' for {dtype}, got {precision!r}")
 
 
-def choose_precision(precision: str, name: str, backend: str, dtype: torch.dtype) -> str:
+def choose_precision(
+    precision: str, name: str, backend: str, device: torch.device, dtype: torch.dtype
+) -> str:
     """The precision to use on ``backend``, which :func:`choose` chose for ``name``.
 
     "high" becomes "highest", with a logged reason, where there is no faster arithmetic of that precision.
 
     Raises:
         ValueError: unknown precision.
-        CannotRun: the cpu backend was asked for by name, and cannot; the message says why.
+        CannotRun: the cpu or triton backend was asked for by name, and cannot; the message says why.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "highest":
         return precision
-    reason = _why_not_high(backend, dtype)
+    reason = _why_not_high(backend, device, dtype)
     if reason is None:
         return precision
-    if backend == "cpu" and "cpu" in (name, forced()):
-        raise CannotRun(f"backend cpu cannot run in precision high: {reason}")
+    if backend in _HIGH and backend in (name, forced()):
+        raise CannotRun(f"backend {backend} cannot run in precision high: {reason}")
     log_once(f"running in precision highest: {reason}")
     return "highest"
 
 
-def _why_not_high(backend: str, dtype: torch.dtype) -> str | None:
-    if backend != "cpu":
-        return f"backend must be cpu, got {backend}"
+_HIGH = ("cpu", "triton")  # backends with arithmetic of precision "high"
+
+
+def _why_not_high(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if backend not in _HIGH:
+        return f"backend must be {' or '.join(_HIGH)}, got {backend}"
     if dtype != torch.float32:
         return f"dtype must be torch.float32, got {dtype}"
+    if backend == "triton":
+        found = architecture(device)
+        has_tf32 = found >= 80 if isinstance(found, int) else found in ("gfx942", "interpreter")
+        return None if has_tf32 else f"it needs TF32, the GPU is of architecture {found}"
     if isa() not in isas("high"):
         return f"it needs AMX, the instruction set in use is {isa()}"
     return None

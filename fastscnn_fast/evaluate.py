@@ -225,7 +225,7 @@ def main(args: argparse.Namespace) -> int:
         dtype = options.DTYPES[name]
         backend = backends.choose("auto", model.config, device, dtype)
         precision = args.precision if dtype == torch.float32 else "highest"
-        precision = backends.choose_precision(precision, "auto", backend, dtype)
+        precision = backends.choose_precision(precision, "auto", backend, device, dtype)
         shown = name if precision == "highest" else f"{name}, {precision}"
         runs[f"fused, {backend}, {shown}"] = labeller(model, backend, dtype, args.size, precision)
     scores, equal, seconds = compare(runs, examples)

@@ -29,7 +29,8 @@ class FusedFastSCNN(nn.Module):
         config: the architecture, :class:`fastscnn_fast.config.Config`.
         backend: "cpu", "triton" or "reference".
         dtype: dtype of float input and of the results.
-        precision: "highest", or "high": float32 whose products keep about 17 bits.
+        precision: "highest", or "high": float32 whose products keep about 17 bits on the cpu backend, and
+            are TF32, 10 bits, on the triton backend.
     """
 
     weights: Tensor
@@ -108,9 +109,10 @@ def fuse(
         backend: "auto" (FASTSCNN_BACKEND, else the best that can run), or one of
             :data:`fastscnn_fast.backends.BACKENDS`.
         dtype: dtype to compute in; the model's own by default.
-        precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks on the
-            cpu backend compute each product as three of bfloat16, where the processor has AMX; an infinite
-            activation becomes NaN there. All else runs in "highest", with a logged reason.
+        precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks
+            compute each product as three of bfloat16 on the cpu backend, where the processor has AMX (an
+            infinite activation becomes NaN there), and in TF32 on the triton backend, where the GPU has it.
+            All else runs in "highest", with a logged reason.
         cuda_graph: on GPUs, "auto" captures a call as a CUDA graph when an input's shape, strides and dtype
             are seen a second time, "on" the first time, "off" never. A graph keeps an input, a result and
             the scratch memory; the 8 shapes used last are kept. Not measured on a GPU.
@@ -132,7 +134,7 @@ def fuse(
     weight = model.classifier.conv.weight
     dtype = weight.dtype if dtype is None else dtype
     chosen = backends.choose(backend, model.config, weight.device, dtype)
-    precision = backends.choose_precision(precision, backend, chosen, dtype)
+    precision = backends.choose_precision(precision, backend, chosen, weight.device, dtype)
     Graphs(cuda_graph).check(weight.device)
     with torch.inference_mode(False):  # the copy outlives the caller's mode
         return FusedFastSCNN(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)

@@ -52,13 +52,12 @@ def position(i, scale, shift, divisor, size):
     """Where output ``i`` of a resize samples: the low index and the weight of the one above it.
 
     The position (i * scale + shift) / divisor is a fraction of integers, see resize.py: exact until its one
-    division. Beyond the last index everything is the last.
+    division. Above the last index lies the last again, with its weight: torch's infinities stay infinite.
     """
     numerator = tl.maximum(i * scale + shift, 0)
     low = numerator // divisor
     weight = tl.div_rn((numerator - low * divisor).to(tl.float32), divisor.to(tl.float32))
-    last = size - 1
-    return tl.minimum(low, last), tl.where(low < last, weight, 0.0)
+    return tl.minimum(low, size - 1), weight
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -31,6 +32,7 @@ from .launch import Buffer, Launch, rounded_up
 from .tiles import Architecture, Tile, tile
 
 EXTERNAL = ("x", "high", "low", "weights", "out")
+_INTERPRETER = Lock()  # which patches triton.language for the whole process while a kernel runs
 _LINE = 64  # bytes of which every pixel of an activation takes a multiple
 _ALIGNMENT = 512
 
@@ -276,6 +278,7 @@ class _Bound:
     """A plan with its arena, ready for one call at a time on one stream."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
+        self._one_at_a_time = _INTERPRETER if device.type == "cpu" else nullcontext()
         self._weights: weakref.ref[Tensor] | None = None
         self._version = 0
         self._calls: list[
@@ -307,12 +310,13 @@ class _Bound:
             or self._version != counted(weights)
         ):
             self._bind(weights)
-        for (step, fixed, given, _), plain in zip(self._calls, self._plain):
-            values = {**fixed, **{name: tensors[memory] for name, memory in given}}
-            if isinstance(step, Launch):
-                step.run(values)
-            else:
-                step.run(values, plain)
+        with self._one_at_a_time:
+            for (step, fixed, given, _), plain in zip(self._calls, self._plain):
+                values = {**fixed, **{name: tensors[memory] for name, memory in given}}
+                if isinstance(step, Launch):
+                    step.run(values)
+                else:
+                    step.run(values, plain)
 
     def _bind(self, weights: Tensor) -> None:
         self._plain = []

@@ -53,7 +53,7 @@ _FLOAT = {
 _INTERPRETED = {
     "stem_conv": Tile(512),
     "dsconv": Tile(256, block=128),
-    "inverted_residual": Tile(32, block=256, rows=1, columns=2),
+    "inverted_residual": Tile(32, block=256, rows=4),
     "pyramid_pooling": Tile(256, block=128),
     "feature_fusion": Tile(64, block=128),
     "upsample_classify": Tile(128, rows=8),

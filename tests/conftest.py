@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from secrets import randbits
 from typing import Any
 
-import numpy
 import pytest
 
 # Thousands of small calls: waiting threads neither burn a busy processor for long nor go to sleep at once.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Triton's interpreter multiplies by numpy, small matrices each time: its threads would wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import numpy
 import torch
 from helpers import Kernels, threads
 from hypothesis import settings

@@ -184,9 +184,9 @@ GUARD = 4096
 class Guarded:
     """``size`` bytes between two guard zones, all of value ``byte``: as floats, 255 makes NaN."""
 
-    def __init__(self, size: int, byte: int = 255) -> None:
+    def __init__(self, size: int, byte: int = 255, device: torch.device | str = "cpu") -> None:
         self._byte = byte
-        self._memory = torch.full((size + 2 * GUARD,), byte, dtype=torch.uint8)
+        self._memory = torch.full((size + 2 * GUARD,), byte, dtype=torch.uint8, device=device)
         self.inside = self._memory[GUARD : GUARD + size]
 
     def intact(self) -> bool:
@@ -214,7 +214,7 @@ def in_layout(x: Tensor, layout: str, byte: int = 255) -> Tensor:
     n, c, h, w = x.shape
 
     def memory(*shape: int) -> Tensor:
-        guarded = Guarded(prod(shape) * x.element_size(), byte)
+        guarded = Guarded(prod(shape) * x.element_size(), byte, x.device)
         return guarded.inside.view(x.dtype).view(shape)
 
     if layout == "expanded":
@@ -236,25 +236,30 @@ def in_layout(x: Tensor, layout: str, byte: int = 255) -> Tensor:
     return view
 
 
-def run_poisoned(op: str, *args: Any) -> Tensor:
-    """The op on the cpu backend, into a poisoned result between guard zones, with poisoned scratch.
+def run_poisoned(op: str, *args: Any, backend: str = "cpu") -> Tensor:
+    """The op on ``backend``, into a poisoned result between guard zones, on cpu with poisoned scratch.
 
     ``args`` are those of ``torch.ops.fastscnn.<op>`` without the backend. Whatever the op does not
     write stays NaN, or differs between two fillings where the result has no NaN. The channels that pad
-    the result's memory must come out as zeros: the layers of a network rely on that.
+    the result's memory must come out as zeros: the layers of a network rely on that (on triton, of those
+    up to a multiple of 16; it leaves the rest alone).
     """
     _, result, fill = ops._DEFINITIONS[op]
-    like = result(*args, "cpu")
+    like = result(*args, backend)
     written: list[Tensor] = []
     for byte in (255,) if like.dtype.is_floating_point else (255, 0):
-        guarded = Guarded(like.untyped_storage().nbytes(), byte)
+        guarded = Guarded(like.untyped_storage().nbytes(), byte, like.device)
         inside = guarded.inside.view(like.dtype)
         out = inside.as_strided(like.shape, like.stride(), inside.storage_offset())
-        backends.cpu_module().fill_scratch(byte)
-        fill(out, *args, "cpu")
+        if backend == "cpu":
+            backends.cpu_module().fill_scratch(byte)
+        fill(out, *args, backend)
         assert guarded.intact(), f"{op} wrote outside of its result"
-        padding = torch.ones(inside.shape, dtype=torch.bool)
+        padding = torch.ones(inside.shape, dtype=torch.bool, device=like.device)
         padding.as_strided(like.shape, like.stride()).fill_(False)
+        if backend == "triton" and padding.any():
+            n, c, h, w = like.shape
+            padding.view(n, h, w, -1)[..., -(-c // 16) * 16 :] = False
         assert (inside[padding] == 0).all(), f"{op} left something in the padding channels"
         written.append(out)
     assert torch.equal(written[0], written[-1]) or like.dtype.is_floating_point, (

@@ -54,12 +54,11 @@ def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture
 
 
 if INTERPRETED:
+    from fastscnn_fast.engines import triton as engine
     from fastscnn_fast.kernels import choices, tune
     from fastscnn_fast.kernels.choices import TORCH, Choice
     from fastscnn_fast.kernels.engine import Place, Plan, TorchStep
     from fastscnn_fast.kernels.tiles import INTERPRETER, Tile
-
-    from fastscnn_fast.engines import triton as engine
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +242,8 @@ def test_torch_steps_follow_weights_that_change(model: FastSCNN) -> None:
 @interpreted
 @pytest.mark.parametrize("preset", ["mmseg", "mmseg_legacy", "leftthomas"])
 def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
-    from fastscnn_fast.kernels import weights
-
     from fastscnn_fast.fold import fold
+    from fastscnn_fast.kernels import weights
     from fastscnn_fast.packed import plain_weights
 
     folded = fold(FastSCNN(num_classes=7, preset=preset).eval())

@@ -1,0 +1,410 @@
+"""The Triton backend without a kernel running: who can run it, what it packs, what it plans.
+
+Its numerics are tests/interpreted/, which runs here in a process of its own, and test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Barrier, Thread
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from helpers import random_weights, small_network
+from hypothesis import given, strategies as st
+from layouts import SMALL
+
+from fastscnn_fast import FusedFastSCNN, backends, fuse, ops
+from fastscnn_fast.config import Config
+from fastscnn_fast.fold import fold
+from fastscnn_fast.packed import TAG
+from fastscnn_fast.plan import Layer, program
+
+if TYPE_CHECKING:
+    from fastscnn_fast.kernels import engine, launch
+elif find_spec("triton") is not None:
+    from fastscnn_fast.kernels import engine, launch
+
+installed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+built = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+HALF = (torch.float16, torch.bfloat16)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+LAYER = Layer("dsconv", "", 16, 32)
+
+
+# ---------------------------------------------------------------- the interpreter's process
+
+
+def run_interpreted(*arguments: str, timeout: int) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("FASTSCNN_BACKEND", None)
+    folder = Path(__file__).parent / "interpreted"
+    done = subprocess.run(
+        [*command, str(folder)],
+        cwd=folder.parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@installed
+def test_interpreted_kernels() -> None:
+    run_interpreted(timeout=900)
+
+
+@installed
+@pytest.mark.slow
+def test_every_case_of_interpreted_kernels() -> None:
+    run_interpreted("-m", "slow", timeout=4 * 3600)
+
+
+# ---------------------------------------------------------------- who can run it
+
+
+def why_not(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> str | None:
+    return backends.BACKENDS["triton"].why_not(Config(), device, dtype)
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("FASTSCNN_BACKEND", raising=False)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert why_not() == why_not(GPU) == "the package triton is not installed"
+    with pytest.raises(backends.CannotRun, match="triton cannot run: the package triton is not"):
+        fuse(small_network(), "triton")
+
+
+@installed
+def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "architecture", lambda device: 75)
+    assert why_not() == "device must be cuda (or cpu with TRITON_INTERPRET=1), got cpu"
+    assert why_not(torch.device("meta")) == "device must be cuda, got meta"
+    assert why_not(GPU) is None and why_not(GPU, torch.float16) is None
+    dtypes = "torch.float32, torch.bfloat16 or torch.float16"
+    assert why_not(GPU, torch.float64) == f"dtype must be {dtypes}, got torch.float64"
+    newer = "torch.bfloat16 needs a newer GPU than one of compute capability 7.5"
+    assert why_not(GPU, torch.bfloat16) == newer
+    monkeypatch.setattr(backends, "architecture", lambda device: 70)
+    newer = "torch.float32 needs a newer GPU than one of compute capability 7.0"
+    assert why_not(GPU) == newer
+    monkeypatch.setattr(backends, "architecture", lambda device: "gfx942")
+    assert why_not(GPU, torch.bfloat16) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not() is None
+
+
+@installed
+@pytest.mark.parametrize("forced", ["argument", "environment"])
+def test_forced_it_says_why_not(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if forced == "environment":
+        monkeypatch.setenv("FASTSCNN_BACKEND", "triton")
+    with pytest.raises(backends.CannotRun, match="triton cannot run: device must be cuda"):
+        fuse(small_network(), "auto" if forced == "environment" else "triton")
+
+
+@installed
+@built
+def test_it_is_chosen_by_itself_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "architecture", lambda device: 80)
+    for dtype in (torch.float32, *HALF):
+        assert backends.choose("auto", Config(), GPU, dtype) == "triton"
+    assert backends.choose("auto", Config(), GPU, torch.float64) == "reference"
+    assert fuse(small_network()).backend == "cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fuse(small_network()).backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype", "reason"),
+    [
+        (80, torch.float32, ""),
+        ("gfx942", torch.float32, ""),
+        ("interpreter", torch.float32, ""),
+        (75, torch.float32, "it needs TF32, the GPU is of architecture 75"),
+        ("gfx90a", torch.float32, "it needs TF32, the GPU is of architecture gfx90a"),
+        (80, torch.float16, "dtype must be torch.float32, got torch.float16"),
+    ],
+)
+def test_high_precision(
+    found: Any, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 where the GPU has it; else the highest, or an error where the backend was asked for by name."""
+    monkeypatch.setattr(backends, "architecture", lambda device: found)
+
+    def choose(name: str) -> str:
+        return backends.choose_precision("high", name, "triton", GPU, dtype)
+
+    assert choose("auto") == ("highest" if reason else "high")
+    if not reason:
+        assert choose("triton") == "high"
+        return
+    with pytest.raises(backends.CannotRun, match=f"triton cannot run in precision high: {reason}"):
+        choose("triton")
+    monkeypatch.setenv("FASTSCNN_BACKEND", "triton")
+    with pytest.raises(backends.CannotRun, match=reason):
+        choose("auto")
+
+
+@installed
+def test_high_precision_has_a_layout_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = small_network()
+    high, highest = (fuse(model, "triton", precision=p) for p in ("high", "highest"))
+    assert (high.precision, highest.precision) == ("high", "highest")
+    assert not torch.equal(high.weights[: TAG.size], highest.weights[: TAG.size])
+    assert torch.equal(high.weights[TAG.size :], highest.weights[TAG.size :])
+
+
+# ---------------------------------------------------------------- packed weights
+
+
+@installed
+def test_weights_of_another_dtype_or_layer_or_backend() -> None:
+    plain = [random_weights(LAYER)]
+    packed = ops.pack([LAYER], plain, "triton", torch.float16)
+    x = torch.zeros(1, 16, 5, 6)
+
+    def run(weights: Any = packed, x: Any = x.half(), layer: Any = LAYER) -> None:
+        ops.dsconv(x, weights, layer, "triton")
+
+    with pytest.raises(ValueError, match="weights must be packed for torch.float32, got .*16"):
+        run(x=x)
+    with pytest.raises(ValueError, match="weights must be packed for these layers"):
+        run(layer=Layer("dsconv", "", 16, 48))
+    with pytest.raises(ValueError, match="weights must be packed for these layers"):
+        run(packed[:-1])
+    for size in (0, 8, 64):
+        with pytest.raises(ValueError, match="weights must be packed for the triton backend"):
+            run(torch.zeros(size, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="x must be of dtype torch.float32, .*got torch.float64"):
+        run(x=x.double())
+    for backend in ("reference", *["cpu"] * bool(backends.isas())):
+        others = ops.pack([LAYER], plain, backend)
+        with pytest.raises(ValueError, match="weights must be packed for the triton backend"):
+            run(others, x)
+        with pytest.raises(ValueError, match=f"weights must .* the {backend} backend"):
+            ops.dsconv(x, ops.pack([LAYER], plain, "triton"), LAYER, backend)
+
+
+@installed
+def test_what_cannot_be_packed() -> None:
+    plain = [random_weights(LAYER)]
+    with pytest.raises(ValueError, match="dtype must be .* for backend triton, got torch.float64"):
+        ops.pack([LAYER], plain, "triton", torch.float64)
+    with pytest.raises(ValueError, match="precision must be 'highest' for backend triton and .*16"):
+        ops.pack([LAYER], plain, "triton", torch.float16, "high")
+    with pytest.raises(ValueError, match="weights of layer 0 .*: pointwise_bias must be"):
+        ops.pack([LAYER], [{**plain[0], "pointwise_bias": torch.zeros(31)}], "triton")
+
+
+@installed
+@pytest.mark.parametrize("output", ops.OUTPUTS)
+def test_shapes_are_known_without_a_launch(output: str) -> None:
+    """torch.compile and export see fake results; a launch on the cpu would be an error."""
+    with torch.device("cpu"):
+        fast = FusedFastSCNN(fold(small_network()), "triton", torch.float16)
+    fast = fast.to("meta")
+    for x in (torch.empty(2, 3, 49, 65, device="meta", dtype=t) for t in (fast.dtype, torch.uint8)):
+        y = fast._run(x, output, None)
+        assert y.shape == ((2, 49, 65) if output == "labels" else (2, 5, 49, 65))
+        assert y.dtype == (torch.uint8 if output == "labels" else torch.float16)
+
+
+@installed
+def test_export() -> None:
+    """A graph of one op, for a device that need not be there."""
+    fast = FusedFastSCNN(fold(small_network()), "triton", torch.float32)
+    exported = torch.export.export(fast, (torch.zeros(1, 3, 40, 52),))
+    called = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.fastscnn.network.default]
+
+
+# ---------------------------------------------------------------- plans
+
+
+def network_plan(config: Config, shape: tuple[int, ...], dtype: torch.dtype) -> engine.Plan:
+    from fastscnn_fast.kernels import weights as layout
+
+    layers = program(config)
+    pieces, _ = layout.layout(layers, dtype, 64)
+    picture = launch.Buffer.dense("x", dtype, shape)
+    out = launch.Buffer.dense("out", dtype, (shape[0], config.num_classes, *shape[2:]))
+    return engine.network_plan(layers, picture, out, pieces, dtype, 80, "logits")
+
+
+def lives(plan: engine.Plan) -> Iterator[tuple[str, int, int, int, int]]:
+    """Name, first and last launch, first byte and end of each scratch memory."""
+    names = {b.memory for launch in plan.launches for b in launch.buffers.values()}
+    for name in names - set(engine.EXTERNAL):
+        at = [
+            (index, buffer)
+            for index, launch in enumerate(plan.launches)
+            for buffer in launch.buffers.values()
+            if buffer.memory == name
+        ]
+        begin = plan.offsets[name]
+        end = begin + max(buffer.bytes for _, buffer in at)
+        yield name, at[0][0], at[-1][0], begin, end
+
+
+def assert_disjoint(plan: engine.Plan) -> None:
+    memories = list(lives(plan))
+    for one in memories:
+        _, first, last, begin, end = one
+        assert 0 <= begin < end <= plan.bytes and begin % 512 == 0
+        for other in memories:
+            if one != other and first <= other[2] and other[1] <= last:
+                assert end <= other[3] or other[4] <= begin, (one, other)
+
+
+@installed
+@given(
+    launches=st.lists(
+        st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5000)), min_size=1, max_size=4),
+        max_size=12,
+    )
+)
+def test_memories_in_use_at_once_do_not_overlap(launches: list[list[tuple[int, int]]]) -> None:
+    """Launches of any scratch memories, each of any sizes."""
+    plan = engine.Plan.of(
+        [
+            launch.Launch(
+                None,
+                (1,),
+                {
+                    f"{position}": launch.Buffer.dense(f"memory{name}", torch.uint8, (size,))
+                    for position, (name, size) in enumerate(buffers)
+                },
+                4,
+                2,
+            )
+            for buffers in launches
+        ]
+    )
+    assert_disjoint(plan)
+
+
+@installed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 3, 512, 1024), (3, 3, 33, 49)])
+def test_a_network_reuses_its_memories(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    plan = network_plan(Config(), shape, dtype)
+    assert_disjoint(plan)
+    assert plan.bytes < 0.7 * sum(end - begin for *_, begin, end in lives(plan))
+
+
+@installed
+def test_64_bit_offsets_are_used_where_32_may_not_do() -> None:
+    def of(*shape: int) -> launch.Buffer:
+        return launch.Buffer.dense("x", torch.float16, shape)
+
+    assert not launch.wide(of(1, 2**31 - 1))
+    assert launch.wide(of(1, 2**31)) and launch.wide(of(1, 2, 2), of(1, 2**15, 2**16))
+    assert not launch.wide(of(2**20, 2**15, 2**15))  # images are told apart in 64 bits
+    negative = launch.Buffer("x", torch.uint8, (1, 2, 3), (6, -(2**31), 1))
+    assert launch.wide(negative)
+
+
+@installed
+def test_offsets_of_64_bits_reach_the_kernels() -> None:
+    """The stem's input is then the first that needs them."""
+    huge = network_plan(Config(**SMALL), (1, 3, 2**15, 2**15 - 1), torch.float16)
+    assert [launch.arguments.get("WIDE") for launch in huge.launches][0] is True
+    plan = network_plan(Config(**SMALL), (4096, 3, 512, 1024), torch.float16)
+    assert not any(launch.arguments.get("WIDE", False) for launch in plan.launches)
+
+
+@installed
+def test_an_empty_batch_launches_nothing() -> None:
+    plan = network_plan(Config(**SMALL), (0, 3, 33, 49), torch.float32)
+    assert plan.bytes == 0
+    for one in plan.launches:
+        assert 0 in one.grid
+        one.run({})  # without any tensor
+
+
+# ---------------------------------------------------------------- arenas
+
+
+class Kernel:
+    """What a launch calls, with what it must see of its arena while it runs."""
+
+    def __init__(self, during: Any = lambda scratch: None) -> None:
+        self.during = during
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda scratch, **_: self.during(scratch)
+
+
+def plan_of(kernel: Kernel, size: int = 100) -> engine.Plan:
+    scratch = launch.Buffer.dense("scratch", torch.uint8, (size,))
+    return engine.Plan.of([launch.Launch(kernel, (1,), {"scratch": scratch}, 4, 2)])
+
+
+def free(pool: engine.Pool) -> int:
+    return sum(map(len, pool._free.values()))
+
+
+@installed
+def test_a_pool_is_bounded_and_keeps_the_most_recent() -> None:
+    seen: list[int] = []
+    plan = plan_of(Kernel(lambda scratch: seen.append(scratch.data_ptr())))
+    pool = engine.Pool(most=3)
+    for key in (0, 1, 2, 0, 3, 4):
+        pool.run(key, plan, CPU, {"weights": torch.zeros(0)})
+        assert free(pool) <= 3
+    assert [key for key, *_ in pool._free] == [0, 3, 4]
+    assert seen[0] == seen[3] and len(set(seen)) >= 3
+
+
+@installed
+def test_concurrent_calls_have_arenas_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls that wait for each other within their kernels; one arena each, and no more later."""
+    both, seen, errors = Barrier(2, timeout=30), set(), []
+    monkeypatch.setattr(engine, "_INTERPRETER", engine.nullcontext())  # no interpreter runs here
+
+    def during(scratch: torch.Tensor) -> None:
+        seen.add(scratch.data_ptr())
+        both.wait()
+
+    pool, plan = engine.Pool(), plan_of(Kernel(during))
+
+    def call() -> None:
+        try:
+            for _ in range(3):
+                pool.run("key", plan, CPU, {"weights": torch.zeros(0)})
+        except Exception as error:
+            errors.append(error)
+
+    threads = [Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(seen) == free(pool) == 2
+
+
+@installed
+def test_a_failed_call_leaves_the_pool_in_order() -> None:
+    def fail(scratch: torch.Tensor) -> None:
+        raise RuntimeError("a launch failed")
+
+    pool = engine.Pool()
+    with pytest.raises(RuntimeError, match="a launch failed"):
+        pool.run("key", plan_of(Kernel(fail)), CPU, {"weights": torch.zeros(0)})
+    pool.run("key", plan_of(Kernel()), CPU, {"weights": torch.zeros(0)})
+    assert free(pool) == 1
