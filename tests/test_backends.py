@@ -13,7 +13,7 @@ from helpers import Kernels, err, small_network
 
 from fastscnn_fast import backends, fuse, ops
 from fastscnn_fast.config import PRESETS, Config
-from fastscnn_fast.engines import cpu
+from fastscnn_fast.engines import cpu as engine
 
 CPU = torch.device("cpu")
 built = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
@@ -194,7 +194,7 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     assert fast(x).isfinite().all()
     cpu = backends.cpu_module()
     with pytest.raises(ValueError, match="isa must be one that this processor runs, got 'sse9'"):
-        _, *call = cpu._call(fast.program, fast.weights, fast.dtype)
+        _, *call = engine._call(fast.program, fast.weights, fast.dtype)
         cpu.network(("sse9", *call), ops._picture(x), "logits", 0)
 
 
