@@ -212,9 +212,15 @@ def _why_not_high(backend: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def report() -> dict[str, str | None]:
-    """Per backend: None where it runs float32 on this machine's default device, else the reason."""
-    config, cpu = Config(), torch.device("cpu")
-    return {name: b.why_not(config, cpu, torch.float32) for name, b in BACKENDS.items()}
+    """Per backend: None where it runs float32 on this machine's cpu or GPU, else the reason."""
+
+    def reason(backend: Backend) -> str | None:
+        why_not = backend.why_not(Config(), torch.device("cpu"), torch.float32)
+        if why_not is not None and backend.name != "cpu" and torch.cuda.is_available():
+            why_not = backend.why_not(Config(), torch.device("cuda"), torch.float32)
+        return why_not
+
+    return {name: reason(backend) for name, backend in BACKENDS.items()}
 
 
 def cpu_module() -> ModuleType:

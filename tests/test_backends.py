@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import Kernels, err, small_network
 
-from fastscnn_fast import backends, fuse, ops
+from fastscnn_fast import backends, fuse
 from fastscnn_fast.config import PRESETS, Config
 from fastscnn_fast.engines import cpu as engine
 
@@ -195,7 +195,7 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     cpu = backends.cpu_module()
     with pytest.raises(ValueError, match="isa must be one that this processor runs, got 'sse9'"):
         _, *call = engine._call(fast.program, fast.weights, fast.dtype)
-        cpu.network(("sse9", *call), ops._picture(x), "logits", 0)
+        cpu.network(("sse9", *call), engine._picture(x), "logits", 0)
 
 
 def test_without_the_extension_everything_runs_in_plain_torch():

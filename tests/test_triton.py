@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Barrier, Thread
@@ -20,15 +21,13 @@ from helpers import random_weights, small_network
 from hypothesis import given, strategies as st
 from layouts import SMALL
 
-from fastscnn_fast import FusedFastSCNN, backends, fuse, ops
+from fastscnn_fast import FusedFastSCNN, backends, cli, fuse, ops
 from fastscnn_fast.config import Config
 from fastscnn_fast.fold import fold
 from fastscnn_fast.packed import TAG
 from fastscnn_fast.plan import Layer, program
 
-if TYPE_CHECKING:
-    from fastscnn_fast.kernels import engine, launch
-elif find_spec("triton") is not None:
+if TYPE_CHECKING or find_spec("triton") is not None:
     from fastscnn_fast.kernels import engine, launch
 
 installed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -128,6 +127,21 @@ def test_it_is_chosen_by_itself_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -
     assert fuse(small_network()).backend == "cpu"
 
 
+@installed
+def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which Triton, and why the backend is off; on a machine with a GPU it is on."""
+    lines = []
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(backends, "architecture", lambda device: 90)
+        assert cli.main(["info"]) == 0
+        lines.append(capsys.readouterr().out.splitlines())
+    assert any(f"triton {version('triton')}" in line for line in lines[0])
+    why_not = "device must be cuda (or cpu with TRITON_INTERPRET=1), got cpu"
+    assert f"backend triton: cannot run: {why_not}" in lines[0]
+    assert "backend triton: can run" in lines[1]
+
+
 @pytest.mark.parametrize(
     ("found", "dtype", "reason"),
     [
@@ -177,8 +191,9 @@ def test_weights_of_another_dtype_or_layer_or_backend() -> None:
     plain = [random_weights(LAYER)]
     packed = ops.pack([LAYER], plain, "triton", torch.float16)
     x = torch.zeros(1, 16, 5, 6)
+    half = x.half()
 
-    def run(weights: Any = packed, x: Any = x.half(), layer: Any = LAYER) -> None:
+    def run(weights: Any = packed, x: Any = half, layer: Any = LAYER) -> None:
         ops.dsconv(x, weights, layer, "triton")
 
     with pytest.raises(ValueError, match="weights must be packed for torch.float32, got .*16"):
@@ -323,7 +338,7 @@ def test_64_bit_offsets_are_used_where_32_may_not_do() -> None:
 def test_offsets_of_64_bits_reach_the_kernels() -> None:
     """The stem's input is then the first that needs them."""
     huge = network_plan(Config(**SMALL), (1, 3, 2**15, 2**15 - 1), torch.float16)
-    assert [launch.arguments.get("WIDE") for launch in huge.launches][0] is True
+    assert huge.launches[0].arguments["WIDE"] is True
     plan = network_plan(Config(**SMALL), (4096, 3, 512, 1024), torch.float16)
     assert not any(launch.arguments.get("WIDE", False) for launch in plan.launches)
 
