@@ -31,6 +31,8 @@ _PAUSE = 0.05  # seconds
 Call = Callable[[], Tensor]
 #: Samples of one turn.
 Probe = Callable[[], Sequence[float]]
+#: Makes the probe of a call of so many pictures, with so many timed calls in a turn: as :func:`clock`.
+Timer = Callable[[Call, int, int], Probe]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,12 @@ class Bounds:
 
 _FLOAT32 = Bounds(1e-5, 1e-4, 2.0)
 #: By arithmetic.
-BOUNDS = {"float32": _FLOAT32, "high": _FLOAT32, "bfloat16": Bounds(0.0, 5e-3, 1.5)}
+BOUNDS = {
+    "float32": _FLOAT32,
+    "high": _FLOAT32,
+    "bfloat16": Bounds(0.0, 5e-3, 1.5),
+    "float16": Bounds(0.0, 1e-3, 1.5),
+}
 
 
 @dataclass(frozen=True)
@@ -235,6 +242,8 @@ def race(
     rounds: int,
     calls: int = 1,
     probes: Mapping[str, Probe] | None = None,
+    bounds: Mapping[str, Bounds] = BOUNDS,
+    timer: Timer | None = None,
 ) -> tuple[list[Result], dict[str, list[float]]]:
     """Parity first, then ``rounds`` turns of all contestants, of ``calls`` timed calls each.
 
@@ -242,15 +251,18 @@ def race(
         exact: float64 logits (N, K, H, W).
         eager: eager torch's own parity, by arithmetic.
         probes: what else is measured in each turn, such as roofs.
+        bounds: of parity, by arithmetic.
+        timer: :func:`clock` by default.
 
     Returns:
         The results, and the samples of the probes.
     """
     parity = {c.name: Parity.of(c.call(), exact) for c in contestants}
     passed = {
-        c.name: BOUNDS[c.arithmetic].hold(parity[c.name], eager[c.arithmetic]) for c in contestants
+        c.name: bounds[c.arithmetic].hold(parity[c.name], eager[c.arithmetic]) for c in contestants
     }
-    turns = {c.name: clock(c.call, len(exact), calls) for c in contestants if passed[c.name]}
+    timer = clock if timer is None else timer
+    turns = {c.name: timer(c.call, len(exact), calls) for c in contestants if passed[c.name]}
     samples = interleaved({**turns, **(probes or {})}, rounds)
     quantiles = {name: np.quantile(samples.pop(name), (0.2, 0.5, 0.8)).tolist() for name in turns}
     results = []
@@ -352,11 +364,15 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 3 else f"{value:.3f}"
+
+
 def row(r: Result, compared: Mapping[str, str]) -> dict[str, str]:
     """A result as cells of :func:`markdown`, among them ``compared`` where parity allows to tell a speed."""
     speed = {
-        "median ms": f"{r.median:.1f}",
-        "20-80 % ms": f"{r.low:.1f}-{r.high:.1f}",
+        "median ms": _ms(r.median),
+        "20-80 % ms": f"{_ms(r.low)}-{_ms(r.high)}",
         "pictures/s": f"{1000 / r.median:.1f}",
         **compared,
     }
@@ -397,7 +413,8 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], about: dict[s
 #: Of bars, by how the name starts.
 COLOURS = {
     EAGER: "#8d939e",
-    COMPILED: "#5c6370",
+    "torch.compile": "#5c6370",
+    "TensorRT": "#3b6ea8",
     "onnxruntime": "#3b6ea8",
     "OpenVINO": "#7b5aa6",
 }
@@ -426,7 +443,7 @@ def plot(path: str | Path, results: Sequence[Result], title: str, columns: int =
             if r.passed:
                 whiskers = [[r.median - r.low], [r.high - r.median]]
                 axes.barh(place, r.median, xerr=whiskers, color=colour, ecolor="#222222")
-                text = f"{r.median:.1f} ms" + (f"  ({r.speedup:.2f}x)" if r.speedup else "")
+                text = f"{_ms(r.median)} ms" + (f"  ({r.speedup:.2f}x)" if r.speedup else "")
             end = r.high if r.passed else 0
             axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(own)), [r.name for r in own])

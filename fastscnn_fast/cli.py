@@ -1,4 +1,4 @@
-"""The command line: segment, demo, bench, export, train, evaluate, info."""
+"""The command line: segment, demo, bench, export, tune, train, evaluate, info."""
 
 from __future__ import annotations
 
@@ -191,6 +191,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_export)
 
+    command = commands.add_parser(
+        "tune",
+        help="measure on your GPU how each layer runs fastest, and keep it",
+        description="Time each layer's kernel in several tiles, and plain torch with batch norm folded, on the"
+        " GPU in use, after parity. What is fastest is kept in ~/.cache/fastscnn_fast/tune.json, or where"
+        " FASTSCNN_TUNE_CACHE says, by GPU and versions of torch and triton; the triton backend follows it at"
+        " these sizes from then on. Not measured on a GPU yet.",
+    )
+    network = command.add_mutually_exclusive_group()
+    network.add_argument(
+        "--preset", choices=PRESETS, default="paper", help="architecture (%(default)s)"
+    )
+    network.add_argument("--weights", type=Path, metavar="F", help="that of a checkpoint instead")
+    command.add_argument(
+        "--size",
+        type=options.size,
+        nargs="+",
+        metavar="HxW",
+        default=[(512, 1024)],
+        help="picture sizes (512x1024)",
+    )
+    command.add_argument(
+        "--batch", type=options.count, metavar="N", default=1, help="pictures a call (%(default)s)"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=options.DTYPES,
+        default="float16",
+        help="dtype to compute in (%(default)s)",
+    )
+    options.add_precision(command)
+    command.set_defaults(run=_tune)
+
     train.add_arguments(
         commands.add_parser(
             "train",
@@ -371,7 +404,7 @@ def _report(results: Sequence[bench.Result], about: dict[str, str]) -> None:
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
 
 
-# bench, export, info
+# bench, export, tune, info
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -404,6 +437,35 @@ def _export(args: argparse.Namespace) -> int:
         f"x = (pixels / 255 - mean) / std with mean {config.mean}, std {config.std}"
     )
     return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise backends.CannotRun("tune measures on a GPU, and torch finds none on this machine")
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), options.DTYPES[args.dtype]
+    if args.weights is None:
+        model = bench.untrained_model(args.preset)
+    else:
+        model = load_checkpoint(args.weights)
+    backends.choose("triton", model.config, device, dtype)
+    from .kernels import choices, tune  # they need triton
+
+    layers = []
+    chosen: dict[str, choices.Choice] = {}
+    for found in tune.tune(model, args.size, args.batch, dtype, args.precision, device):
+        print(found.summary, flush=True)
+        layers.append(found)
+        if found.best is not None:
+            chosen[found.key] = found.best.choice
+            file = choices.save(chosen, device)  # at once: an interruption loses one layer
+    print("\n" + bench.markdown([found.row() for found in layers]))
+    for found in layers:
+        for trial in found.trials:
+            if trial.problem:
+                print(f"left out: {found.name}, {tune.named(trial.choice)}: {trial.problem}")
+    if chosen:
+        print(f"wrote {file}")
+    return 0 if len(chosen) == len(layers) else 1
 
 
 def _info(args: argparse.Namespace) -> int:

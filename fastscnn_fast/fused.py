@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import backends, ops, structure
 from .fold import FoldedWeights, fold
+from .graphs import Graphs
 
 if TYPE_CHECKING:
     from .model import FastSCNN
@@ -35,9 +36,15 @@ class FusedFastSCNN(nn.Module):
     weights: Tensor
 
     def __init__(
-        self, folded: FoldedWeights, backend: str, dtype: torch.dtype, precision: str = "highest"
+        self,
+        folded: FoldedWeights,
+        backend: str,
+        dtype: torch.dtype,
+        precision: str = "highest",
+        cuda_graph: str = "auto",
     ) -> None:
         super().__init__()
+        self._graphs = Graphs(cuda_graph)
         self.config = folded.config
         self.backend = backend
         self.dtype = dtype
@@ -80,7 +87,7 @@ class FusedFastSCNN(nn.Module):
             raise TypeError(f"x must be of dtype {self.dtype} or torch.uint8, got {x.dtype}")
         weights = self._buffers["weights"]  # as self.weights, which takes its time
         assert weights is not None
-        return ops.network(x, weights, self.program, output, self.backend, self.dtype, out)
+        return self._graphs.network(x, weights, self.program, output, self.backend, self.dtype, out)
 
     def extra_repr(self) -> str:
         return (
@@ -94,6 +101,7 @@ def fuse(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
     precision: str = "highest",
+    cuda_graph: str = "auto",
 ) -> FusedFastSCNN:
     """The fused copy of ``model`` as it is in eval mode, on the model's device.
 
@@ -105,11 +113,15 @@ def fuse(
             compute each product as three of bfloat16 on the cpu backend, where the processor has AMX (an
             infinite activation becomes NaN there), and in TF32 on the triton backend, where the GPU has it.
             All else runs in "highest", with a logged reason.
+        cuda_graph: on GPUs, "auto" captures a call as a CUDA graph when an input's shape, strides and dtype
+            are seen a second time, "on" the first time, "off" never. A graph keeps an input, a result and
+            the scratch memory; the 8 shapes used last are kept. Not measured on a GPU.
 
     Raises:
         TypeError: not a FastSCNN.
-        ValueError: unknown backend or precision, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
-        CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why.
+        ValueError: unknown backend, precision or cuda_graph, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
+        CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why;
+            or cuda_graph is "on" and the model is on no CUDA device.
     """
     from .model import FastSCNN
 
@@ -123,5 +135,6 @@ def fuse(
     dtype = weight.dtype if dtype is None else dtype
     chosen = backends.choose(backend, model.config, weight.device, dtype)
     precision = backends.choose_precision(precision, backend, chosen, weight.device, dtype)
+    Graphs(cuda_graph).check(weight.device)
     with torch.inference_mode(False):  # the copy outlives the caller's mode
-        return FusedFastSCNN(fold(model), chosen, dtype, precision).to(weight.device)
+        return FusedFastSCNN(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)

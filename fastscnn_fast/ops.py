@@ -346,7 +346,13 @@ def _addresses(x: Tensor) -> tuple[int, int]:
     return (x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size())
 
 
-def _network_out(x: Tensor, *args: Any, out: Tensor) -> None:
+def check_network_out(x: Tensor, *args: Any, out: Tensor) -> None:
+    """Whether ``out`` can be filled by the network on x; ``args`` as of the op.
+
+    Raises:
+        TypeError, ValueError: it cannot, and why.
+        RuntimeError: a gradient is wanted.
+    """
     _network_check_out(x, *args, out=out)
     begin, end = _addresses(out)
     if begin % out.element_size():
@@ -357,6 +363,10 @@ def _network_out(x: Tensor, *args: Any, out: Tensor) -> None:
             raise ValueError(f"out must not share memory with {name}, got overlapping memory")
     if is_differentiated(x) or is_differentiated(out):
         _no_gradient()
+
+
+def _network_out(x: Tensor, *args: Any, out: Tensor) -> None:
+    check_network_out(x, *args, out=out)
     torch.autograd.graph.increment_version(out)
     _network_fill(out, x, *args)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .plan import Layer
 
@@ -80,15 +81,33 @@ def tag(program: Program, layout: int, dtype_index: int, size: int) -> Tensor:
     return torch.frombuffer(bytearray(bytes_), dtype=torch.uint8)
 
 
+_tags = WeakTensorKeyDictionary()
+
+
+def counted(weights: Tensor) -> int:
+    """How often ``weights`` was written to, as far as torch counts."""
+    return 0 if weights.is_inference() else weights._version
+
+
+def _tag_of(weights: Tensor) -> tuple[int, ...]:
+    """Read once: on a GPU that waits for the device, which the capture of a CUDA graph forbids."""
+    version = counted(weights)
+    known = _tags.get(weights)
+    if known is None or known[0] != version:
+        whole = weights.numel() >= TAG.size
+        bytes_ = bytes(weights[: TAG.size].cpu().numpy()) if whole else bytes(TAG.size)
+        known = _tags[weights] = (version, TAG.unpack(bytes_))
+    fields: tuple[int, ...] = known[1]
+    return fields
+
+
 def layout_of(weights: Tensor, program: Program, backend: str) -> tuple[int, int]:
     """Layout and dtype index of weights that were packed in Python.
 
     Raises:
         ValueError: weights of another format or of other layers.
     """
-    known = weights.numel() >= TAG.size
-    tag = bytes(weights[: TAG.size].cpu().numpy()) if known else bytes(TAG.size)
-    magic, version, layout, dtype_index, program_hash, size = TAG.unpack(tag)
+    magic, version, layout, dtype_index, program_hash, size = _tag_of(weights)
     if (magic, version) != (MAGIC, VERSION):
         raise ValueError(f"weights must be packed for the {backend} backend, got another layout")
     if program_hash != program.hash or size != weights.numel():

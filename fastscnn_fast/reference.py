@@ -6,7 +6,9 @@ All take and return (N, C, H, W) tensors, in any floating dtype; ``weights`` hol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,12 +113,45 @@ def upsample_classify(x: Tensor, layer: Layer, size: Sequence[int], output: str)
     return y.argmax(1).to(torch.uint8) if output == "labels" else y
 
 
-_UNARY = {
+_OPS: dict[str, Callable[..., Tensor]] = {
     "stem_conv": stem_conv,
     "dsconv": dsconv,
     "inverted_residual": inverted_residual,
     "pyramid_pooling": pyramid_pooling,
+    "feature_fusion": feature_fusion,
 }
+
+
+def run(
+    layer: Layer,
+    inputs: Sequence[Tensor],
+    weights: Weights,
+    size: Sequence[int],
+    output: str = "logits",
+) -> Tensor:
+    """``layer``'s op on ``inputs``, feature_fusion's being (high, low).
+
+    ``size`` and ``output`` count for upsample_classify only.
+    """
+    if layer.op == "upsample_classify":
+        return upsample_classify(inputs[0], layer, size, output)
+    return _OPS[layer.op](*inputs, layer, weights)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether cuDNN's convolutions may round float32 to TF32."""
+    where: Any = torch.backends.cudnn
+    name = "allow_tf32"
+    value: bool | str = allowed
+    if hasattr(where, "conv"):  # torch 2.9 and later
+        where, name, value = where.conv, "fp32_precision", "tf32" if allowed else "ieee"
+    before = getattr(where, name)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
 
 
 def network(
@@ -125,12 +160,8 @@ def network(
     """The whole network: ``layers`` as :func:`fastscnn_fast.plan.program` lists them."""
     size, high = x.shape[2:], x
     for index, (layer, tensors) in enumerate(zip(layers, weights, strict=True)):
-        if layer.op == "feature_fusion":
-            x = feature_fusion(high, x, layer, tensors)
-        elif layer.op == "upsample_classify":
-            x = upsample_classify(x, layer, size, output)
-        else:
-            x = _UNARY[layer.op](x, layer, tensors)
+        inputs = (high, x) if layer.op == "feature_fusion" else (x,)
+        x = run(layer, inputs, tensors, size, output)
         if index == 2:  # the end of learning to downsample
             high = x
     return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
@@ -11,19 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastscnn_fast import reference
+from fastscnn_fast.packed import counted
 from fastscnn_fast.plan import Layer
 
 from . import (
+    choices,
     dsconv,
     feature_fusion,
     inverted_residual,
     pyramid_pooling,
     stem_conv,
     upsample_classify,
+    weights as layout,
 )
+from .choices import Choices
 from .launch import Buffer, Launch, rounded_up
-from .tiles import Architecture, tile
+from .tiles import Architecture, Tile, tile
 
 EXTERNAL = ("x", "high", "low", "weights", "out")
 _INTERPRETER = Lock()  # which patches triton.language for the whole process while a kernel runs
@@ -47,21 +53,80 @@ def activation(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Launches in order, and where their scratch memories lie in one arena of ``bytes``."""
+class TorchStep:
+    """One fused op by plain torch, where :mod:`.choices` says that it is the fastest.
 
-    launches: tuple[Launch, ...]
+    ``arguments`` are the op's activations and its pieces of packed weights. Tensors of EXTERNAL memories are
+    (N, C, H, W), scratch ones are views (N, H, W, C).
+    """
+
+    layer: Layer
+    arguments: Mapping[str, Buffer]
+    dtype: torch.dtype
+    output: str
+    tf32: bool
+
+    @property
+    def buffers(self) -> Mapping[str, Buffer]:
+        return self.arguments
+
+    def plain(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The op's weights, as :mod:`fastscnn_fast.reference` takes them."""
+        return {
+            name: value.to(self.dtype, copy=True, memory_format=torch.channels_last)
+            if value.dim() == 4
+            else value.to(self.dtype, copy=True)
+            for name, value in layout.unpacked(self.layer, pieces).items()
+        }
+
+    def run(self, values: Mapping[str, Any], plain: Mapping[str, Tensor]) -> None:
+        """On the current device and stream; ``values`` has a tensor for every activation."""
+        layer = self.layer
+        *inputs, out = (
+            values[name] if self.arguments[name].memory in EXTERNAL else _planes(values[name])
+            for name in (*input_names(layer), "out")
+        )
+        with (
+            torch.autocast(out.device.type, enabled=False),
+            torch.no_grad(),
+            reference.tf32(self.tf32),
+        ):
+            out.copy_(reference.run(layer, inputs, plain, out.shape[-2:], self.output))
+            channels = out.shape[1]
+            padding = layout.padded(channels) - channels
+            if layer.op != "upsample_classify" and padding and out.stride(1) == 1:
+                shape = (out.shape[0], padding, *out.shape[2:])
+                out.as_strided(shape, out.stride(), out.storage_offset() + channels).zero_()
+
+
+def input_names(layer: Layer) -> tuple[str, ...]:
+    return ("high", "low") if layer.op == "feature_fusion" else ("x",)
+
+
+def _planes(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order, and where their scratch memories lie in one arena of ``bytes``."""
+
+    steps: tuple[Launch | TorchStep, ...]
     offsets: Mapping[str, int]
     bytes: int
 
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Launch))
+
     @staticmethod
-    def of(launches: Sequence[Launch]) -> Plan:
+    def of(steps: Sequence[Launch | TorchStep]) -> Plan:
         """Places each scratch memory where none lies that is in use at the same time."""
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         size: dict[str, int] = {}
-        for index, launch in enumerate(launches):
-            for buffer in launch.buffers.values():
+        for index, step in enumerate(steps):
+            for buffer in step.buffers.values():
                 if buffer.memory not in EXTERNAL:
                     first.setdefault(buffer.memory, index)
                     last[buffer.memory] = index
@@ -82,42 +147,63 @@ class Plan:
                 at = max(at, end)
             offsets[name] = at
         total = max((offsets[n] + size[n] for n in size), default=0)
-        return Plan(tuple(launches), offsets, total)
+        return Plan(tuple(steps), offsets, total)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer with the memory that it reads and writes; ``inputs`` of feature_fusion are (high, low)."""
+
+    layer: Layer
+    inputs: tuple[Buffer, ...]
+    out: Buffer
+    weights: Mapping[str, Buffer]
+
+    def key(self, dtype: torch.dtype, precision: str, output: str) -> str:
+        return choices.layer_key(self.layer, self.inputs, self.out, dtype, precision, output)
+
+    def tile(self, dtype: torch.dtype, architecture: Architecture) -> Tile:
+        """The one in use where nothing was tuned."""
+        return tile(self.layer, dtype, architecture)
 
 
 def op_plan(
     layer: Layer,
     inputs: Sequence[Buffer],
     out: Buffer,
-    weights: dict[str, Buffer],
+    weights: Mapping[str, Buffer],
     dtype: torch.dtype,
     architecture: Architecture,
     output: str = "logits",
     precision: str = "ieee",
+    chosen: Choices = choices.NONE,
 ) -> Plan:
     """One fused op, in the order of its launches."""
-    return Plan.of(_launches(layer, inputs, out, weights, dtype, architecture, output, precision))
+    place = Place(layer, tuple(inputs), out, weights)
+    return Plan.of(_steps(place, dtype, architecture, output, precision, chosen))
 
 
-def _launches(
-    layer: Layer,
-    inputs: Sequence[Buffer],
-    out: Buffer,
-    weights: dict[str, Buffer],
+def _steps(
+    place: Place,
     dtype: torch.dtype,
     architecture: Architecture,
     output: str,
     precision: str,
-) -> list[Launch]:
-    cut = tile(layer, dtype, architecture)
+    chosen: Choices,
+) -> list[Launch | TorchStep]:
+    layer, out, weights = place.layer, place.out, dict(place.weights)
+    cut = chosen.get(place.key(dtype, precision, output)) or place.tile(dtype, architecture)
+    if cut == choices.TORCH:
+        arguments = {**dict(zip(input_names(layer), place.inputs)), "out": out, **weights}
+        return [TorchStep(layer, arguments, dtype, output, precision == "tf32")]
     if layer.op == "stem_conv":
-        return stem_conv.launches(layer, inputs[0], out, weights, cut, precision)
+        return [*stem_conv.launches(layer, place.inputs[0], out, weights, cut, precision)]
     if layer.op == "feature_fusion":
-        high, low = inputs
-        return feature_fusion.launches(layer, high, low, out, weights, cut, precision)
+        high, low = place.inputs
+        return [*feature_fusion.launches(layer, high, low, out, weights, cut, precision)]
     if layer.op == "upsample_classify":
-        return upsample_classify.launches(layer, inputs[0], out, output, cut, precision)
-    return _PLANES[layer.op](layer, inputs[0], out, weights, cut, precision)
+        return [*upsample_classify.launches(layer, place.inputs[0], out, output, cut, precision)]
+    return [*_PLANES[layer.op](layer, place.inputs[0], out, weights, cut, precision)]
 
 
 def network_plan(
@@ -129,13 +215,30 @@ def network_plan(
     architecture: Architecture,
     output: str,
     precision: str = "ieee",
+    chosen: Choices = choices.NONE,
 ) -> Plan:
     """The whole network on ``picture`` (N, C, H, W); layers as plan.program lists them."""
-    launches: list[Launch] = []
+    return Plan.of(
+        [
+            step
+            for place in places(layers, picture, out, weights, dtype)
+            for step in _steps(place, dtype, architecture, output, precision, chosen)
+        ]
+    )
+
+
+def places(
+    layers: Sequence[Layer],
+    picture: Buffer,
+    out: Buffer,
+    weights: Sequence[dict[str, Buffer]],
+    dtype: torch.dtype,
+) -> Iterator[Place]:
+    """Where the network's layers read and write, in order."""
     x = high = picture
     height, width = picture.shape[2:]
     for index, (layer, pieces) in enumerate(zip(layers, weights, strict=True)):
-        inputs = [high, x] if layer.op == "feature_fusion" else [x]
+        inputs = (high, x) if layer.op == "feature_fusion" else (x,)
         if layer.op == "upsample_classify":
             y = out
         else:
@@ -150,54 +253,89 @@ def network_plan(
                 y = Buffer(memory, torch.float32, (images, height, width, classes), planes)
             else:
                 y = activation(memory, dtype, x.shape[0], height, width, layer.out_channels)
-        launches += _launches(layer, inputs, y, pieces, dtype, architecture, output, precision)
+        yield Place(layer, inputs, y, pieces)
         x = y
         if index == 2:  # the end of learning to downsample
             high = y
-    return Plan.of(launches)
+
+
+# Of torch steps, by packed weights: how often those were written to, and what was unpacked since.
+_plain = WeakTensorKeyDictionary()
+
+
+def _plain_of(step: TorchStep, weights: Tensor, pieces: Mapping[str, Tensor]) -> Any:
+    version = counted(weights)
+    known = _plain.get(weights)
+    if known is None or known[0] != version:
+        known = _plain[weights] = (version, {})
+    key = (step.layer, step.dtype, *(buffer.offset for buffer in step.buffers.values()))
+    if key not in known[1]:
+        known[1][key] = step.plain(pieces)
+    return known[1][key]
 
 
 class _Bound:
     """A plan with its arena, ready for one call at a time on one stream."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self._arena = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
         self._one_at_a_time = _INTERPRETER if device.type == "cpu" else nullcontext()
         self._weights: weakref.ref[Tensor] | None = None
-        self._calls: list[tuple[Launch, dict[str, Any], list[tuple[str, str]]]] = []
-        self._weight_buffers: list[tuple[dict[str, Any], list[tuple[str, Buffer]]]] = []
-        for launch in plan.launches:
-            fixed: dict[str, Any] = {}
-            given, own = [], []
-            for name, value in launch.arguments.items():
-                if not isinstance(value, Buffer):
-                    fixed[name] = value
-                elif value.memory == "weights":
-                    own.append((name, value))
-                elif value.memory in EXTERNAL:
-                    given.append((name, value.memory))
-                else:
-                    begin = plan.offsets[value.memory]
-                    fixed[name] = value.view(self._arena[begin:])
-            self._calls.append((launch, fixed, given))
-            self._weight_buffers.append((fixed, own))
+        self._version = 0
+        self._calls: list[
+            tuple[Launch | TorchStep, dict[str, Any], list[tuple[str, str]], dict[str, Buffer]]
+        ] = []
+        self._plain: list[Any] = []
+        with torch.inference_mode(False):  # a later call may be outside of it
+            self._arena = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
+            for step in plan.steps:
+                fixed: dict[str, Any] = {}
+                given, own = [], {}
+                for name, value in step.arguments.items():
+                    if not isinstance(value, Buffer):
+                        fixed[name] = value
+                    elif value.memory == "weights":
+                        own[name] = value
+                    elif value.memory in EXTERNAL:
+                        given.append((name, value.memory))
+                    else:
+                        begin = plan.offsets[value.memory]
+                        fixed[name] = value.view(self._arena[begin:])
+                self._calls.append((step, fixed, given, own))
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
         weights = tensors["weights"]
-        if self._weights is None or self._weights() is not weights:
-            self._weights = weakref.ref(weights)
-            for fixed, buffers in self._weight_buffers:
-                fixed.update((name, buffer.view(weights)) for name, buffer in buffers)
-        for launch, fixed, given in self._calls:
-            with self._one_at_a_time:
-                launch.run({**fixed, **{name: tensors[memory] for name, memory in given}})
+        if (
+            self._weights is None
+            or self._weights() is not weights
+            or self._version != counted(weights)
+        ):
+            self._bind(weights)
+        with self._one_at_a_time:
+            for (step, fixed, given, _), plain in zip(self._calls, self._plain):
+                values = {**fixed, **{name: tensors[memory] for name, memory in given}}
+                if isinstance(step, Launch):
+                    step.run(values)
+                else:
+                    step.run(values, plain)
+
+    def _bind(self, weights: Tensor) -> None:
+        self._plain = []
+        with torch.inference_mode(False):
+            for step, fixed, _, own in self._calls:
+                pieces = {name: buffer.view(weights) for name, buffer in own.items()}
+                if isinstance(step, Launch):
+                    fixed.update(pieces)
+                    self._plain.append(None)
+                else:
+                    self._plain.append(_plain_of(step, weights, pieces))
+        self._weights, self._version = weakref.ref(weights), counted(weights)
 
 
 class Pool:
     """Bound plans by device, stream and plan: taken for a call and given back, bounded in number.
 
     On one stream calls run in order, so a given-back arena may be taken at once; another stream or a
-    concurrent call gets one of its own.
+    concurrent call gets one of its own, and so does a call that is captured as a CUDA graph.
     """
 
     def __init__(self, most: int = 16) -> None:
@@ -208,8 +346,22 @@ class Pool:
     def run(
         self, key: Any, plan: Plan, device: torch.device, tensors: Mapping[str, Tensor]
     ) -> None:
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key = (key, device, stream)
+        if device.type != "cuda":
+            self._run((key, device), plan, device, tensors)
+            return
+        with torch.cuda.device(device):  # kernels are launched on the current one
+            key = (key, device, torch.cuda.current_stream().cuda_stream)
+            if torch.cuda.is_current_stream_capturing():
+                # An arena in the graph's private memory, which none but the graph uses.
+                with self._lock:
+                    self._free.pop(key, None)
+                _Bound(plan, device).run(tensors)
+            else:
+                self._run(key, plan, device, tensors)
+
+    def _run(
+        self, key: Any, plan: Plan, device: torch.device, tensors: Mapping[str, Tensor]
+    ) -> None:
         with self._lock:
             free = self._free.pop(key, [])
             bound = free.pop() if free else None

@@ -191,3 +191,26 @@ def fill(
             for dimension, size in enumerate(value.shape):
                 corner = corner.narrow(dimension, 0, size)
             corner.copy_(value)
+
+
+def unpacked(layer: Layer, pieces: Plain) -> dict[str, Tensor]:
+    """The plain weights (``layer.weights()``, float32) of packed ``pieces``: undoes :func:`plain_pieces`."""
+    shapes = layer.weights()
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    w = {}
+    for name, corner in plain_pieces(layer, empty).items():
+        value = pieces[name]
+        for dimension, size in enumerate(corner.shape):
+            value = value.narrow(dimension, 0, size)
+        w[name] = value.float()
+    if layer.op == "stem_conv":
+        w["weight"] = w["weight"].T.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        w["std"] = 1 / (255 * w.pop("scale"))
+        w["mean"] = -w.pop("shift") * w["std"]
+    if layer.op == "pyramid_pooling":
+        grids = w.pop("grid_weight").transpose(0, 1).flatten(1, 2)
+        w["out_weight"] = torch.cat([w["out_weight"], grids], 1).permute(2, 1, 0)
+        w["branch_weight"] = w["branch_weight"].transpose(-1, -2)
+    elif layer.op != "stem_conv":  # matrices lie transposed, depthwise weights too
+        w = {name: value.transpose(0, -1) for name, value in w.items()}
+    return {name: w[name].reshape(shape) for name, shape in shapes.items()}

@@ -8,11 +8,14 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
-from math import prod
+from math import nan, prod
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import small_network
 
 from fastscnn_fast import backends, bench, fuse, ops
 from fastscnn_fast.checkpoints import CAMVID11
@@ -22,6 +25,7 @@ from fastscnn_fast.plan import plan
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "benchmarks" / "bench_ops.py"
 BENCH_MODEL = ROOT / "benchmarks" / "bench_model.py"
+GPU = ROOT / "benchmarks" / "gpu.py"
 BENCH_FACTS = ROOT / "benchmarks" / "bench_facts.py"
 built = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
 
@@ -169,3 +173,89 @@ def test_a_time_needs_parity(tmp_path: Path) -> None:
     summary = run.stdout[run.stdout.index("fused ops:") :]
     (line,) = (line for line in summary.splitlines() if line.startswith("stem uint8 float32"))
     assert line.split()[6:] == [f"{raw['ms']:.3f}", *"-------"], line
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_benchmark_says_so() -> None:
+    run = subprocess.run(
+        [sys.executable, GPU, "--size", "64x96"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 2 and "torch finds no CUDA GPU" in run.stderr, run.stderr
+
+
+def test_the_gpu_benchmark_reads_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = runpy.run_path(str(GPU))["parser"]()
+    args = parser.parse_args(
+        ["--size", "64x96", "33x49", "--arithmetics", "float16", "--batch", "2"]
+    )
+    assert args.size == [(64, 96), (33, 49)] and args.arithmetics == ["float16"]
+    assert args.batch == 2 and args.preset == "paper" and args.weights is None
+    for wrong in (["--size", "64"], ["--arithmetics", "int8"], ["--rounds", "0"], ["--parts", "x"]):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(wrong)
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args(["--help"])
+    assert "--no-compile" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_measures_and_writes_with_a_clock_of_ours(tmp_path: Path) -> None:
+    """All but the GPU: the reference backend stands in for the kernels, the processor for the GPU."""
+    pytest.importorskip("matplotlib")
+    gpu = runpy.run_path(str(GPU))
+    model = small_network(bottleneck_repeats=(1, 1, 2))
+    given = gpu["Given"].draw(model, 2, (64, 96), torch.device("cpu"))
+    args = gpu["parser"]().parse_args(["--rounds", "1", "--calls", "3"])
+    asked = []
+
+    def clock(call: bench.Call, pictures: int, calls: int) -> bench.Probe:
+        asked.append((pictures, calls))
+        return lambda: [1.0, 2.0, 4.0]
+
+    with torch.inference_mode():
+        timers = gpu["Timers"](clock, clock)
+        races = list(gpu["measure"](given, "float32", ["reference"], args, timers))
+    results = [r for race in races for r in race]
+    assert set(asked) == {(2, 3)} and all(r.passed for r in results)
+    names = {"eager, channels-last", "fastscnn_fast reference"}
+    for race in races[2:]:
+        assert {r.name for r in race} == names
+    labels = {"eager", *names, "fastscnn_fast reference, uint8 pixels"}
+    assert {r.name for r in races[1]} == labels
+    assert [race[0].where["what"] for race in races[:3]] == [
+        "network, logits",
+        "network, labels",
+        "stem",
+    ]
+    assert len(races) == 2 + len({s.layer.encode() for s in plan(model.config, 64, 96)})
+    wrong = replace(results[-1], passed=False, median=nan, low=nan, high=nan, ratio=None)
+    gpu["write"](tmp_path, [*results, wrong], {"GPU": "a GPU", "torch": "2", "date": "today"})
+    text = (tmp_path / "gpu.md").read_text()
+    assert "parity failed" in text and "| fusion " in text and "- GPU: a GPU" in text
+    assert "| 2.000 " in text and text.count("| ratio") == 1
+    with open(tmp_path / "gpu.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results) + 1 and rows[0]["size"] == "2 of 64x96"
+    assert float(rows[0]["median"]) == 2 and rows[0]["GPU"] == "a GPU"
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gpu_benchmark_times_nothing_that_is_wrong() -> None:
+    gpu = runpy.run_path(str(GPU))
+    model = small_network(bottleneck_repeats=(1, 1, 1))
+    given = gpu["Given"].draw(model, 1, (64, 96), torch.device("cpu"))
+    fusion = next(p for p in gpu["places"](given, torch.float32) if p.layer.op == "feature_fusion")
+    (plain, ours) = gpu["layer_contestants"](fusion, "float32", ["reference"], False)
+    wrong = replace(ours, call=lambda: ours.call() * 1.001)
+    exact = fusion.run(*(x.double() for x in fusion.inputs), dtype=torch.float64)
+    eager = {"float32": bench.Parity.of(plain.call(), exact)}
+    bounds = gpu["LAYER_BOUNDS"]
+    for contestant, right in ((plain, True), (ours, True), (wrong, False)):
+        (result,), _ = bench.race({}, [contestant], exact, eager, 1, bounds=bounds)
+        assert result.passed == right

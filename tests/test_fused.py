@@ -504,11 +504,10 @@ def test_what_cannot_be_fused(model, fast):
             fuse(other)
     with pytest.raises(ValueError, match="backend must be auto or one of cuda, .*, got 'gpu'"):
         fuse(model, "gpu")
-    for backend in ("cuda", "triton"):
-        with pytest.raises(
-            RuntimeError, match=f"backend {backend} cannot run: this version has no"
-        ):
-            fuse(model, backend)
+    with pytest.raises(RuntimeError, match="backend cuda cannot run: this version has no CUDA"):
+        fuse(model, "cuda")
+    with pytest.raises(RuntimeError, match="backend triton cannot run: (device must be|the pack)"):
+        fuse(model, "triton")
     with pytest.raises(RuntimeError, match="dtype must be .*, got torch.float16"):
         fuse(model, "cpu", torch.float16)
     with pytest.raises(ValueError, match="precision must be one of highest, high, got 'medium'"):

@@ -543,7 +543,11 @@ PACKED = ops.pack([DSCONV[1]], [WEIGHTS], "cpu") if backends.isas() else None
         ({"x": X.byte()}, TypeError, "x must be of dtype torch.float32, .*, got torch.uint8"),
         ({"x": X.bfloat16()}, ValueError, "weights must be packed for torch.bfloat16, got .*32"),
         ({"x": X.to("meta")}, ValueError, "x must be on cpu, got meta"),
-        ({"backend": "tpu"}, ValueError, "backend must be one of reference, cpu, got 'tpu'"),
+        (
+            {"backend": "tpu"},
+            ValueError,
+            "backend must be one of reference, cpu, triton, got 'tpu'",
+        ),
         ({"layer": DSCONV[0]}, ValueError, r"x must be \(N, 32, H, W\), got shape"),
         ({"layer": INVERTED_RESIDUAL[0]}, ValueError, "layer must be one encoded dsconv"),
     ],

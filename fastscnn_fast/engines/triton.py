@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import backends
-from ..kernels import weights as layout
+from ..kernels import choices, weights as layout
+from ..kernels.choices import Choices
 from ..kernels.engine import Plan, Pool, network_plan, op_plan
 from ..kernels.launch import Buffer
 from ..kernels.tiles import INTERPRETER, Architecture
@@ -27,7 +27,7 @@ _LAYOUTS = {
 }
 
 
-def _products(precision: str, architecture: Architecture) -> str:
+def products(precision: str, architecture: Architecture) -> str:
     """PRECISION of kernels/common.py."""
     if architecture == INTERPRETER:
         return "interpreted"
@@ -35,7 +35,6 @@ def _products(precision: str, architecture: Architecture) -> str:
 
 
 _pool = Pool()
-_checked = WeakTensorKeyDictionary()
 
 
 @lru_cache(maxsize=256)
@@ -68,6 +67,7 @@ def _op_plan(
     output: str,
     architecture: Architecture,
     precision: str,
+    chosen: Choices,
 ) -> Plan:
     (layer,) = parsed(text).layers
     (pieces,), _ = _pieces(text, dtype)
@@ -85,7 +85,8 @@ def _op_plan(
         dtype,
         architecture,
         output,
-        _products(precision, architecture),
+        products(precision, architecture),
+        chosen,
     )
 
 
@@ -98,6 +99,7 @@ def _network_plan(
     output: str,
     architecture: Architecture,
     precision: str,
+    chosen: Choices,
 ) -> Plan:
     pieces, _ = _pieces(text, dtype)
     return network_plan(
@@ -108,21 +110,18 @@ def _network_plan(
         dtype,
         architecture,
         output,
-        _products(precision, architecture),
+        products(precision, architecture),
+        chosen,
     )
 
 
 def _precision(weights: Tensor, text: str, dtype: torch.dtype) -> str:
-    """What the weights are packed for. Their tag is read once: on a GPU that waits for the device."""
-    version = 0 if weights.is_inference() else weights._version
-    known = _checked.get(weights)
-    if known is None or known[:2] != (version, text):
-        at, _ = layout_of(weights, parsed(text), "triton")
-        if at not in _LAYOUTS:
-            raise ValueError("weights must be packed for the triton backend, got another layout")
-        known = _checked[weights] = (version, text, *_LAYOUTS[at])
-    check_dtype(known[2], dtype)
-    precision: str = known[3]
+    """What the weights are packed for."""
+    at, _ = layout_of(weights, parsed(text), "triton")
+    if at not in _LAYOUTS:
+        raise ValueError("weights must be packed for the triton backend, got another layout")
+    packed, precision = _LAYOUTS[at]
+    check_dtype(packed, dtype)
     return precision
 
 
@@ -171,8 +170,11 @@ class _Engine:
         precision = _precision(weights, layer, dtype)
         key = (layer, tuple(map(_where, inputs.values())), _where(out), dtype, output)
         architecture = backends.architecture(out.device)
-        plan = _op_plan(*key, architecture, precision)
-        _pool.run((*key, precision), plan, out.device, {**inputs, "weights": weights, "out": out})
+        chosen = choices.load(out.device)
+        plan = _op_plan(*key, architecture, precision, chosen)
+        _pool.run(
+            (*key, precision, chosen), plan, out.device, {**inputs, "weights": weights, "out": out}
+        )
 
     def network(
         self,
@@ -185,9 +187,10 @@ class _Engine:
     ) -> None:
         precision = _precision(weights, program, dtype)
         key = (program, _where(x), _where(out), dtype, output)
-        plan = _network_plan(*key, backends.architecture(out.device), precision)
+        chosen = choices.load(out.device)
+        plan = _network_plan(*key, backends.architecture(out.device), precision, chosen)
         tensors = {"x": x, "weights": weights, "out": out}
-        _pool.run((*key, precision), plan, out.device, tensors)
+        _pool.run((*key, precision, chosen), plan, out.device, tensors)
 
 
 ENGINE = _Engine()

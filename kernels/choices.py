@@ -1,0 +1,171 @@
+"""What ``fastscnn_fast tune`` found fastest on a GPU: one JSON file, read when a plan is made.
+
+    {"schema": 1, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}} or "torch"}}}
+
+ENVIRONMENT is all that a time depends on but the layer (:func:`environment`), LAYER the layer and its shapes
+(:func:`layer_key`). A file that cannot be read, or is of another schema, is ignored with one logged reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import triton
+
+from fastscnn_fast.backends import architecture, log_once
+from fastscnn_fast.packed import encode
+from fastscnn_fast.plan import Layer
+
+from .launch import Buffer
+from .tiles import INTERPRETER, Tile
+
+#: Raised when the meaning of the file changes, or the kernels so much that old choices mislead.
+SCHEMA = 1
+
+VARIABLE = "FASTSCNN_TUNE_CACHE"
+
+#: The plain-torch op instead of a kernel.
+TORCH: Literal["torch"] = "torch"
+Choice = Tile | Literal["torch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """The choices for one environment, by :func:`layer_key`; hashed by identity, for caches of plans."""
+
+    by_layer: Mapping[str, Choice]
+
+    def get(self, key: str) -> Choice | None:
+        return self.by_layer.get(key)
+
+
+NONE = Choices({})
+
+
+def path() -> Path:
+    """FASTSCNN_TUNE_CACHE, else ~/.cache/fastscnn_fast/tune.json."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else Path.home() / ".cache" / "fastscnn_fast" / "tune.json"
+
+
+def environment(device: torch.device) -> str:
+    """GPU, compute capability, versions of triton and torch."""
+    found = architecture(device)
+    name = INTERPRETER if found == INTERPRETER else torch.cuda.get_device_name(device)
+    return f"{name} | {found} | triton {triton.__version__} | torch {torch.__version__}"
+
+
+def layer_key(
+    layer: Layer,
+    inputs: Sequence[Buffer],
+    out: Buffer,
+    dtype: torch.dtype,
+    precision: str,
+    output: str,
+) -> str:
+    """``precision`` as in common.py; ``output`` counts for upsample_classify only."""
+    shapes = [
+        f"{buffer.dtype}".removeprefix("torch.") + " " + "x".join(map(str, buffer.shape))
+        for buffer in (*inputs, out)
+    ]
+    name = f"{layer.op} {output}" if layer.op == "upsample_classify" else layer.op
+    return " | ".join([name, encode([layer]), *shapes, f"{dtype}", precision])
+
+
+def load(device: torch.device) -> Choices:
+    """The choices for ``device``, none where there is no file; read once until :func:`save` is called."""
+    return _load(os.environ.get(VARIABLE), device)
+
+
+@lru_cache(maxsize=16)
+def _load(named: str | None, device: torch.device) -> Choices:
+    file, where = path(), environment(device)
+    try:
+        known = _read(file)
+    except FileNotFoundError:
+        return NONE
+    except (OSError, ValueError) as error:
+        log_once(f"{file} is ignored: {error}")
+        return NONE
+    if where not in known:
+        log_once(
+            f"{file} is ignored: it has no choices for {where} (fastscnn_fast tune makes them)"
+        )
+        return NONE
+    return Choices(known[where])
+
+
+def _read(file: Path) -> dict[str, dict[str, Choice]]:
+    """The choices by environment and layer.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged or of another schema.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is damaged ({error})") from None
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"schema must be {SCHEMA}, got {schema!r}")
+    try:
+        return {
+            where: {key: _decode(choice) for key, choice in layers.items()}
+            for where, layers in value["choices"].items()
+        }
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"it is damaged ({error!r})") from None
+
+
+def _decode(value: Any) -> Choice:
+    if value == TORCH:
+        return TORCH
+    tile = value["tile"]
+    known = {field.name for field in fields(Tile)}
+    if set(tile) != known or not all(type(v) is int and v >= 1 for v in tile.values()):
+        raise ValueError(f"tile must have {', '.join(sorted(known))}, each at least 1, got {tile}")
+    return Tile(**tile)
+
+
+def save(found: Mapping[str, Choice], device: torch.device) -> Path:
+    """Adds ``found`` to the file, which is replaced in one step; what it held for other layers stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file, where = path(), environment(device)
+    try:
+        known = _read(file)
+    except FileNotFoundError:
+        known = {}
+    except ValueError as error:
+        log_once(f"{file} is replaced: {error}")
+        known = {}
+    known[where] = {**known.get(where, {}), **found}
+    encoded = {
+        place: {
+            key: choice if choice == TORCH else {"tile": asdict(choice)}
+            for key, choice in layers.items()
+        }
+        for place, layers in known.items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+    try:
+        with open(handle, "w", encoding="utf-8") as written:
+            json.dump({"schema": SCHEMA, "choices": encoded}, written, indent=1)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _load.cache_clear()
+    return file

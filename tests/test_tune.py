@@ -1,0 +1,366 @@
+"""Tuning: measured with a clock of the test's own under Triton's interpreter, kept, and followed by the engine.
+
+Triton decides when it is imported whether it interprets, so one test runs the rest of this file in a process
+of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import err, noise, randomise, small_network
+
+from fastscnn_fast import FastSCNN, backends, bench, cli, fuse
+from fastscnn_fast.packed import encode
+from fastscnn_fast.plan import program
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+SIZE = (64, 96)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_under_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__, "-p", "no:cacheprovider"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert ", 2 skipped" in run.stdout, run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(INTERPRETED, reason="nothing of the interpreter's")
+def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "--size", "64x96"]) == 2
+    assert "tune measures on a GPU, and torch finds none" in capsys.readouterr().err
+
+
+if INTERPRETED:
+    from fastscnn_fast.engines import triton as engine
+    from fastscnn_fast.kernels import choices, tune
+    from fastscnn_fast.kernels.choices import TORCH, Choice
+    from fastscnn_fast.kernels.engine import Place, Plan, TorchStep
+    from fastscnn_fast.kernels.tiles import INTERPRETER, Tile
+
+
+@pytest.fixture(scope="module")
+def model() -> FastSCNN:
+    """All ops, channels that are no multiples of 16, and quick."""
+    return small_network(
+        num_classes=5,
+        downsample_channels=(8, 16, 24),
+        bottleneck_channels=(24, 32, 40),
+        bottleneck_repeats=(1, 1, 2),
+        expansion=2,
+        pyramid_channels=40,
+        fusion_channels=24,
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "deep" / "tune.json"
+    monkeypatch.setenv("FASTSCNN_TUNE_CACHE", str(file))
+    if INTERPRETED:
+        choices._load.cache_clear()
+    return file
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    messages: list[str] = []
+    if INTERPRETED:
+        monkeypatch.setattr(choices, "log_once", messages.append)
+    return messages
+
+
+def places(model: FastSCNN, output: str = "logits") -> list[Place]:
+    from fastscnn_fast.kernels.weights import layout
+
+    layers = program(model.config)
+    folded = type("Folded", (), {"config": model.config, "layers": layers})
+    pieces, _ = layout(layers, torch.float32, 64)
+    networks = tune._networks(folded, [SIZE], 1, torch.float32, pieces)
+    return next(found for found, kind in networks if kind == output)
+
+
+def keys(model: FastSCNN, output: str = "logits") -> dict[str, str]:
+    """By the layer's name."""
+    return {
+        p.layer.name: p.key(torch.float32, "interpreted", output) for p in places(model, output)
+    }
+
+
+def plan(model: FastSCNN) -> Plan:
+    """The engine's, of a call with one contiguous picture."""
+    x, out = torch.empty(1, 3, *SIZE), torch.empty(1, 5, *SIZE)
+    return engine._network_plan(
+        encode(program(model.config)),
+        engine._where(x),
+        engine._where(out),
+        torch.float32,
+        "logits",
+        INTERPRETER,
+        "highest",
+        choices.load(CPU),
+    )
+
+
+def check(model: FastSCNN) -> None:
+    """The network is right."""
+    x = noise(1, 3, *SIZE)
+    fast = fuse(model, "triton")
+    with torch.inference_mode():
+        y = fast(x)
+    with torch.no_grad():  # and outside: no buffer of a plan is an inference tensor
+        assert torch.equal(fast(x), y)
+        exact = bench.exact_logits(model, x)
+        assert err(y, exact) < 1e-5
+        assert (fast.labels(x) == exact.argmax(1)).double().mean() > 0.999
+
+
+@interpreted
+def test_what_is_saved_is_loaded(model: FastSCNN, cache: Path, said: list[str]) -> None:
+    first, second, *_ = keys(model).values()
+    found: dict[str, Choice] = {first: Tile(64, stages=3), second: TORCH}
+    assert choices.load(CPU) is choices.NONE  # no file, no word
+    assert choices.save(found, CPU) == cache
+    assert dict(choices.load(CPU).by_layer) == found
+    choices.save({second: Tile(32)}, CPU)
+    assert dict(choices.load(CPU).by_layer) == {first: found[first], second: Tile(32)}
+    assert choices.load(CPU) is choices.load(CPU) and not said
+    assert [path.name for path in cache.parent.iterdir()] == ["tune.json"]
+    value = json.loads(cache.read_text())
+    assert value["schema"] == choices.SCHEMA and list(value["choices"]) == [
+        choices.environment(CPU)
+    ]
+
+
+@interpreted
+def test_keys_tell_layers_and_all_their_shapes_apart(model: FastSCNN) -> None:
+    place = places(model)[3]
+    seen = {place.key(torch.float32, "ieee", "logits"), place.key(torch.float32, "tf32", "logits")}
+    for other in (
+        replace(place, layer=replace(place.layer, residual=not place.layer.residual)),
+        replace(place, inputs=(replace(place.inputs[0], shape=(2, 8, 12, 24)),)),
+        replace(place, inputs=(replace(place.inputs[0], dtype=torch.float16),)),
+    ):
+        seen.add(other.key(torch.float32, "ieee", "logits"))
+    seen.add(place.key(torch.float16, "ieee", "logits"))
+    assert len(seen) == 6
+    assert place.key(torch.float32, "ieee", "labels") in seen  # it has no output of its own
+    assert keys(model, "labels")["upsample"] != keys(model)["upsample"]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "it is damaged"),
+        ("[]", "schema must be 1, got None"),
+        ('{"schema": 0, "choices": {}}', "schema must be 1, got 0"),
+        ('{"schema": 1}', "it is damaged"),
+        ('{"schema": 1, "choices": {"HERE": {"a": "cuda"}}}', "it is damaged"),
+        ('{"schema": 1, "choices": {"HERE": {"a": {"tile": {"pixels": 0}}}}}', "tile must have"),
+        ('{"schema": 1, "choices": {"another GPU": {}}}', "it has no choices for interpreter"),
+    ],
+)
+def test_damaged_and_foreign_files_are_ignored_with_a_reason(
+    content: str, reason: str, cache: Path, said: list[str], model: FastSCNN
+) -> None:
+    cache.parent.mkdir()
+    cache.write_text(content.replace("HERE", choices.environment(CPU)))
+    for _ in range(2):
+        assert choices.load(CPU) is choices.NONE
+    assert len(said) == 1 and reason in said[0] and str(cache) in said[0]
+    choices.save({"key": TORCH}, CPU)
+    assert dict(choices.load(CPU).by_layer) == {"key": TORCH}
+    assert ("another GPU" in cache.read_text()) == ("another GPU" in content)
+
+
+@interpreted
+def test_a_file_that_is_no_file_is_ignored(cache: Path, said: list[str]) -> None:
+    cache.mkdir(parents=True)
+    assert choices.load(CPU) is choices.NONE and "is ignored" in said[0]
+
+
+@interpreted
+def test_a_chosen_tile_is_used(model: FastSCNN) -> None:
+    key = keys(model)["downsample.dsconv1"]
+    (before,) = [s for s in plan(model).launches if s.kernel.__name__ == "dsconv_kernel"][:1]
+    choices.save({key: Tile(128, block=16, warps=8, stages=3)}, CPU)
+    (after,) = [s for s in plan(model).launches if s.kernel.__name__ == "dsconv_kernel"][:1]
+    assert (after.arguments["BLOCK_PIXELS"], after.warps, after.stages) == (128, 8, 3)
+    assert before.arguments["BLOCK_PIXELS"] != 128
+    check(model)
+
+
+@interpreted
+@pytest.mark.parametrize("which", ["alternate", "alternate, the others", "all"])
+def test_a_network_with_torch_steps_is_right(model: FastSCNN, which: str) -> None:
+    first = which == "alternate, the others"
+    step = 1 if which == "all" else 2
+    chosen: dict[str, Choice] = {}
+    for output in ("logits", "probabilities", "labels"):
+        chosen |= dict.fromkeys(list(keys(model, output).values())[first::step], TORCH)
+    choices.save(chosen, CPU)
+    steps = plan(model).steps
+    own = [step for step in steps if isinstance(step, TorchStep)]
+    assert len(own) == len(list(keys(model))[first::step])
+    assert (len(own) == len(steps)) == (which == "all")
+    check(model)
+
+
+@interpreted
+def test_torch_steps_follow_weights_that_change(model: FastSCNN) -> None:
+    choices.save(dict.fromkeys(keys(model).values(), TORCH), CPU)
+    x, fast = noise(1, 3, *SIZE), fuse(model, "triton")
+    before = fast(x)
+    other = randomise(FastSCNN.from_config(model.config)).eval()
+    fast.load_state_dict(fuse(other, "triton").state_dict())
+    assert err(fast(x), bench.exact_logits(other, x)) < 1e-5 < err(before, fast(x).double())
+
+
+@interpreted
+@pytest.mark.parametrize("preset", ["mmseg", "mmseg_legacy", "leftthomas"])
+def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
+    from fastscnn_fast.fold import fold
+    from fastscnn_fast.kernels import weights
+    from fastscnn_fast.packed import plain_weights
+
+    folded = fold(FastSCNN(num_classes=7, preset=preset).eval())
+    plain = plain_weights(folded.layers, folded.tensors, torch.float32)
+    pieces, size = weights.layout(folded.layers, torch.float32, 0)
+    memory = torch.zeros(size, dtype=torch.uint8)
+    weights.fill(memory, pieces, folded.layers, plain)
+    for layer, buffers, expected in zip(folded.layers, pieces, plain):
+        got = weights.unpacked(layer, {name: b.view(memory) for name, b in buffers.items()})
+        assert list(got) == list(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, msg=f"{layer.op} {name}")
+
+
+@interpreted
+def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(place: Place, dtype: torch.dtype, architecture: Any) -> list[Tile]:
+        usual = place.tile(dtype, architecture)
+        return [usual, replace(usual, pixels=128)] if place.layer.op == "stem_conv" else [usual]
+
+    def clock(runs: Sequence[Callable[[], None]]) -> list[float]:
+        """Torch is the fastest at pyramid pooling and the slowest elsewhere; of tiles the one of more pixels is."""
+        assert len(runs) == 2
+        step = runs[0].args[1].steps[-1]  # type: ignore[attr-defined]
+        if isinstance(step, TorchStep):
+            return [9.0, 1.0 if step.layer.op == "pyramid_pooling" else 9.0, 0.0]
+        pixels = step.arguments.get("BLOCK_PIXELS") or step.arguments["BLOCK_COLUMNS"]
+        return [5 - pixels / 1e3]
+
+    right = TorchStep.plain
+
+    def wrong_fusion(step: TorchStep, pieces: Any) -> Any:
+        plain = right(step, pieces)
+        return {k: w * 1.1 if k == "low_weight" else w for k, w in plain.items()}
+
+    monkeypatch.setattr(TorchStep, "plain", wrong_fusion)
+    found = list(tune.tune(model, [SIZE], 1, torch.float32, "highest", CPU, clock, two))
+    assert len({f.key for f in found}) == len(found)
+    by_name = {f.name: f for f in found}
+    assert {"stem", "stem uint8", "upsample logits", "upsample labels"} <= set(by_name)
+    pyramid, stem, fusion = (by_name[name] for name in ("pyramid", "stem", "fusion"))
+    assert pyramid.best is not None and pyramid.best.choice == TORCH
+    assert stem.best is not None and stem.best.choice == stem.trials[0].choice
+    assert fusion.trials[-1].ms is None and "bound" in fusion.trials[-1].problem
+    assert all(f.best is not None for f in found)
+    assert set(keys(model).values()) <= {f.key for f in found}
+    assert pyramid.row()["torch ms"] == pyramid.row()["best ms"] == "1.0000"
+    choices.save({f.key: f.best.choice for f in found if f.best}, CPU)
+    monkeypatch.setattr(TorchStep, "plain", right)
+    assert sum(isinstance(step, TorchStep) for step in plan(model).steps) == 1
+    check(model)
+
+
+@interpreted
+def test_a_candidate_that_does_not_run_is_left_out(model: FastSCNN) -> None:
+    def broken(place: Place, dtype: torch.dtype, architecture: Any) -> list[Tile]:
+        return [Tile(100)]  # no power of two
+
+    (stem, *_) = tune.tune(
+        model, [SIZE], 1, torch.float32, "highest", CPU, lambda runs: [1.0], broken
+    )
+    kernel, torchs = stem.trials
+    assert kernel.ms is None and kernel.problem and stem.best == torchs
+    assert stem.row()["left out"] == "1"
+
+
+@interpreted
+def test_candidates_begin_with_what_is_used_untuned() -> None:
+    for place in places(FastSCNN()):
+        for dtype in (torch.float32, torch.float16):
+            tiles = tune.candidates(place, dtype, 90)
+            assert tiles[0] == place.tile(dtype, 90) and len(tiles) == len(set(tiles)) > 8
+
+
+@interpreted
+def test_the_command_prints_and_keeps_what_it_found(
+    model: FastSCNN,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "device", lambda *args: CPU)
+    monkeypatch.setattr(bench, "untrained_model", lambda preset: model)
+    monkeypatch.setattr(backends, "choose", lambda *args: "triton")
+    measured = tune.tune
+
+    def quick(*args: Any) -> Any:
+        return measured(*args, lambda runs: [1.0, 2.0, 3.0], lambda *of: [Place.tile(*of)])
+
+    monkeypatch.setattr(tune, "tune", quick)
+    assert cli.main(["tune", "--size", "64x96", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert f"wrote {cache}" in printed and "| fusion " in printed and "2.0000" in printed
+    assert choices.load(CPU).by_layer
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.slow
+def test_on_a_gpu_no_layer_is_slower_than_torch_and_the_network_is_right(
+    model: FastSCNN, cache: Path
+) -> None:
+    from fastscnn_fast.kernels import choices, tune
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    network = copy.deepcopy(model).to(device)
+    found = list(tune.tune(network, [SIZE], 1, torch.float32, "highest", device))
+    for layer in found:
+        *_, torchs = layer.trials
+        assert layer.best is not None and torchs.ms is not None, layer
+        assert layer.best.ms is not None and layer.best.ms <= torchs.ms
+    choices.save({f.key: f.best.choice for f in found if f.best}, device)
+    x = noise(1, 3, *SIZE).to(device)
+    for policy in ("off", "on"):
+        assert (
+            err(fuse(network, "triton", cuda_graph=policy)(x), bench.exact_logits(network, x))
+            < 1e-5
+        )
