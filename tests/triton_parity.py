@@ -254,6 +254,18 @@ def test_empty_batches(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
+    "case", [slow_unless(case.layer.op == "dsconv", case, id=str(case)) for case in ONE_OF_EACH]
+)
+def test_opcheck(case: Case) -> None:
+    triton = TritonCase.of(case, "float32")
+    inputs = tuple(x.to(DEVICE) for x in triton.inputs())
+    arguments = triton.arguments(inputs, triton.weights())
+    op = getattr(torch.ops.fastscnn, case.layer.op).default
+    results = torch.library.opcheck(op, (*arguments, "triton"))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
     ("layer", "tile"),
     [
         (INVERTED_RESIDUAL[1], Tile(16, block=32, rows=2, columns=2)),
@@ -468,6 +480,13 @@ def test_calls_of_a_network() -> None:
         other = pool.submit(fast, x[1:], out)
         assert torch.equal(fast(x[:1]), y[:1])
         assert other.result() is out and torch.equal(out, y[1:])
+
+
+def test_compiled() -> None:
+    """One graph, the same bits; what inductor would make of it is no matter of ours."""
+    fast, x = fused("paper"), noise(1, 3, 33, 49).to(DEVICE)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), fast(x))
 
 
 def test_other_weights_of_the_same_network() -> None:
