@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -42,6 +43,12 @@ def activation(
     pitch = rounded_up(channels, _LINE // dtype.itemsize)
     strides = (height * width * pitch, width * pitch, pitch, 1)
     return Buffer(memory, dtype, (images, height, width, channels), strides)
+
+
+def planes(memory: str, images: int, height: int, width: int, classes: int) -> Buffer:
+    """The (N, H, W, K) logits: float32, a plane a class."""
+    strides = (classes * height * width, width, 1, height * width)
+    return Buffer(memory, torch.float32, (images, height, width, classes), strides)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def _launches(
     output: str,
     precision: str,
 ) -> list[Launch]:
-    cut = tile(layer, dtype, architecture)
+    cut = tile(layer, dtype, architecture, prod(out.shape) // out.shape[-1])
     if layer.op == "stem_conv":
         return stem_conv.launches(layer, inputs[0], out, weights, cut, precision)
     if layer.op == "feature_fusion":
@@ -142,10 +149,8 @@ def network_plan(
             elif layer.op != "pyramid_pooling":
                 height, width = layer.output_size(height, width)
             memory = layer.name or f"layer{index}"
-            if layer.last_channels:  # the logits: float32, a plane a class
-                classes, images = layer.last_channels, x.shape[0]
-                planes = (classes * height * width, width, 1, height * width)
-                y = Buffer(memory, torch.float32, (images, height, width, classes), planes)
+            if layer.last_channels:
+                y = planes(memory, x.shape[0], height, width, layer.last_channels)
             else:
                 y = activation(memory, dtype, x.shape[0], height, width, layer.out_channels)
         launches += _launches(layer, inputs, y, pieces, dtype, architecture, output, precision)
