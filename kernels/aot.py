@@ -115,7 +115,9 @@ def specialised(launch: Launch, architecture: Architecture) -> Specialisation:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(index,)] = [_DIVISIBLE]
-    return Specialisation(signature, constants, {i: hints for i, hints in attributes.items() if hints})
+    return Specialisation(
+        signature, constants, {i: hints for i, hints in attributes.items() if hints}
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Code:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.compiled.asm["cubin"])
             file.flush()
-            command = [_CUOBJDUMP, "-res-usage", "-sass", file.name]
+            command = [str(_CUOBJDUMP), "-res-usage", "-sass", file.name]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     @cached_property
@@ -156,7 +158,9 @@ class Code:
         match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", self._listing)
         if match is None:
             raise RuntimeError(f"cuobjdump must name registers, got {self._listing!r}")
-        usage = dict(zip(("registers", "stack", "static_shared", "local"), map(int, match.groups())))
+        usage = dict(
+            zip(("registers", "stack", "static_shared", "local"), map(int, match.groups()))
+        )
         local = sum(n for op, n in self.instructions.items() if op.split(".")[0] in ("STL", "LDL"))
         return {**usage, "spills": local}
 
@@ -192,12 +196,16 @@ class Code:
     @property
     def products(self) -> int:
         """Tensor-core instructions."""
-        return self.count(r"(H|HG|I|Q|QG|UTCH|UTCQ|UTCI)MMA|WARPSYNC_MMA|v_(smf|mf|wm)ma|v_mfma|v_wmma")
+        return self.count(
+            r"(H|HG|I|Q|QG|UTCH|UTCQ|UTCI)MMA|WARPSYNC_MMA|v_(smf|mf|wm)ma|v_mfma|v_wmma"
+        )
 
     @property
     def wide_loads(self) -> int:
         """Loads of 16 bytes a thread from global memory."""
-        return self.count(r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128|(global|buffer|flat)_load_(dwordx4|b128)")
+        return self.count(
+            r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128|(global|buffer|flat)_load_(dwordx4|b128)"
+        )
 
     @property
     def resident_warps(self) -> int:

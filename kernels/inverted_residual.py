@@ -68,7 +68,8 @@ def inverted_residual_kernel(
     i = tl.arange(0, BLOCK_IN)
     results = ()
     for _ in tl.static_range(ROWS * COLUMNS):
-        results = results + (tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(project_bias + o),)  # noqa: RUF005
+        start = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(project_bias + o)
+        results = results + (start,)  # noqa: RUF005
     for m0 in range(0, MID, BLOCK_MID):
         m = m0 + tl.arange(0, BLOCK_MID)
         taps = ()
@@ -76,7 +77,8 @@ def inverted_residual_kernel(
             taps = taps + (tl.load(depthwise_weight + tap * MID + m),)  # noqa: RUF005
         sums = ()
         for _ in tl.static_range(ROWS * COLUMNS):
-            sums = sums + (tl.zeros((BLOCK_PIXELS, BLOCK_MID), tl.float32) + tl.load(depthwise_bias + m),)  # noqa: RUF005
+            bias = tl.zeros((BLOCK_PIXELS, BLOCK_MID), tl.float32) + tl.load(depthwise_bias + m)
+            sums = sums + (bias,)  # noqa: RUF005
         for dy in tl.static_range((ROWS - 1) * STRIDE + 3):
             for dz in tl.static_range((COLUMNS - 1) * STRIDE + 3):
                 y = row * STRIDE + dy - 1

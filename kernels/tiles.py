@@ -95,7 +95,13 @@ _UNKNOWN_PROCESSORS = 108
 # Bytes of x that a program of inverted_residual may keep in shared memory while it goes over the expanded
 # channels, so that eight warps share a multiprocessor of 164 KiB and more; of sm_75's 64 KiB, where products
 # copy them once more; of 100 KiB, the rule for unknown architectures too.
-_MOST_PIXELS: dict[Architecture, int] = {75: 24 * 1024, 80: 64 * 1024, 87: 64 * 1024, 90: 64 * 1024, 100: 64 * 1024}
+_MOST_PIXELS: dict[Architecture, int] = {
+    75: 24 * 1024,
+    80: 64 * 1024,
+    87: 64 * 1024,
+    90: 64 * 1024,
+    100: 64 * 1024,
+}
 _UNKNOWN_MOST_PIXELS = 36 * 1024
 
 # Blocks of a lane. The larger, the less is expanded twice: 4, 6 and 9 times each pixel at stride 1.

@@ -6,20 +6,18 @@ import itertools
 import os
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 
 from fastscnn_fast.config import PRESETS, preset
-from fastscnn_fast.plan import plan as steps_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted (TRITON_INTERPRET=1)", allow_module_level=True)
 
 from fastscnn_fast.kernels import aot
-from fastscnn_fast.kernels.launch import Buffer, Launch
+from fastscnn_fast.kernels.launch import Launch
 from fastscnn_fast.kernels.tiles import Architecture
 
 SIZE = (1024, 2048)
