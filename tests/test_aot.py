@@ -6,11 +6,13 @@ import itertools
 import os
 from collections.abc import Iterator
 from functools import cache
+from math import prod
 
 import pytest
 import torch
 
 from fastscnn_fast.config import PRESETS, preset
+from fastscnn_fast.plan import plan as steps_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -100,6 +102,20 @@ def test_machine_code(case: Case) -> None:
 @pytest.mark.parametrize("case", list(_all()), ids=_name)
 def test_machine_code_of_every_specialisation(case: Case) -> None:
     _check(case)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("output", ["logits", "labels"])
+@pytest.mark.parametrize("name", ["tramac", "paper"])
+def test_memory_moves_about_as_the_six_ops_must(
+    name: str, output: str, size: tuple[int, int]
+) -> None:
+    config = preset(name)
+    must = sum(step.elements for step in steps_of(config, *size)) * 2
+    if output == "labels":
+        must -= prod(size) * (config.num_classes * 2 - 1)
+    launches = aot.network(config, size, torch.float16, 80, output).launches
+    assert sum(launch.bytes for launch in launches) <= 1.15 * must
 
 
 @pytest.mark.parametrize("name", PRESETS)
