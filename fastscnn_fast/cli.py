@@ -1,4 +1,4 @@
-"""The command line: segment, demo, bench, export, tune, train, evaluate, info."""
+"""The command line: segment, demo, bench, export, dump, tune, train, evaluate, info."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from . import __version__, backends, bench, data, evaluate, options, train
 from .checkpoints import CAMVID11, load_checkpoint, read_details
-from .config import PRESETS, Config
+from .config import PRESETS, Config, preset
 from .export import export_onnx
 from .fused import FusedFastSCNN, fuse
 from .model import FastSCNN
+from .plan import OPS
 from .segment import (
     PICTURE_SUFFIXES,
     label_image,
@@ -34,6 +35,7 @@ from .segment import (
     segment,
 )
 
+_SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _LABELS, _OVERLAY = "_labels.png", "_overlay.png"
 _DEMO_STREET = (12, 512, 1024)  # seed, height, width
 _DEMO_ROUNDS = 10
@@ -190,6 +192,61 @@ def _parser() -> argparse.ArgumentParser:
         help="float32 (n, K, h, w) or uint8 (n, h, w) (%(default)s)",
     )
     command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "dump",
+        help="write the machine code of a fused op, and what a launcher needs to run it",
+        description="Compile an op as one layer of the network runs it, and write each of its launches as"
+        " OP_N.ptx, OP_N.cubin and OP_N.json: entry, grid, threads, shared memory, and the kernel's parameters"
+        " in order with their shapes, strides and values. Needs Triton, but no GPU.",
+    )
+    command.add_argument(
+        "--backend", choices=("triton",), default="triton", help="whose kernels (%(default)s)"
+    )
+    command.add_argument("--op", choices=OPS, required=True, help="the fused op")
+    command.add_argument(
+        "--layer",
+        metavar="L",
+        help="which layer of the network, by name or number (the op's first)",
+    )
+    command.add_argument(
+        "--arch", type=options.count, required=True, metavar="N", help="80 for sm_80 and so on"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=(*options.DTYPES, *_SHORT_DTYPES),
+        default="float16",
+        help="dtype to compute in (%(default)s)",
+    )
+    command.add_argument(
+        "--preset", choices=PRESETS, default="paper", help="architecture (%(default)s)"
+    )
+    command.add_argument(
+        "--size",
+        type=options.size,
+        metavar="HxW",
+        default=(1024, 2048),
+        help="of the network's picture (1024x2048)",
+    )
+    command.add_argument(
+        "--shape",
+        type=options.count,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the op's own input instead (feature_fusion: of high, low has a quarter of each side;"
+        " upsample_classify: the result is 8 times as large)",
+    )
+    command.add_argument(
+        "--output",
+        choices=("logits", "probabilities", "labels"),
+        default="logits",
+        help="of upsample_classify (%(default)s)",
+    )
+    command.add_argument(
+        "--raw", action="store_true", help="stem_conv takes uint8 pixels instead of floats"
+    )
+    command.add_argument("-o", "--out", type=Path, required=True, help="folder for the files")
+    command.set_defaults(run=_dump)
 
     command = commands.add_parser(
         "tune",
@@ -404,7 +461,7 @@ def _report(results: Sequence[bench.Result], about: dict[str, str]) -> None:
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
 
 
-# bench, export, tune, info
+# bench, export, dump, tune, info
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -436,6 +493,25 @@ def _export(args: argparse.Namespace) -> int:
         f" n free, h and w free from 32\n"
         f"x = (pixels / 255 - mean) / std with mean {config.mean}, std {config.std}"
     )
+    return 0
+
+
+def _dump(args: argparse.Namespace) -> int:
+    from . import dump  # which needs Triton
+
+    if args.arch not in dump.ARCHITECTURES:
+        known = ", ".join(map(str, dump.ARCHITECTURES))
+        raise ValueError(f"arch must be one of {known}, got {args.arch}")
+    dtype = options.DTYPES[_SHORT_DTYPES.get(args.dtype, args.dtype)]
+    if args.arch < 80 and dtype == torch.bfloat16:
+        raise ValueError(
+            f"dtype must be float16 or float32 for sm_{args.arch}, which has no bfloat16"
+        )
+    shape = args.shape and (args.shape[0], args.shape[1])
+    step = dump.step(preset(args.preset), args.op, args.layer, args.size, shape)
+    plan = dump.launches(step, dtype, args.arch, args.output, args.raw)
+    for path in dump.write(args.out, step, plan, args.arch):
+        print(f"wrote {path}")
     return 0
 
 

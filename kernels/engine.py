@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -50,6 +51,12 @@ def activation(
     pitch = rounded_up(channels, _LINE // dtype.itemsize)
     strides = (height * width * pitch, width * pitch, pitch, 1)
     return Buffer(memory, dtype, (images, height, width, channels), strides)
+
+
+def planes(memory: str, images: int, height: int, width: int, classes: int) -> Buffer:
+    """The (N, H, W, K) logits: float32, a plane a class."""
+    strides = (classes * height * width, width, 1, height * width)
+    return Buffer(memory, torch.float32, (images, height, width, classes), strides)
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,8 @@ class Place:
 
     def tile(self, dtype: torch.dtype, architecture: Architecture) -> Tile:
         """The one in use where nothing was tuned."""
-        return tile(self.layer, dtype, architecture)
+        pixels = prod(self.out.shape) // self.out.shape[-1]
+        return tile(self.layer, dtype, architecture, pixels)
 
 
 def op_plan(
@@ -247,10 +255,8 @@ def places(
             elif layer.op != "pyramid_pooling":
                 height, width = layer.output_size(height, width)
             memory = layer.name or f"layer{index}"
-            if layer.last_channels:  # the logits: float32, a plane a class
-                classes, images = layer.last_channels, x.shape[0]
-                planes = (classes * height * width, width, 1, height * width)
-                y = Buffer(memory, torch.float32, (images, height, width, classes), planes)
+            if layer.last_channels:
+                y = planes(memory, x.shape[0], height, width, layer.last_channels)
             else:
                 y = activation(memory, dtype, x.shape[0], height, width, layer.out_channels)
         yield Place(layer, inputs, y, pieces)

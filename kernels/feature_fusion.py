@@ -95,14 +95,14 @@ def feature_fusion_kernel(
             taps = (0.0,) * TAPS
             for above in tl.static_range(TAPS):
                 r = row + (above - TAPS // 2) * DILATION
-                share = hat(r, y_scale, y_shift, y_divisor, low_height, top + i)
-                share = tl.where((r >= 0) & (r < height), share, 0.0)
+                by_row = hat(r, y_scale, y_shift, y_divisor, low_height, top + i)
+                by_row = tl.where((r >= 0) & (r < height), by_row, 0.0)
                 for tap in tl.static_range(TAPS):
                     if TAPS > 1:
                         at = refine_weight + (above * TAPS + tap) * IN + c
-                        total_tap = taps[tap] + share * tl.load(at)
+                        total_tap = taps[tap] + by_row * tl.load(at)
                     else:
-                        total_tap = taps[tap] + share
+                        total_tap = taps[tap] + by_row
                     taps = taps[:tap] + (total_tap,) + taps[tap + 1 :]  # noqa: RUF005
             y = tl.minimum(top + i, low_height - 1)
             for j in tl.static_range(X_SPAN):

@@ -68,8 +68,8 @@ def inverted_residual_kernel(
     i = tl.arange(0, BLOCK_IN)
     results = ()
     for _ in tl.static_range(ROWS * COLUMNS):
-        zeros = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32)
-        results = results + (zeros + tl.load(project_bias + o),)  # noqa: RUF005
+        start = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(project_bias + o)
+        results = results + (start,)  # noqa: RUF005
     for m0 in range(0, MID, BLOCK_MID):
         m = m0 + tl.arange(0, BLOCK_MID)
         taps = ()
@@ -77,8 +77,8 @@ def inverted_residual_kernel(
             taps = taps + (tl.load(depthwise_weight + tap * MID + m),)  # noqa: RUF005
         sums = ()
         for _ in tl.static_range(ROWS * COLUMNS):
-            zeros = tl.zeros((BLOCK_PIXELS, BLOCK_MID), tl.float32)
-            sums = sums + (zeros + tl.load(depthwise_bias + m),)  # noqa: RUF005
+            bias = tl.zeros((BLOCK_PIXELS, BLOCK_MID), tl.float32) + tl.load(depthwise_bias + m)
+            sums = sums + (bias,)  # noqa: RUF005
         for dy in tl.static_range((ROWS - 1) * STRIDE + 3):
             for dz in tl.static_range((COLUMNS - 1) * STRIDE + 3):
                 y = row * STRIDE + dy - 1
@@ -93,13 +93,21 @@ def inverted_residual_kernel(
                     expanded = product(left, right, expanded, PRECISION)
                 # Outside the image it is the expanded value that is zero, not x.
                 expanded = tl.where(inside[:, None], activate(expanded, ACTIVATION), 0.0)
-                for block in tl.static_range(ROWS * COLUMNS):
-                    # The tap at which this block of the output looks at (dy, dz), if any.
-                    ky = dy - block // COLUMNS * STRIDE
-                    kz = dz - block % COLUMNS * STRIDE
-                    if ky >= 0 and ky < 3 and kz >= 0 and kz < 3:
-                        total = sums[block] + expanded * taps[ky * 3 + kz]
-                        sums = sums[:block] + (total,) + sums[block + 1 :]  # noqa: RUF005
+                # Each block's pixel (r, k) looks at (dy, dz) through one tap, if at all; constants have no
+                # names here, because an assignment would make them values.
+                for r in tl.static_range(ROWS):
+                    for k in tl.static_range(COLUMNS):
+                        if (
+                            dy - r * STRIDE >= 0
+                            and dy - r * STRIDE < 3
+                            and dz - k * STRIDE >= 0
+                            and dz - k * STRIDE < 3
+                        ):
+                            by_tap = expanded * taps[(dy - r * STRIDE) * 3 + dz - k * STRIDE]
+                            total = sums[r * COLUMNS + k] + by_tap
+                            sums = (
+                                sums[: r * COLUMNS + k] + (total,) + sums[r * COLUMNS + k + 1 :]  # noqa: RUF005
+                            )
         right = tl.load(project_weight + m[:, None] * OUT_ROW + o)
         for block in tl.static_range(ROWS * COLUMNS):
             left = cast(activate(sums[block], ACTIVATION), project_weight, PRECISION)

@@ -73,6 +73,12 @@ class Launch:
     def buffers(self) -> dict[str, Buffer]:
         return {name: a for name, a in self.arguments.items() if isinstance(a, Buffer)}
 
+    @property
+    def bytes(self) -> int:
+        """Of device memory that must move: the extent of every region, each once."""
+        regions = {(b.memory, b.offset): b.bytes for b in self.buffers.values()}
+        return sum(regions.values())
+
     def run(self, values: Mapping[str, Any]) -> None:
         """Launches on the current device and stream; ``values`` has a tensor for every buffer."""
         if prod(self.grid) > 0:

@@ -6,11 +6,14 @@ not by timing: it is not measured on a GPU. ``fastscnn_fast tune`` measures and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastscnn_fast.plan import Layer
+
+from .launch import cdiv
+from .weights import padded
 
 #: Where the kernels run: an NVIDIA compute capability (80 for sm_80), AMD's name, or the interpreter.
 Architecture = int | str
@@ -33,20 +36,33 @@ class Tile:
     stages: int = 2
 
 
+# Eight warps and one stage: the nine taps' loads fly together from registers, where a pipeline would first
+# copy them through shared memory 8 bytes at a time; four warps of 64 pixels spill.
 _HALF = {
-    "stem_conv": Tile(128),
-    "dsconv": Tile(64, block=32),
-    "inverted_residual": Tile(16, block=32, rows=2, columns=2),
+    "stem_conv": Tile(64, stages=1),
+    "dsconv": Tile(64, block=32, warps=8, stages=1),
+    "inverted_residual": Tile(16, block=32, stages=1),
     "pyramid_pooling": Tile(32, block=64),
-    "feature_fusion": Tile(32, block=32),
+    "feature_fusion": Tile(32, block=32, stages=1),
     "upsample_classify": Tile(128, rows=8),
 }
+# Triton multiplies on sm_75 without tensor cores, from operands in shared memory (64 KiB in all) and with
+# each thread's share in registers: half the tile and more warps.
+_TURING = {
+    "dsconv": Tile(32, block=16, stages=1),
+    "inverted_residual": Tile(8, block=32, warps=8, stages=1),
+    "pyramid_pooling": Tile(16, block=16, stages=1),
+    "feature_fusion": Tile(16, block=16, warps=8, stages=1),
+}
+# Tensor memory holds sm_100's sums: four warps do not spill there, eight do.
+_BLACKWELL = {"dsconv": Tile(64, block=32, stages=1)}
+_HALF_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {75: _TURING, 100: _BLACKWELL}
 _FLOAT = {
-    "stem_conv": Tile(64),
-    "dsconv": Tile(32, block=32),
-    "inverted_residual": Tile(16, block=32),
+    "stem_conv": Tile(64, stages=1),
+    "dsconv": Tile(32, block=32, warps=8, stages=1),
+    "inverted_residual": Tile(16, block=32, warps=8, stages=1),
     "pyramid_pooling": Tile(32, block=32),
-    "feature_fusion": Tile(32, block=32),
+    "feature_fusion": Tile(32, block=32, warps=8, stages=1),
     "upsample_classify": Tile(128, rows=8),
 }
 # One entry: numpy does as much as it is given, and tiles decide only how often Python is called.
@@ -60,8 +76,71 @@ _INTERPRETED = {
 }
 
 
-def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture) -> Tile:
-    """The tile of ``layer`` on ``architecture``."""
+# Multiprocessors of a usual device of the architecture (T4, A100, A10, Orin, RTX 4090, H100, B200, RTX 5090,
+# MI200, MI300X); of an unknown one, A100's.
+_PROCESSORS: dict[Architecture, int] = {
+    75: 40,
+    80: 108,
+    86: 72,
+    87: 16,
+    89: 128,
+    90: 132,
+    100: 148,
+    120: 170,
+    "gfx90a": 104,
+    "gfx942": 304,
+}
+_UNKNOWN_PROCESSORS = 108
+
+# Bytes of x that a program of inverted_residual may keep in shared memory while it goes over the expanded
+# channels, so that eight warps share a multiprocessor of 164 KiB and more; of sm_75's 64 KiB, where products
+# copy them once more; of 100 KiB, the rule for unknown architectures too.
+_MOST_PIXELS: dict[Architecture, int] = {
+    75: 24 * 1024,
+    80: 64 * 1024,
+    87: 64 * 1024,
+    90: 64 * 1024,
+    100: 64 * 1024,
+}
+_UNKNOWN_MOST_PIXELS = 36 * 1024
+
+# Blocks of a lane. The larger, the less is expanded twice: 4, 6 and 9 times each pixel at stride 1.
+_BLOCKS = ((2, 2), (1, 2), (1, 1))
+
+
+def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: int) -> Tile:
+    """The tile of ``layer`` with ``pixels`` output pixels, of all images together, on ``architecture``."""
     if architecture == INTERPRETER:
         return _INTERPRETED[layer.op]
-    return (_FLOAT if dtype == torch.float32 else _HALF)[layer.op]
+    if dtype == torch.float32:
+        chosen = _FLOAT[layer.op]
+    else:
+        chosen = (_HALF | _HALF_BY_ARCHITECTURE.get(architecture, {}))[layer.op]
+    if layer.op != "inverted_residual":
+        return chosen
+    rows, columns = _block(layer, dtype, architecture, pixels, chosen.pixels)
+    return replace(chosen, rows=rows, columns=columns)
+
+
+def _block(
+    layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: int, lanes: int
+) -> tuple[int, int]:
+    """The rows and columns with which the busiest multiprocessor expands the fewest pixels, if they fit.
+
+    On a small plane large blocks would leave most multiprocessors without a program: there smaller blocks
+    finish earlier although they expand more in all.
+    """
+    most = _MOST_PIXELS.get(architecture, _UNKNOWN_MOST_PIXELS)
+    processors = _PROCESSORS.get(architecture, _UNKNOWN_PROCESSORS)
+
+    def expanded(block: tuple[int, int]) -> int:
+        rows, columns = block
+        return ((rows - 1) * layer.stride + 3) * ((columns - 1) * layer.stride + 3)
+
+    def longest(block: tuple[int, int]) -> int:
+        programs = cdiv(pixels, lanes * block[0] * block[1])
+        return cdiv(programs, processors) * expanded(block)
+
+    channels = padded(layer.in_channels) * dtype.itemsize
+    fitting = [block for block in _BLOCKS if expanded(block) * lanes * channels <= most]
+    return min(fitting or _BLOCKS[-1:], key=longest)

@@ -305,7 +305,9 @@ def test_tiles_of_gpus(
 ) -> None:
     """The tiles of the table, whatever runs them."""
     monkeypatch.setattr(
-        launching, "tile", lambda layer, dtype, _: tiles.tile(layer, dtype, architecture)
+        launching,
+        "tile",
+        lambda layer, dtype, _, pixels: tiles.tile(layer, dtype, architecture, pixels),
     )
     check_odd(TritonCase.of(case, arithmetic))
 
