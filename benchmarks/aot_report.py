@@ -151,7 +151,7 @@ class _Traffic(TorchDispatchMode):
     """Counts the kernels that eager torch launches, and the bytes of their inputs and results."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launches = 0
         self.bytes = 0
 
@@ -224,12 +224,14 @@ def forwards(name: str) -> Iterator[Row]:
     for size in SIZES:
         for output in ("logits", "labels"):
             launches = aot.network(preset(name), size, DTYPE, 80, output).launches
+            must = aot.necessary_bytes(preset(name), size, DTYPE, output)
             eager_launches, eager_bytes = eager(name, size, output)
             row = {
                 "size": f"{size[0]}x{size[1]}",
                 "output": output,
                 "launches": str(len(launches)),
                 "MB moved": f"{sum(launch.bytes for launch in launches) / 1e6:.1f}",
+                "MB necessary": f"{must / 1e6:.1f}",
                 "MB loaded": f"{sum(work(launch).loaded for launch in launches) / 1e6:.1f}",
                 "eager launches": str(eager_launches),
                 "eager MB": f"{eager_bytes / 1e6:.1f}",
@@ -262,7 +264,8 @@ def markdown(name: str, whole: Sequence[Row], each: Sequence[Row]) -> str:
         " decide on small planes, are left out.",
         f"Devices, as published: {devices}. T4's rate is that of fp32 arithmetic: Triton has no products for"
         " its tensor cores.",
-        "MB moved: every buffer once a launch. MB loaded: activations that programs ask for, halos included;"
+        "MB moved: every buffer once a launch. MB necessary: each of the six ops' inputs, weights and outputs"
+        " once. MB loaded: activations that programs ask for, halos included;"
         " what exceeds MB moved comes from the caches.",
         "## A forward",
         table(whole),

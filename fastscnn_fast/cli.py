@@ -497,7 +497,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _dump(args: argparse.Namespace) -> int:
-    from . import dump  # which needs Triton
+    from .kernels import dump  # which needs Triton
 
     if args.arch not in dump.ARCHITECTURES:
         known = ", ".join(map(str, dump.ARCHITECTURES))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource
 
 from fastscnn_fast.config import Config
 from fastscnn_fast.packed import TAG
-from fastscnn_fast.plan import program
+from fastscnn_fast.plan import plan, program
 
 from . import weights
 from .engine import Plan, network_plan
@@ -256,3 +257,14 @@ def network(
     shape = (1, *size) if labels else (1, config.num_classes, *size)
     out = Buffer.dense("out", torch.uint8 if labels else dtype, shape)
     return network_plan(layers, picture, out, pieces, dtype, architecture, output)
+
+
+def necessary_bytes(
+    config: Config, size: tuple[int, int], dtype: torch.dtype, output: str = "logits"
+) -> int:
+    """Bytes that six fused ops must move for one picture of ``dtype``: each op's input, weights and output once."""
+    elements = sum(step.elements for step in plan(config, *size))
+    labels = prod(size)
+    if output == "labels":
+        return (elements - config.num_classes * labels) * dtype.itemsize + labels
+    return elements * dtype.itemsize

@@ -57,13 +57,17 @@ _TURING = {
 # Tensor memory holds sm_100's sums: four warps do not spill there, eight do.
 _BLACKWELL = {"dsconv": Tile(64, block=32, stages=1)}
 _HALF_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {75: _TURING, 100: _BLACKWELL}
+# Products of float32 are multiply-adds on every architecture: smaller tiles on more warps.
 _FLOAT = {
     "stem_conv": Tile(64, stages=1),
     "dsconv": Tile(32, block=32, warps=8, stages=1),
     "inverted_residual": Tile(16, block=32, warps=8, stages=1),
-    "pyramid_pooling": Tile(32, block=32),
-    "feature_fusion": Tile(32, block=32, warps=8, stages=1),
+    "pyramid_pooling": Tile(16, block=32, warps=8, stages=1),
+    "feature_fusion": Tile(16, block=32, warps=8, stages=1),
     "upsample_classify": Tile(128, rows=8),
+}
+_FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
+    75: {"inverted_residual": Tile(8, block=32, warps=8, stages=1)}
 }
 # One entry: numpy does as much as it is given, and tiles decide only how often Python is called.
 _INTERPRETED = {
@@ -112,10 +116,10 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     """The tile of ``layer`` with ``pixels`` output pixels, of all images together, on ``architecture``."""
     if architecture == INTERPRETER:
         return _INTERPRETED[layer.op]
+    table, others = _HALF, _HALF_BY_ARCHITECTURE
     if dtype == torch.float32:
-        chosen = _FLOAT[layer.op]
-    else:
-        chosen = (_HALF | _HALF_BY_ARCHITECTURE.get(architecture, {}))[layer.op]
+        table, others = _FLOAT, _FLOAT_BY_ARCHITECTURE
+    chosen = (table | others.get(architecture, {}))[layer.op]
     if layer.op != "inverted_residual":
         return chosen
     rows, columns = _block(layer, dtype, architecture, pixels, chosen.pixels)

@@ -6,20 +6,20 @@ import itertools
 import os
 from collections.abc import Iterator
 from functools import cache
-from math import prod
 
 import pytest
 import torch
 
 from fastscnn_fast.config import PRESETS, preset
-from fastscnn_fast.plan import plan as steps_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted (TRITON_INTERPRET=1)", allow_module_level=True)
 
+from triton.backends.compiler import BaseBackend
+
 from fastscnn_fast.kernels import aot
-from fastscnn_fast.kernels.launch import Launch
+from fastscnn_fast.kernels.launch import Buffer, Launch
 from fastscnn_fast.kernels.tiles import Architecture
 
 SIZE = (1024, 2048)
@@ -111,9 +111,7 @@ def test_memory_moves_about_as_the_six_ops_must(
     name: str, output: str, size: tuple[int, int]
 ) -> None:
     config = preset(name)
-    must = sum(step.elements for step in steps_of(config, *size)) * 2
-    if output == "labels":
-        must -= prod(size) * (config.num_classes * 2 - 1)
+    must = aot.necessary_bytes(config, size, torch.float16, output)
     launches = aot.network(config, size, torch.float16, 80, output).launches
     assert sum(launch.bytes for launch in launches) <= 1.15 * must
 
@@ -123,3 +121,22 @@ def test_launches_of_a_forward(name: str) -> None:
     for output in ("logits", "labels", "probabilities"):
         launches = aot.network(preset(name), SIZE, torch.float16, 80, output).launches
         assert len(launches) <= 20
+
+
+def test_arguments_are_specialised_as_the_jit_does() -> None:
+    jit = pytest.importorskip("triton.runtime.jit")
+    if not hasattr(jit, "native_specialize_impl"):
+        pytest.skip("this version of Triton specialises elsewhere")
+    for launch in aot.network(preset("paper"), SIZE, torch.float16, 80).launches:
+        how = aot.specialised(launch, 80)
+        for index, parameter in enumerate(launch.kernel.params):
+            value = launch.arguments[parameter.name]
+            if parameter.is_constexpr:
+                assert how.constants[parameter.name] == value
+                continue
+            if isinstance(value, Buffer):
+                value = torch.empty(16, dtype=value.dtype)
+            type_, key = jit.native_specialize_impl(BaseBackend, value, False, True, True)
+            assert how.signature[parameter.name] == type_
+            divisible = [["tt.divisibility", 16]]
+            assert how.attributes.get((index,), []) == (divisible if key == "D" else [])

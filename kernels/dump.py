@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from .config import Config
-from .kernels import aot, weights
-from .kernels.engine import Plan, activation, op_plan, planes
-from .kernels.launch import Buffer, Launch
-from .packed import TAG
-from .plan import Layer, Step, plan, program
+from fastscnn_fast.config import Config
+from fastscnn_fast.packed import TAG
+from fastscnn_fast.plan import Layer, Step, plan, program
+
+from . import aot, weights
+from .engine import Plan, activation, op_plan, planes
+from .launch import Buffer, Launch
 
 #: Architectures that PTX is written for.
 ARCHITECTURES = tuple(aot.MULTIPROCESSORS)
