@@ -62,7 +62,7 @@ def test_interpreted_kernels() -> None:
 
 
 @installed
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_case_of_interpreted_kernels() -> None:
     run_interpreted("-m", "slow", timeout=4 * 3600)
 
