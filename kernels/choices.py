@@ -131,8 +131,13 @@ def _decode(value: Any) -> Choice:
         return TORCH
     tile = value["tile"]
     known = {field.name for field in fields(Tile)}
-    if set(tile) != known or not all(type(v) is int and v >= 1 for v in tile.values()):
-        raise ValueError(f"tile must have {', '.join(sorted(known))}, each at least 1, got {tile}")
+
+    def sound(name: str, v: Any) -> bool:
+        return type(v) is int and v >= 1 and (name == "stages" or v & (v - 1) == 0)
+
+    if set(tile) != known or not all(sound(name, v) for name, v in tile.items()):
+        names = ", ".join(sorted(known))
+        raise ValueError(f"tile must have {names}, powers of two but for stages, got {tile}")
     return Tile(**tile)
 
 

@@ -48,12 +48,14 @@ def offset(row, column, width, pitch, WIDE: tl.constexpr):
 
 
 @triton.jit
-def position(i, scale, shift, divisor, size):
+def position(i, scale, shift, divisor, size, WIDE: tl.constexpr):
     """Where output ``i`` of a resize samples: the low index and the weight of the one above it.
 
     The position (i * scale + shift) / divisor is a fraction of integers, see resize.py: exact until its one
     division. Above the last index lies the last again, with its weight: torch's infinities stay infinite.
     """
+    if WIDE:
+        i = i.to(tl.int64)
     numerator = tl.maximum(i * scale + shift, 0)
     low = numerator // divisor
     weight = tl.div_rn((numerator - low * divisor).to(tl.float32), divisor.to(tl.float32))
@@ -61,8 +63,12 @@ def position(i, scale, shift, divisor, size):
 
 
 @triton.jit
-def hat(i, scale, shift, divisor, size, at):
+def hat(i, scale, shift, divisor, size, at, WIDE: tl.constexpr):
     """The weight with which output ``i`` of a resize counts input ``at``; see :func:`position`."""
+    if WIDE:
+        i = i.to(tl.int64)
+        at = at.to(tl.int64)
+        divisor = divisor.to(tl.int64)
     sample = tl.minimum(tl.maximum(i * scale + shift, 0), (size - 1) * divisor)
     distance = tl.abs(sample - at * divisor).to(tl.float32)
     return tl.maximum(1.0 - tl.div_rn(distance, divisor.to(tl.float32)), 0.0)

@@ -14,7 +14,7 @@ from fastscnn_fast.plan import Layer
 from .common import activate, cast, offset, product
 from .launch import Buffer, Launch, cdiv, wide
 from .tiles import Tile
-from .weights import chunk, columns, padded
+from .weights import chunk, columns, last_columns, padded
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def launches(
                 "X_PITCH": x.strides[2],
                 "IN": padded(layer.in_channels),
                 "OUT": padded(layer.out_channels),
-                "LAST": padded(last) if last and out.strides[3] == 1 else last,
+                "LAST": padded(last) if out.strides[2] >= padded(last) else last,
                 "STRIDE": layer.stride,
                 "DILATION": layer.dilation,
                 "MID_ACTIVATION": layer.mid_activation,
@@ -143,7 +143,7 @@ def launches(
                 "BLOCK_PIXELS": tile.pixels,
                 "BLOCK_IN": min(chunk(layer.in_channels), tile.block),
                 "BLOCK_OUT": columns(layer.out_channels),
-                "BLOCK_LAST": columns(last) if last else 16,
+                "BLOCK_LAST": last_columns(last) if last else 16,
             },
             tile.warps,
             tile.stages,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastscnn_fast import reference
+from fastscnn_fast.engines.memory import padded as pixel_pitch
 from fastscnn_fast.packed import counted
 from fastscnn_fast.plan import Layer
 
@@ -34,7 +35,6 @@ from .tiles import Architecture, Tile, tile
 
 EXTERNAL = ("x", "high", "low", "weights", "out")
 _INTERPRETER = Lock()  # which patches triton.language for the whole process while a kernel runs
-_LINE = 64  # bytes of which every pixel of an activation takes a multiple
 _ALIGNMENT = 512
 
 _PLANES = {
@@ -48,7 +48,7 @@ def activation(
     memory: str, dtype: torch.dtype, images: int, height: int, width: int, channels: int
 ) -> Buffer:
     """An (N, H, W, C) activation whose pixels are padded to whole lines."""
-    pitch = rounded_up(channels, _LINE // dtype.itemsize)
+    pitch = pixel_pitch(channels, dtype)
     strides = (height * width * pitch, width * pitch, pitch, 1)
     return Buffer(memory, dtype, (images, height, width, channels), strides)
 
@@ -101,7 +101,7 @@ class TorchStep:
             out.copy_(reference.run(layer, inputs, plain, out.shape[-2:], self.output))
             channels = out.shape[1]
             padding = layout.padded(channels) - channels
-            if layer.op != "upsample_classify" and padding and out.stride(1) == 1:
+            if layer.op != "upsample_classify" and padding and out.stride(3) >= channels + padding:
                 shape = (out.shape[0], padding, *out.shape[2:])
                 out.as_strided(shape, out.stride(), out.storage_offset() + channels).zero_()
 
@@ -276,7 +276,14 @@ def _plain_of(step: TorchStep, weights: Tensor, pieces: Mapping[str, Tensor]) ->
         known = _plain[weights] = (version, {})
     key = (step.layer, step.dtype, *(buffer.offset for buffer in step.buffers.values()))
     if key not in known[1]:
-        known[1][key] = step.plain(pieces)
+        plain = step.plain(pieces)
+        if weights.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return plain  # of the graph's own memory, and not filled before it runs
+            torch.cuda.current_stream(
+                weights.device
+            ).synchronize()  # once: other streams read them too
+        known[1][key] = plain
     return known[1][key]
 
 
@@ -286,7 +293,7 @@ class _Bound:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._one_at_a_time = _INTERPRETER if device.type == "cpu" else nullcontext()
         self._weights: weakref.ref[Tensor] | None = None
-        self._version = 0
+        self._bound_to = (0, 0)
         self._calls: list[
             tuple[Launch | TorchStep, dict[str, Any], list[tuple[str, str]], dict[str, Buffer]]
         ] = []
@@ -313,7 +320,7 @@ class _Bound:
         if (
             self._weights is None
             or self._weights() is not weights
-            or self._version != counted(weights)
+            or self._bound_to != (weights.data_ptr(), counted(weights))
         ):
             self._bind(weights)
         with self._one_at_a_time:
@@ -334,7 +341,15 @@ class _Bound:
                     self._plain.append(None)
                 else:
                     self._plain.append(_plain_of(step, weights, pieces))
-        self._weights, self._version = weakref.ref(weights), counted(weights)
+        self._weights = weakref.ref(weights, lambda _: self._forget())
+        self._bound_to = (weights.data_ptr(), counted(weights))
+
+    def _forget(self) -> None:
+        """Views would keep the memory of weights that are gone."""
+        self._plain = []
+        for _, fixed, _, own in self._calls:
+            for name in own:
+                fixed.pop(name, None)
 
 
 class Pool:

@@ -18,7 +18,7 @@ from fastscnn_fast.plan import Layer
 from .common import activate, cast, hat, offset, position, product
 from .launch import Buffer, Launch, cdiv, wide
 from .pyramid_pooling import convolution
-from .resize import fraction
+from .resize import fraction, is_long
 from .tiles import Tile
 from .weights import chunk, columns, padded
 
@@ -75,14 +75,16 @@ def feature_fusion_kernel(
     exists = (column < width)[:, None]
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     OUT_ROW: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT * BLOCK_OUT
-    top, _ = position(tl.maximum(row - DILATION, 0), y_scale, y_shift, y_divisor, low_height)
-    left, _ = position(tl.maximum(column - DILATION, 0), x_scale, x_shift, x_divisor, low_width)
+    top, _ = position(tl.maximum(row - DILATION, 0), y_scale, y_shift, y_divisor, low_height, WIDE)
+    left, _ = position(
+        tl.maximum(column - DILATION, 0), x_scale, x_shift, x_divisor, low_width, WIDE
+    )
     # How much each tap's sample counts each of the low columns that a pixel's samples touch.
     shares = ()
     for j in tl.static_range(X_SPAN):
         for tap in tl.static_range(TAPS):
             k = column + (tap - TAPS // 2) * DILATION
-            share = hat(k, x_scale, x_shift, x_divisor, low_width, left + j)
+            share = hat(k, x_scale, x_shift, x_divisor, low_width, left + j, WIDE)
             shares = shares + (tl.where((k >= 0) & (k < width), share, 0.0),)  # noqa: RUF005
     total = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(bias + o)
     for c0 in range(0, IN, BLOCK_IN):
@@ -95,7 +97,7 @@ def feature_fusion_kernel(
             taps = (0.0,) * TAPS
             for above in tl.static_range(TAPS):
                 r = row + (above - TAPS // 2) * DILATION
-                by_row = hat(r, y_scale, y_shift, y_divisor, low_height, top + i)
+                by_row = hat(r, y_scale, y_shift, y_divisor, low_height, top + i, WIDE)
                 by_row = tl.where((r >= 0) & (r < height), by_row, 0.0)
                 for tap in tl.static_range(TAPS):
                     if TAPS > 1:
@@ -204,7 +206,9 @@ def launches(
                 "X_SPAN": span(dilation, low_width, width, align),
                 "ACTIVATION": layer.activation,
                 "PRECISION": precision,
-                "WIDE": wide(high, refined, out),
+                "WIDE": wide(high, refined, out)
+                or is_long(low_height, height)
+                or is_long(low_width, width),
                 "BLOCK_PIXELS": tile.pixels,
                 "BLOCK_IN": min(chunk(c), tile.block),
                 "BLOCK_MID": chunk(layer.mid_channels),

@@ -360,7 +360,7 @@ def launches(
                 "BLOCK_IN": block_in,
                 "BLOCK_OUT": columns(o),
             },
-            4,
+            8,  # four spill on sm_90 under Triton 3.6
             2,
         ),
         convolution(

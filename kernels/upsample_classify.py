@@ -14,7 +14,7 @@ from fastscnn_fast.plan import Layer
 
 from .common import cast, position
 from .launch import Buffer, Launch, cdiv, wide
-from .resize import fraction
+from .resize import fraction, is_long
 from .tiles import Tile
 
 
@@ -22,6 +22,14 @@ from .tiles import Tile
 def lerp(a, b, weight):
     """a (1 - weight) + b weight, infinite and NaN where torch's is."""
     return a.to(tl.float32) * (1.0 - weight) + b.to(tl.float32) * weight
+
+
+@triton.jit
+def plane_of(k, pitch, WIDE: tl.constexpr):
+    """Elements to class ``k``."""
+    if WIDE:
+        k = tl.cast(k, tl.int64)
+    return k * pitch
 
 
 @triton.jit
@@ -66,12 +74,16 @@ def upsample_classify_kernel(
     out += image.to(tl.int64) * out_image
     low = tl.program_id(0) // tiles_across % low_height
     column = tl.program_id(0) % tiles_across * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    if WIDE:
+        low = low.to(tl.int64)
     # The first output row that samples at or beyond the low row, and that of the next.
     begin = tl.cdiv(tl.maximum(low * y_divisor - y_shift, 0), tl.maximum(y_scale, 1))
     end = tl.cdiv(tl.maximum((low + 1) * y_divisor - y_shift, 0), tl.maximum(y_scale, 1))
     begin = tl.where(low == 0, 0, tl.minimum(begin, height))
     end = tl.where(low == low_height - 1, height, tl.minimum(end, height))
-    left, weight = position(tl.minimum(column, width - 1), x_scale, x_shift, x_divisor, low_width)
+    left, weight = position(
+        tl.minimum(column, width - 1), x_scale, x_shift, x_divisor, low_width, WIDE
+    )
     right = tl.minimum(left + 1, low_width - 1) * x_column
     left = left * x_column
     top = low * x_row
@@ -79,23 +91,25 @@ def upsample_classify_kernel(
     for first in range(begin, end, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         mask = (row < end)[:, None] & (column < width)
-        _, by_row = position(row, y_scale, y_shift, y_divisor, low_height)
+        _, by_row = position(row, y_scale, y_shift, y_divisor, low_height, WIDE)
         by_row = by_row[:, None]
         if WIDE:
             row = row.to(tl.int64)
         to = out + row[:, None] * width + column
         if OUTPUT == "logits":
             for k in range(CLASSES):
-                value = blended(x + k * x_class, top, bottom, left, right, weight, by_row)
-                plane = k * out_class
-                if WIDE:
-                    plane = tl.cast(k, tl.int64) * out_class
+                value = blended(
+                    x + plane_of(k, x_class, WIDE), top, bottom, left, right, weight, by_row
+                )
+                plane = plane_of(k, out_class, WIDE)
                 tl.store(to + plane, cast(value, out, PRECISION), mask=mask)
         else:
             largest = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
             label = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
             for k in range(CLASSES):
-                value = blended(x + k * x_class, top, bottom, left, right, weight, by_row)
+                value = blended(
+                    x + plane_of(k, x_class, WIDE), top, bottom, left, right, weight, by_row
+                )
                 # As torch.argmax: the first of equal ones, and NaN is the largest of all.
                 larger = (value > largest) | ((value != value) & (largest == largest))
                 largest = tl.where(larger, value, largest)
@@ -105,13 +119,15 @@ def upsample_classify_kernel(
             else:
                 total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
                 for k in range(CLASSES):
-                    value = blended(x + k * x_class, top, bottom, left, right, weight, by_row)
+                    value = blended(
+                        x + plane_of(k, x_class, WIDE), top, bottom, left, right, weight, by_row
+                    )
                     total += tl.exp(value - largest)
                 for k in range(CLASSES):
-                    value = blended(x + k * x_class, top, bottom, left, right, weight, by_row)
-                    plane = k * out_class
-                    if WIDE:
-                        plane = tl.cast(k, tl.int64) * out_class
+                    value = blended(
+                        x + plane_of(k, x_class, WIDE), top, bottom, left, right, weight, by_row
+                    )
+                    plane = plane_of(k, out_class, WIDE)
                     value = tl.div_rn(tl.exp(value - largest), total)
                     tl.store(to + plane, cast(value, out, PRECISION), mask=mask)
 
@@ -152,7 +168,7 @@ def launches(
                 "CLASSES": classes,
                 "OUTPUT": output,
                 "PRECISION": precision,
-                "WIDE": wide(x, out),
+                "WIDE": wide(x, out) or is_long(low_height, height) or is_long(low_width, width),
                 "BLOCK_ROWS": tile.rows,
                 "BLOCK_COLUMNS": tile.pixels,
             },

@@ -20,8 +20,7 @@ Plain = Mapping[str, Tensor]
 
 _ALIGNMENT = 128  # bytes: a line of the memory
 _MOST_COLUMNS = 128
-STEM_TERMS = 32  # 3 x 3 x up to 3 channels; 64 with more
-CELLS = 16  # of the pooled grids that one program takes; a branch's cells are padded to whole such blocks
+CELLS = 16  # of the pooled grids that one program takes
 
 
 def padded(channels: int) -> int:
@@ -39,16 +38,13 @@ def columns(channels: int) -> int:
     return min(power_of_two(padded(channels)), _MOST_COLUMNS)
 
 
+def last_columns(classes: int) -> int:
+    """Columns of dsconv's second product, all of which one program takes."""
+    return power_of_two(padded(classes))
+
+
 def stem_terms(channels: int) -> int:
     return power_of_two(9 * channels)
-
-
-def cells(layer: Layer) -> tuple[int, ...]:
-    """The first padded cell of each pyramid branch, and the end of the last."""
-    firsts = [0]
-    for bins in layer.bins:
-        firsts.append(firsts[-1] + rounded_up(bins * bins, CELLS))
-    return tuple(firsts)
 
 
 def _matrix(k: int, n: int) -> tuple[int, int]:
@@ -74,7 +70,7 @@ def shapes(layer: Layer) -> dict[str, tuple[tuple[int, ...], bool]]:
             "pointwise_bias": ((o_row,), False),
         }
         if layer.last_channels:
-            last = _matrix(o_row, layer.last_channels)
+            last = (o_row, last_columns(layer.last_channels))
             pieces |= {"last_weight": (last, True), "last_bias": (last[1:], False)}
         return pieces
     if layer.op == "inverted_residual":

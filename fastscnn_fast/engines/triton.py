@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends
 from ..kernels import choices, weights as layout
 from ..kernels.choices import Choices
-from ..kernels.engine import Plan, Pool, network_plan, op_plan
+from ..kernels.engine import Plan, Pool, activation, input_names, network_plan, op_plan
 from ..kernels.launch import Buffer
 from ..kernels.tiles import INTERPRETER, Architecture
 from ..packed import TAG, Program, check_dtype, layout_of, parsed, plain_weights, tag
@@ -54,6 +54,12 @@ def _picture(where: Where) -> Buffer:
 
 
 def _plane(name: str, where: Where) -> Buffer:
+    """A plane in the layout of memory.py, whatever strides torch tells of dimensions of size 1."""
+    dtype, (n, c, h, w), _ = where
+    return activation(name, dtype, n, h, w, c)
+
+
+def _strided(name: str, where: Where) -> Buffer:
     dtype, (n, c, h, w), (sn, sc, sh, sw) = where
     return Buffer(name, dtype, (n, h, w, c), (sn, sh, sw, sc))
 
@@ -74,8 +80,8 @@ def _op_plan(
     if layer.op == "stem_conv":
         buffers = [_picture(inputs[0])]
     else:
-        names = ("high", "low") if layer.op == "feature_fusion" else ("x",)
-        buffers = [_plane(name, where) for name, where in zip(names, inputs)]
+        of = _strided if layer.op == "upsample_classify" else _plane
+        buffers = [of(name, where) for name, where in zip(input_names(layer), inputs)]
     result = Buffer("out", *out) if layer.op == "upsample_classify" else _plane("out", out)
     return op_plan(
         layer,
