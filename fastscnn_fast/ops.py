@@ -272,6 +272,9 @@ _DEFINITIONS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., None]]] 
 }
 _library = torch.library.Library("fastscnn", "DEF")
 
+# Scratch memory outlives a call: torch.compile must not record one into a CUDA graph of its own.
+_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+
 
 def _no_gradient(*_: Any) -> None:
     raise RuntimeError(
@@ -324,7 +327,7 @@ def _register(
         fill(out, *args)
         return out
 
-    _library.define(f"{name}({arguments}) -> Tensor")
+    _library.define(f"{name}({arguments}) -> Tensor", tags=_TAGS)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastscnn::{name}", result, lib=_library)
     torch.library.register_autograd(f"fastscnn::{name}", _no_gradient, lib=_library)
@@ -371,7 +374,7 @@ def _network_out(x: Tensor, *args: Any, out: Tensor) -> None:
     _network_fill(out, x, *args)
 
 
-_library.define(f"network.out({_NETWORK}, *, Tensor(a!) out) -> ()")
+_library.define(f"network.out({_NETWORK}, *, Tensor(a!) out) -> ()", tags=_TAGS)
 _library.impl("network.out", _network_out, "CompositeExplicitAutograd")
 torch.library.register_fake("fastscnn::network.out", _network_check_out, lib=_library)
 

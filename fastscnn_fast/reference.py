@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -138,6 +139,9 @@ def run(
     return _OPS[layer.op](*inputs, layer, weights)
 
 
+_TF32 = RLock()
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether cuDNN's convolutions may round float32 to TF32."""
@@ -146,12 +150,16 @@ def tf32(allowed: bool) -> Iterator[None]:
     value: bool | str = allowed
     if hasattr(where, "conv"):  # torch 2.9 and later
         where, name, value = where.conv, "fp32_precision", "tf32" if allowed else "ieee"
-    before = getattr(where, name)
-    setattr(where, name, value)
-    try:
-        yield
-    finally:
-        setattr(where, name, before)
+    with _TF32:  # the setting is the process's
+        before = getattr(where, name)
+        if before == value:
+            yield
+            return
+        setattr(where, name, value)
+        try:
+            yield
+        finally:
+            setattr(where, name, before)
 
 
 def network(

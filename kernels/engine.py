@@ -96,7 +96,7 @@ class TorchStep:
         with (
             torch.autocast(out.device.type, enabled=False),
             torch.no_grad(),
-            reference.tf32(self.tf32),
+            reference.tf32(self.tf32) if self.dtype == torch.float32 else nullcontext(),
         ):
             out.copy_(reference.run(layer, inputs, plain, out.shape[-2:], self.output))
             channels = out.shape[1]

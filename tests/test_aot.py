@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +104,27 @@ def test_machine_code(case: Case) -> None:
 @pytest.mark.parametrize("case", list(_all()), ids=_name)
 def test_machine_code_of_every_specialisation(case: Case) -> None:
     _check(case)
+
+
+# Aligned corners on planes of a pixel or two, where sizes are 1 and compiled in; sides that leave
+# tiles ragged; offsets and positions of 64 bits.
+ODD_SIZES = ((16, 16), (3, 3), (8, 64), (49, 65), (48, 120000))
+
+
+def _odd() -> Iterator[Any]:
+    few = ("tramac", torch.float16, ODD_SIZES[0])
+    for odd in itertools.product(
+        ("tramac", "segmentron"), (torch.float16, torch.float32), ODD_SIZES
+    ):
+        yield pytest.param(*odd, marks=[] if odd == few else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("name", "dtype", "size"), list(_odd()), ids=str)
+def test_odd_sizes_compile(name: str, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    config = replace(preset(name), num_classes=150)
+    for output in ("logits", "labels"):
+        for launch in aot.network(config, size, dtype, 80, output).launches:
+            assert aot.compiled(launch, 80).shared <= KIB[80] * 1024, launch.kernel.__name__
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

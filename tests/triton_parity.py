@@ -25,6 +25,7 @@ from helpers import (
     Guarded,
     assert_labels,
     assert_parity,
+    err,
     in_layout,
     lifelike,
     noise,
@@ -420,6 +421,30 @@ def test_labels_of_extreme_logits(magnitude: float) -> None:
     assert_labels(labels, logits64, LABEL_ULPS * magnitude)
 
 
+@pytest.mark.parametrize("classes", [128, 150, 300])
+def test_many_classes(classes: int) -> None:
+    """The second product of a dsconv takes all of them at once."""
+    layer = replace(DSCONV[3], in_channels=32, out_channels=32, last_channels=classes)
+    check(TritonCase.of(Case(layer, ((5, 6),), batch=2), "float32"))
+
+
+def test_strides_of_dimensions_of_size_one() -> None:
+    """Torch calls an activation dense whatever strides it tells where the size is 1."""
+    case = TritonCase.of(Case(Layer("dsconv", "", 64, 64), ((7, 1),)), "float32")
+    weights = case.weights()
+    x = torch.randn(1, 7, 64).transpose(1, 2)[..., None]
+    assert x.permute(0, 2, 3, 1).is_contiguous() and x.stride(3) == 1
+    y = ops.dsconv(x.to(DEVICE), case.packed(weights).to(DEVICE), case.layer, "triton").cpu()
+    assert err(y, case.reference64((x,), weights)) < 1e-6
+
+
+def test_positions_beyond_32_bits() -> None:
+    """A numerator of a position is as large as four times the product of both sizes."""
+    case = TritonCase.of(Case(upsample(2), ((1, 11625), (1, 93000))), "float32")
+    (x,), weights = case.inputs(), case.weights()
+    assert err(case.run((x,), weights), case.reference64((x,), weights)) < 1e-6
+
+
 # ---------------------------------------------------------------- networks
 
 # As in test_network.py: an untrained network amplifies rounding.
@@ -432,7 +457,9 @@ def small_model(name: str) -> FastSCNN:
 
 
 def fused(name: str, arithmetic: str = "float32") -> FusedFastSCNN:
-    return FusedFastSCNN(fold(small_model(name)), "triton", *ARITHMETICS[arithmetic]).to(DEVICE)
+    """Without CUDA graphs, so that every call launches (graphs have tests of their own)."""
+    folded = fold(small_model(name))
+    return FusedFastSCNN(folded, "triton", *ARITHMETICS[arithmetic], cuda_graph="off").to(DEVICE)
 
 
 def networks() -> Iterator[Any]:
