@@ -423,3 +423,11 @@ def test_a_failed_call_leaves_the_pool_in_order() -> None:
         pool.run("key", plan_of(Kernel(fail)), CPU, {"weights": torch.zeros(0)})
     pool.run("key", plan_of(Kernel()), CPU, {"weights": torch.zeros(0)})
     assert free(pool) == 1
+
+
+@installed
+def test_logits_of_one_pixel_are_planes_too() -> None:
+    """Strides alone do not tell planes of 1x1 from pixels, and a pixel's padding would be the next image's."""
+    plan = network_plan(Config(**SMALL), (3, 3, 8, 8), torch.float16)
+    last = [launch.arguments["LAST"] for launch in plan.launches if "LAST" in launch.arguments]
+    assert last[-1] == Config(**SMALL).num_classes
