@@ -18,7 +18,7 @@ from fastscnn_fast.plan import Layer
 from .common import activate, cast, hat, offset, position, product
 from .launch import Buffer, Launch, cdiv, wide
 from .pyramid_pooling import convolution
-from .resize import fraction, is_long
+from .resize import arguments, fraction, is_long
 from .tiles import Tile
 from .weights import chunk, columns, padded
 
@@ -168,8 +168,6 @@ def launches(
         )
     across = cdiv(width, tile.pixels)
     block_out = columns(o)
-    y_scale, y_shift, y_divisor = fraction(low_height, height, align)
-    x_scale, x_shift, x_divisor = fraction(low_width, width, align)
     dilation = 0 if layer.dense else layer.dilation
     result.append(
         Launch(
@@ -185,12 +183,7 @@ def launches(
                 "low_height": low_height,
                 "low_width": low_width,
                 "tiles_across": across,
-                "y_scale": y_scale,
-                "y_shift": y_shift,
-                "y_divisor": y_divisor,
-                "x_scale": x_scale,
-                "x_shift": x_shift,
-                "x_divisor": x_divisor,
+                **arguments((low_height, low_width), (height, width), align),
                 "high_image": high.strides[0],
                 "low_image": refined.strides[0],
                 "out_image": out.strides[0],
@@ -207,8 +200,7 @@ def launches(
                 "ACTIVATION": layer.activation,
                 "PRECISION": precision,
                 "WIDE": wide(high, refined, out)
-                or is_long(low_height, height)
-                or is_long(low_width, width),
+                or is_long((low_height, low_width), (height, width)),
                 "BLOCK_PIXELS": tile.pixels,
                 "BLOCK_IN": min(chunk(c), tile.block),
                 "BLOCK_MID": chunk(layer.mid_channels),

@@ -13,6 +13,15 @@ def fraction(size: int, out: int, align_corners: bool) -> tuple[int, int, int]:
     return 2 * size, size - out, 2 * out
 
 
-def is_long(size: int, out: int) -> bool:
+def arguments(low: tuple[int, int], size: tuple[int, int], align_corners: bool) -> dict[str, int]:
+    """The fractions of a resize from ``low`` to ``size`` (height, width), as kernels take them."""
+    return {
+        f"{axis}_{name}": value
+        for axis, a, b in zip("yx", low, size)
+        for name, value in zip(("scale", "shift", "divisor"), fraction(a, b, align_corners))
+    }
+
+
+def is_long(low: tuple[int, int], size: tuple[int, int]) -> bool:
     """Whether those integers may not fit 32 bits."""
-    return 2 * (size + 1) * (out + 1) >= 2**31
+    return any(2 * (a + 1) * (b + 1) >= 2**31 for a, b in zip(low, size))

@@ -14,7 +14,7 @@ from fastscnn_fast.plan import Layer
 
 from .common import cast, position
 from .launch import Buffer, Launch, cdiv, wide
-from .resize import fraction, is_long
+from .resize import arguments, is_long
 from .tiles import Tile
 
 
@@ -138,8 +138,6 @@ def launches(
     """x (N, h, w, K), any strides; out (N, K, H, W), or (N, H, W) labels, contiguous."""
     images, low_height, low_width, classes = x.shape
     height, width = out.shape[-2:]
-    y_scale, y_shift, y_divisor = fraction(low_height, height, layer.align_corners)
-    x_scale, x_shift, x_divisor = fraction(low_width, width, layer.align_corners)
     across = cdiv(width, tile.pixels)
     return [
         Launch(
@@ -153,12 +151,7 @@ def launches(
                 "height": height,
                 "width": width,
                 "tiles_across": across,
-                "y_scale": y_scale,
-                "y_shift": y_shift,
-                "y_divisor": y_divisor,
-                "x_scale": x_scale,
-                "x_shift": x_shift,
-                "x_divisor": x_divisor,
+                **arguments((low_height, low_width), (height, width), layer.align_corners),
                 "x_image": x.strides[0],
                 "x_class": x.strides[3],
                 "x_row": x.strides[1],
@@ -168,7 +161,7 @@ def launches(
                 "CLASSES": classes,
                 "OUTPUT": output,
                 "PRECISION": precision,
-                "WIDE": wide(x, out) or is_long(low_height, height) or is_long(low_width, width),
+                "WIDE": wide(x, out) or is_long((low_height, low_width), (height, width)),
                 "BLOCK_ROWS": tile.rows,
                 "BLOCK_COLUMNS": tile.pixels,
             },
