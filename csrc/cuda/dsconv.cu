@@ -1,0 +1,312 @@
+// dsconv: depthwise 3x3 + bias [+ act] -> 1x1 + bias + act [-> 1x1 + bias]; the depthwise result
+// stays in shared memory.
+//
+// A block owns a tile of pixels with all their output channels. Chunk by chunk of input channels,
+// 64 bytes of each pixel, the tile's halo and the chunk's rows of the 1x1 arrive asynchronously
+// while the chunk before is computed.
+#include "product.cuh"
+
+namespace fastscnn::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kAcross = 16;       // pixels of a tile's row
+constexpr int kLastColumns = 32;  // classes that a block computes
+constexpr int kStrip = 4;         // pixels below each other that a thread sums up
+
+// Sizes for In and Out channels at Stride; 0 for what is known only at run time, when the depthwise
+// reads from global memory whatever its stride and dilation.
+template <class T, int In, int Out, int Stride>
+struct Sizes {
+  static constexpr int kRows = Stride == 1 ? 8 : 4;
+  static constexpr int kPixels = kRows * kAcross;
+  static constexpr int kChunk = 64 / int(sizeof(T));  // input channels
+  static constexpr int kColumns = Out ? padded_columns(Out) : 64;
+  static constexpr int kHaloRows = Stride ? (kRows - 1) * Stride + 3 : 0;
+  static constexpr int kHaloColumns = Stride ? (kAcross - 1) * Stride + 3 : 0;
+  static constexpr int kStages = In && In <= kChunk ? 1 : 2;
+
+  // Shared memory in elements: per stage the halo and rows of the 1x1; the depthwise result.
+  static constexpr int kHalo = kHaloRows * kHaloColumns * kChunk;
+  static constexpr int kRight = kChunk * pitch<T>(kColumns);
+  static constexpr int kLeft = kPixels * pitch<T>(kChunk);
+  static constexpr int kPipeline = kStages * (kHalo + kRight) + kLeft;
+  // After the 1x1, in the same memory: its result and the last 1x1's weights.
+  static constexpr int kResult = kPixels * pitch<T>(kColumns);
+  static constexpr int kLast = kColumns * pitch<T>(kLastColumns);
+  static constexpr size_t kPipelineBytes = kPipeline * sizeof(T);
+  static constexpr size_t kResultBytes = kResult * sizeof(T);
+  static constexpr size_t kLastBytes = (kResult + kLast) * sizeof(T);
+
+  static constexpr size_t shared(bool last) {
+    const size_t after = last ? kLastBytes : kResultBytes;
+    return kPipelineBytes > after ? kPipelineBytes : after;
+  }
+};
+
+// Where a halo's pixel lies: at stride 2 even columns first, so that neighbouring outputs read
+// neighbouring memory.
+template <int Stride, int HaloColumns>
+__device__ __forceinline__ int slot(int row, int column) {
+  if (Stride == 2) column = column / 2 + column % 2 * ((HaloColumns + 1) / 2);
+  return row * HaloColumns + column;
+}
+
+// The depthwise sums of one chunk, from the halo in shared memory to `left`. A thread has two
+// channels throughout and slides down strips of pixels, so that a pixel is read once for the up to
+// three outputs that it is part of.
+template <class T, class S, int Stride>
+__device__ __forceinline__ void depthwise(const T* halo, T* left, const float* weight,
+                                          const float* bias, int channels, int first, float low,
+                                          float high) {
+  constexpr int kPairs = S::kChunk / 2;
+  const int within = threadIdx.x % kPairs * 2;
+  const bool exists = first + within < channels;
+  float2 taps[9], start{0, 0};
+#pragma unroll
+  for (int tap = 0; tap < 9; ++tap) {
+    taps[tap] = exists ? load_pair(weight + tap * channels + first + within) : float2{0, 0};
+  }
+  if (exists) start = load_pair(bias + first + within);
+#pragma unroll 1
+  for (int i = threadIdx.x / kPairs; i < S::kPixels / kStrip; i += kThreads / kPairs) {
+    const int column = i % kAcross, row = i / kAcross * kStrip;
+    float2 sums[kStrip];
+#pragma unroll
+    for (int r = 0; r < kStrip; ++r) sums[r] = start;
+#pragma unroll
+    for (int y = 0; y < (kStrip - 1) * Stride + 3; ++y) {
+#pragma unroll
+      for (int x = 0; x < 3; ++x) {
+        const int at = slot<Stride, S::kHaloColumns>(row * Stride + y, column * Stride + x);
+        const float2 value = load_pair(halo + at * S::kChunk + within);
+#pragma unroll
+        for (int r = 0; r < kStrip; ++r) {
+          const int tap = y - r * Stride;
+          if (tap >= 0 && tap < 3) sums[r] = multiply_add(value, taps[3 * tap + x], sums[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kStrip; ++r) {
+      store_pair(left + ((row + r) * kAcross + column) * pitch<T>(S::kChunk) + within,
+                 bounded(sums[r], low, high));
+    }
+  }
+}
+
+// The same from global memory, at any stride and dilation.
+template <class T, class S>
+__device__ __forceinline__ void depthwise_from_global(const T* x, T* left, const float* weight,
+                                                      const float* bias, int channels, int first,
+                                                      float low, float high, int top, int start,
+                                                      int height, int width, int x_pixel,
+                                                      int stride, int dilation) {
+  constexpr int kPairs = S::kChunk / 2;
+  const int within = threadIdx.x % kPairs * 2, c = first + within;
+  for (int i = threadIdx.x / kPairs; i < S::kPixels; i += kThreads / kPairs) {
+    float2 sum{0, 0};
+    if (c < channels) {
+      sum = load_pair(bias + c);
+#pragma unroll
+      for (int tap = 0; tap < 9; ++tap) {
+        const int y = (top + i / kAcross) * stride + (tap / 3 - 1) * dilation;
+        const int z = (start + i % kAcross) * stride + (tap % 3 - 1) * dilation;
+        if (y < 0 || y >= height || z < 0 || z >= width) continue;
+        const float2 value = load_pair(x + (int64_t{y} * width + z) * x_pixel + c);
+        sum = multiply_add(value, load_pair(weight + tap * channels + c), sum);
+      }
+    }
+    store_pair(left + i * pitch<T>(S::kChunk) + within, bounded(sum, low, high));
+  }
+}
+
+// x (H, W, channels) -> out (H', W', channels or classes), a tile of image block / (tiles down and
+// across).
+template <class T, class Y, int In, int Out, int Stride, bool Last>
+__global__ void __launch_bounds__(kThreads, 2)
+    dsconv_kernel(const T* __restrict__ x, const float* __restrict__ depthwise_weight,
+                  const float* __restrict__ depthwise_bias, const T* __restrict__ pointwise_weight,
+                  const float* __restrict__ pointwise_bias, const T* __restrict__ last_weight,
+                  const float* __restrict__ last_bias, Y* __restrict__ out, int height, int width,
+                  int out_height, int out_width, int tiles_down, int tiles_across, int in_channels,
+                  int out_channels, int last_channels, int last_columns, int stride, int dilation,
+                  float mid_low, float mid_high, float low, float high, int64_t x_image,
+                  int x_pixel, int64_t out_image, int out_pixel, int64_t out_channel) {
+  using S = Sizes<T, In, Out, Stride>;
+  using Product = Shares<S::kPixels, S::kColumns, kWarps>;
+  using LastProduct = Shares<S::kPixels, kLastColumns, kWarps>;
+  if (In) in_channels = In;
+  if (Out) out_channels = Out;
+  const int row_pitch = padded_columns(out_channels);
+  T* const memory = reinterpret_cast<T*>(shared_memory());
+  T* const left = memory + S::kStages * (S::kHalo + S::kRight);
+
+  const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
+  const int64_t image = blockIdx.x / tiles_across / tiles_down;
+  const int top = down * S::kRows, start = across * kAcross;
+  x += image * x_image;
+  out += image * out_image;
+  const int first_class = blockIdx.y * kLastColumns;
+  const int first_column = Last ? 0 : blockIdx.y * S::kColumns;
+  const int end_column = Last ? out_channels : first_column + S::kColumns;
+
+  const auto queue = [&](int stage, int chunk, int o) {
+    T* const halo = memory + stage * (S::kHalo + S::kRight);
+    if constexpr (Stride != 0) {
+      constexpr int kVectors = S::kChunk / kPerVector<T>;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < S::kHaloRows * S::kHaloColumns * kVectors; i += kThreads) {
+        const int pixel = i / kVectors, within = i % kVectors * kPerVector<T>;
+        const int row = pixel / S::kHaloColumns, column = pixel % S::kHaloColumns;
+        const int y = top * Stride + row - 1, z = start * Stride + column - 1;
+        const int c = chunk * S::kChunk + within;
+        const bool exists = y >= 0 && y < height && z >= 0 && z < width && c < in_channels;
+        async_copy_16(halo + slot<Stride, S::kHaloColumns>(row, column) * S::kChunk + within,
+                      exists ? x + (int64_t{y} * width + z) * x_pixel + c : x, exists);
+      }
+    }
+    copy_matrix<S::kChunk, S::kColumns, kThreads>(
+        halo + S::kHalo, pitch<T>(S::kColumns),
+        pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
+        in_channels - chunk * S::kChunk, row_pitch - o);
+    async_commit();
+  };
+
+  typename LastProduct::Tile result;
+  if constexpr (Last) {
+    result.for_each([&](int, int column, float2& pair) {
+      const int k = first_class + LastProduct::column() + column;
+      pair = k < last_columns ? load_pair(last_bias + k) : float2{0, 0};
+    });
+  }
+  const int chunks = divided_up(in_channels, S::kChunk);
+  for (int o = first_column; o < end_column; o += S::kColumns) {
+    typename Product::Tile total;
+    total.start(pointwise_bias + o + Product::column());
+    queue(0, 0, o);
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int stage = chunk % S::kStages;
+      if (chunk + 1 < chunks) {
+        queue((chunk + 1) % S::kStages, chunk + 1, o);
+        async_wait<1>();
+      } else {
+        async_wait<0>();
+      }
+      __syncthreads();
+      const T* const halo = memory + stage * (S::kHalo + S::kRight);
+      if constexpr (Stride != 0) {
+        depthwise<T, S, Stride>(halo, left, depthwise_weight, depthwise_bias, in_channels,
+                                chunk * S::kChunk, mid_low, mid_high);
+      } else {
+        depthwise_from_global<T, S>(x, left, depthwise_weight, depthwise_bias, in_channels,
+                                    chunk * S::kChunk, mid_low, mid_high, top, start, height, width,
+                                    x_pixel, stride, dilation);
+      }
+      __syncthreads();
+      multiply<S::kChunk>(total, left + Product::row() * pitch<T>(S::kChunk), pitch<T>(S::kChunk),
+                          halo + S::kHalo + Product::column(), pitch<T>(S::kColumns));
+      __syncthreads();
+    }
+
+    T* const tile = memory;
+    T* const last = memory + S::kResult;
+    if constexpr (Last) {
+      copy_matrix<S::kColumns, kLastColumns, kThreads>(
+          last, pitch<T>(kLastColumns), last_weight + int64_t{o} * last_columns + first_class,
+          last_columns, row_pitch - o, last_columns - first_class);
+      async_commit();
+    }
+    total.for_each([&](int row, int column, float2& pair) {
+      store_pair(tile + (Product::row() + row) * pitch<T>(S::kColumns) + Product::column() + column,
+                 bounded(pair, low, high));
+    });
+    async_wait<0>();
+    __syncthreads();
+    if constexpr (Last) {
+      multiply<S::kColumns>(result, tile + LastProduct::row() * pitch<T>(S::kColumns),
+                            pitch<T>(S::kColumns), last + LastProduct::column(),
+                            pitch<T>(kLastColumns));
+    } else {
+      constexpr int kVectors = S::kColumns / kPerVector<T>;
+      for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
+        const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
+        const int y = top + pixel / kAcross, z = start + pixel % kAcross;
+        if (y >= out_height || z >= out_width || o + column >= out_channels) continue;
+        copy_16(out + (int64_t{y} * out_width + z) * out_pixel + o + column,
+                tile + pixel * pitch<T>(S::kColumns) + column);
+      }
+    }
+    __syncthreads();
+  }
+  if constexpr (Last) {
+    result.for_each([&](int row, int column, float2& pair) {
+      const int pixel = LastProduct::row() + row;
+      const int y = top + pixel / kAcross, z = start + pixel % kAcross;
+      if (y >= out_height || z >= out_width) return;
+      Y* const to = out + (int64_t{y} * out_width + z) * out_pixel;
+      const int k = first_class + LastProduct::column() + column;
+      if (k < last_channels) to[k * out_channel] = rounded<Y>(pair.x);
+      if (k + 1 < last_channels) to[(k + 1) * out_channel] = rounded<Y>(pair.y);
+    });
+  }
+}
+
+template <class T, class Y, int In, int Out, int Stride, bool Last>
+void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
+  using S = Sizes<T, In, Out, Stride>;
+  const Bounds mid = bounds_of(op.mid_activation), end = bounds_of(op.activation);
+  const int in_channels = padded(op.in_channels), out_channels = padded(op.out_channels);
+  // Next to each other in memory, the classes are padded with zeros, as channels are.
+  const int last_channels = op.out_channel == 1 ? padded(op.last_channels) : op.last_channels;
+  const int last_columns = Last ? power_of_two(padded(op.last_channels)) : 0;
+  const int64_t tiles_down = divided_up(op.out_height, S::kRows);
+  const int64_t tiles_across = divided_up(op.out_width, kAcross);
+  const Shape shape{
+      op.images * tiles_down * tiles_across, kThreads, S::shared(Last),
+      Last ? divided_up(last_columns, kLastColumns) : divided_up(out_channels, S::kColumns)};
+  FASTSCNN_LAUNCH((dsconv_kernel<T, Y, In, Out, Stride, Last>), shape, stream, op.x,
+                  op.depthwise_weight, op.depthwise_bias, op.pointwise_weight, op.pointwise_bias,
+                  op.last_weight, op.last_bias, op.out, op.height, op.width, op.out_height,
+                  op.out_width, tiles_down, tiles_across, in_channels, out_channels, last_channels,
+                  last_columns, op.stride, op.dilation, mid.low, mid.high, end.low, end.high,
+                  op.x_image, op.x_pixel, op.out_image, op.out_pixel, op.out_channel);
+}
+
+// The instantiation for these channels and stride, the general one for others.
+template <class T>
+void select(const fastscnn_dsconv& op, fastscnn_stream stream) {
+  const auto is = [&](int in, int out, int stride) {
+    return padded(op.in_channels) == in && padded(op.out_channels) == out && op.stride == stride &&
+           op.dilation == 1;
+  };
+  if (!op.last_channels) {
+    if (is(32, 48, 2)) return run<T, T, 32, 48, 2, false>(op, stream);
+    if (is(48, 64, 2)) return run<T, T, 48, 64, 2, false>(op, stream);
+    if (is(128, 128, 1)) return run<T, T, 128, 128, 1, false>(op, stream);
+    return run<T, T, 0, 0, 0, false>(op, stream);
+  }
+  const auto run_last = [&](auto y) {
+    using Y = decltype(y);
+    if (is(128, 128, 1)) return run<T, Y, 128, 128, 1, true>(op, stream);
+    run<T, Y, 0, 0, 0, true>(op, stream);
+  };
+  if (op.out_type == op.type) return run_last(T{});
+  run_last(float{});
+}
+
+}  // namespace
+}  // namespace fastscnn::cuda
+
+int fastscnn_cuda_dsconv(const fastscnn_dsconv* op, fastscnn_stream stream) {
+  namespace fc = fastscnn::cuda;
+  return fc::status_of([&] {
+    fc::require(op->stride >= 1, "stride must be at least 1", op->stride);
+    fc::require(op->dilation >= 1, "dilation must be at least 1", op->dilation);
+    fc::require(op->out_type == op->type || (op->last_channels && op->out_type == FASTSCNN_FLOAT32),
+                "out_type must be type, or float32 with last_channels", op->out_type);
+    fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
+  });
+}

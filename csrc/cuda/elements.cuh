@@ -1,0 +1,111 @@
+// Elements of the three types, two at a time, and what is done to them.
+#pragma once
+
+#include <cmath>
+
+#include "launch.h"
+#include "ptx.cuh"
+
+namespace fastscnn::cuda {
+
+constexpr int kVector = 16;  // bytes of the widest access
+
+template <class T>
+constexpr int kPerVector = kVector / int(sizeof(T));
+
+template <class Size>
+__host__ __device__ constexpr Size divided_up(Size a, int b) {
+  return (a + b - 1) / b;
+}
+__host__ __device__ constexpr int rounded_up(int a, int multiple) {
+  return divided_up(a, multiple) * multiple;
+}
+__host__ __device__ constexpr int power_of_two(int at_least) {
+  int power = 1;
+  while (power < at_least) power *= 2;
+  return power;
+}
+
+// Channels of an activation, and columns of a product's right matrix, as kernels/weights.py pads
+// them.
+__host__ __device__ constexpr int padded(int channels) { return rounded_up(channels, 16); }
+constexpr int kMostColumns = 128;
+__host__ __device__ constexpr int padded_columns(int channels) {
+  const int power = power_of_two(padded(channels));
+  return rounded_up(channels, power < kMostColumns ? power : kMostColumns);
+}
+
+__device__ __forceinline__ float2 load_pair(const float* p) {
+  return *reinterpret_cast<const float2*>(p);
+}
+__device__ __forceinline__ float2 load_pair(const __half* p) {
+  return __half22float2(*reinterpret_cast<const __half2*>(p));
+}
+__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* p) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
+}
+
+__device__ __forceinline__ void store_pair(float* p, float2 v) {
+  *reinterpret_cast<float2*>(p) = v;
+}
+__device__ __forceinline__ void store_pair(__half* p, float2 v) {
+  *reinterpret_cast<__half2*>(p) = __floats2half2_rn(v.x, v.y);
+}
+__device__ __forceinline__ void store_pair(__nv_bfloat16* p, float2 v) {
+  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(v.x, v.y);
+}
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Rounded to nearest even.
+template <class T>
+__device__ __forceinline__ T rounded(float v) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return v;
+  } else {
+    return static_cast<T>(v);
+  }
+}
+
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+}
+
+__device__ __forceinline__ float2 multiply_add(float2 a, float2 b, float2 c) {
+  return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y)};
+}
+
+// An activation as bounds of what it lets through; NaN stays NaN, as in torch.
+struct Bounds {
+  float low, high;
+};
+
+inline Bounds bounds_of(int activation) {
+  require(activation >= FASTSCNN_NONE && activation <= FASTSCNN_RELU6,
+          "an activation must be none, relu or relu6", activation);
+  return {activation == FASTSCNN_NONE ? -INFINITY : 0.0f,
+          activation == FASTSCNN_RELU6 ? 6.0f : INFINITY};
+}
+
+__device__ __forceinline__ float bounded(float v, float low, float high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
+__device__ __forceinline__ float2 bounded(float2 v, float low, float high) {
+  return {bounded(v.x, low, high), bounded(v.y, low, high)};
+}
+
+// Calls `run` with an element of the type.
+template <class F>
+void with_type(int type, F&& run) {
+  require(type >= FASTSCNN_FLOAT32 && type <= FASTSCNN_FLOAT16,
+          "a type must be float32, bfloat16 or float16", type);
+  if (type == FASTSCNN_FLOAT32) return run(float{});
+  if (type == FASTSCNN_BFLOAT16) return run(__nv_bfloat16{});
+  return run(__half{});
+}
+
+}  // namespace fastscnn::cuda

@@ -1,0 +1,307 @@
+#include "emulation.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace fastscnn::cuda::emulation {
+namespace {
+
+constexpr unsigned kLanes = 32;
+constexpr size_t kStack = 128 * 1024;
+constexpr size_t kGuard = 1024;          // bytes before and after shared memory
+constexpr unsigned char kPoison = 0xff;  // NaN in every type
+
+enum class State { ready, at_barrier, in_collective, done };
+
+struct Fiber {
+  ucontext_t first;  // where it begins
+  jmp_buf at;        // where it goes on
+  bool begun;
+  State state;
+  unsigned id;
+  int line;  // of the barrier
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+};
+
+struct Warp {
+  void* arguments[kLanes];
+  void (*act)(void* const*);
+  unsigned arrived;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char[]> stacks;
+  std::vector<unsigned char> memory;  // guard, shared memory, guard
+  unsigned char* shared;
+  size_t shared_bytes;
+  uint3 index;
+  dim3 size, grid;
+  const std::function<void()>* kernel;
+  jmp_buf scheduler;
+  Fiber* current;
+  std::string error;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+};
+
+thread_local Block* block = nullptr;
+std::atomic<unsigned> warp_order{0};
+
+// AddressSanitizer must know which stack is in use; `saved` is null where the one that is left will
+// not be entered again.
+void about_to_enter(void** saved, const void* stack, size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(saved, stack, bytes);
+#else
+  (void)saved, (void)stack, (void)bytes;
+#endif
+}
+
+void entered(void* saved, const void** from, size_t* bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(saved, from, bytes);
+#else
+  (void)saved, (void)from, (void)bytes;
+#endif
+}
+
+unsigned char* stack_of(const Fiber& fiber) { return &block->stacks[fiber.id * kStack]; }
+
+void to_scheduler(bool ends = false) {
+  void* saved = nullptr;
+  about_to_enter(ends ? nullptr : &saved, block->scheduler_stack, block->scheduler_stack_bytes);
+  if (ends || _setjmp(block->current->at) == 0) _longjmp(block->scheduler, 1);
+  entered(saved, nullptr, nullptr);
+}
+
+void to_fiber(Fiber& fiber) {
+  block->current = &fiber;
+  void* saved = nullptr;
+  if (_setjmp(block->scheduler) == 0) {
+    about_to_enter(&saved, stack_of(fiber), kStack);
+    if (std::exchange(fiber.begun, true)) _longjmp(fiber.at, 1);
+    setcontext(&fiber.first);
+  }
+  entered(saved, nullptr, nullptr);
+}
+
+void pause(State state) {
+  block->current->state = state;
+  to_scheduler();
+}
+
+void body() {
+  entered(nullptr, &block->scheduler_stack, &block->scheduler_stack_bytes);
+  (*block->kernel)();
+  Fiber& fiber = *block->current;
+  const auto unwaited = [](const std::vector<Copy>& group) { return !group.empty(); };
+  if (!fiber.open.empty() || std::any_of(fiber.groups.begin(), fiber.groups.end(), unwaited)) {
+    fail("a thread must wait for its asynchronous copies before it ends");
+  }
+  fiber.state = State::done;
+  to_scheduler(true);
+}
+
+void begin(Fiber& fiber) {
+  fiber.begun = false;
+  fiber.state = State::ready;
+  fiber.open.clear();
+  fiber.groups.clear();
+  getcontext(&fiber.first);
+  fiber.first.uc_stack.ss_sp = stack_of(fiber);
+  fiber.first.uc_stack.ss_size = kStack;
+  fiber.first.uc_link = nullptr;
+  makecontext(&fiber.first, body, 0);
+}
+
+unsigned count(State state) {
+  const auto is = [state](const Fiber& fiber) { return fiber.state == state; };
+  return unsigned(std::count_if(block->fibers.begin(), block->fibers.end(), is));
+}
+
+// Lets all threads go on that wait at the barrier, if all do; whether they did.
+bool pass_barrier() {
+  const auto& fibers = block->fibers;
+  const unsigned waiting = count(State::at_barrier), done = count(State::done);
+  if (waiting == 0 || waiting + done < fibers.size()) return false;
+  const int line = std::find_if(fibers.begin(), fibers.end(), [](const Fiber& fiber) {
+                     return fiber.state == State::at_barrier;
+                   })->line;
+  for (const Fiber& fiber : fibers) {
+    if (fiber.state == State::done) {
+      block->error = "a barrier is not reached by threads that ended";
+    } else if (fiber.line != line) {
+      block->error = "threads of one block wait at different barriers";
+    }
+  }
+  for (Fiber& fiber : block->fibers) fiber.state = State::ready;
+  return true;
+}
+
+void check_guards() {
+  const auto broken = [](unsigned char byte) { return byte != kPoison; };
+  const unsigned char *begin = block->memory.data(), *end = begin + block->memory.size();
+  if (std::any_of(begin, static_cast<const unsigned char*>(block->shared), broken) ||
+      std::any_of(static_cast<const unsigned char*>(block->shared) + block->shared_bytes, end,
+                  broken)) {
+    block->error = "a thread wrote outside of its block's shared memory";
+  }
+}
+
+void run_block(unsigned order) {
+  std::fill(block->memory.begin(), block->memory.end(), kPoison);
+  for (Fiber& fiber : block->fibers) begin(fiber);
+  for (Warp& warp : block->warps) warp.arrived = 0;
+  const unsigned warps = unsigned(block->warps.size());
+  unsigned random = order * 2654435761u + block->index.x * 7919u + block->index.y * 104729u;
+  while (block->error.empty() && count(State::done) < block->fibers.size()) {
+    bool ran = false;
+    random = random * 1664525u + 1013904223u;
+    const unsigned first = order ? (random >> 8) % warps : 0;
+    for (unsigned w = 0; w < warps && block->error.empty(); ++w) {
+      const unsigned turn = (first + w) % warps, warp = order % 2 ? warps - 1 - turn : turn;
+      for (unsigned lane = 0; lane < kLanes && block->error.empty(); ++lane) {
+        Fiber& fiber = block->fibers[warp * kLanes + lane];
+        if (fiber.state != State::ready) continue;
+        ran = true;
+        to_fiber(fiber);
+      }
+    }
+    if (!ran && !pass_barrier()) {
+      block->error = "a barrier or a collective of the warp is not reached by all threads";
+    }
+  }
+  if (block->error.empty()) check_guards();
+}
+
+void run_blocks(Block& mine, std::atomic<uint64_t>& next, uint64_t end, unsigned order,
+                std::atomic<bool>& failed) {
+  block = &mine;
+  for (uint64_t i; !failed && (i = next++) < end;) {
+    mine.index = {unsigned(i % mine.grid.x), unsigned(i / mine.grid.x), 0};
+    run_block(order);
+    if (!mine.error.empty()) {
+      const auto at =
+          " (block " + std::to_string(mine.index.x) + ", " + std::to_string(mine.index.y) + ")";
+      mine.error += at;
+      failed = true;
+    }
+  }
+  block = nullptr;
+}
+
+}  // namespace
+
+void set_warp_order(unsigned order) { warp_order = order; }
+
+void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
+            const std::function<void()>& kernel) {
+  if (threads == 0 || threads % kLanes) throw std::runtime_error("a block must be of whole warps");
+  const uint64_t total = uint64_t{blocks} * rows;
+  const unsigned workers =
+      unsigned(std::min<uint64_t>(std::max(1u, std::thread::hardware_concurrency()), total));
+  std::vector<Block> all(workers);
+  for (Block& one : all) {
+    one.fibers.resize(threads);
+    for (unsigned i = 0; i < threads; ++i) one.fibers[i].id = i;
+    one.warps.resize(threads / kLanes);
+    one.stacks.reset(new unsigned char[threads * kStack]);
+    one.memory.resize(2 * kGuard + shared + 128);
+    const auto start = reinterpret_cast<uintptr_t>(one.memory.data()) + kGuard;
+    one.shared = reinterpret_cast<unsigned char*>((start + 127) / 128 * 128);
+    one.shared_bytes = shared;
+    one.size = dim3(threads);
+    one.grid = dim3(blocks, rows);
+    one.kernel = &kernel;
+  }
+  std::atomic<uint64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::vector<std::thread> others;
+  const unsigned order = warp_order;
+  for (unsigned i = 1; i < workers; ++i) {
+    others.emplace_back([&, i] { run_blocks(all[i], next, total, order, failed); });
+  }
+  run_blocks(all[0], next, total, order, failed);
+  for (std::thread& other : others) other.join();
+  for (const Block& one : all) {
+    if (!one.error.empty()) throw std::runtime_error(one.error);
+  }
+}
+
+void fail(const char* rule) {
+  block->error = std::string(rule) + " (thread " + std::to_string(block->current->id) + ")";
+  to_scheduler(true);
+  __builtin_unreachable();
+}
+
+uint3 thread_index() { return {block->current->id, 0, 0}; }
+uint3 block_index() { return block->index; }
+dim3 block_size() { return block->size; }
+dim3 grid_size() { return block->grid; }
+unsigned char* shared_memory() { return block->shared; }
+
+void barrier(int line) {
+  block->current->line = line;
+  pause(State::at_barrier);
+}
+
+void copy_16(const Copy& copy) {
+  const auto* to = static_cast<unsigned char*>(copy.to);
+  if (to < block->shared || to + 16 > block->shared + block->shared_bytes) {
+    fail("an asynchronous copy must go to the block's shared memory");
+  }
+  block->current->open.push_back(copy);
+}
+
+void commit() {
+  Fiber& fiber = *block->current;
+  fiber.groups.push_back(std::exchange(fiber.open, {}));
+}
+
+void wait(int pending) {
+  auto& groups = block->current->groups;
+  while (groups.size() > size_t(pending)) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+void collective(void* argument, void (*act)(void* const*)) {
+  Warp& warp = block->warps[block->current->id / kLanes];
+  if (warp.arrived == 0) warp.act = act;
+  if (warp.act != act) fail("lanes of one warp must be in the same collective");
+  warp.arguments[block->current->id % kLanes] = argument;
+  if (++warp.arrived < kLanes) {
+    pause(State::in_collective);
+    return;
+  }
+  act(warp.arguments);
+  warp.arrived = 0;
+  const unsigned first = block->current->id / kLanes * kLanes;
+  for (unsigned lane = 0; lane < kLanes; ++lane) block->fibers[first + lane].state = State::ready;
+}
+
+}  // namespace fastscnn::cuda::emulation

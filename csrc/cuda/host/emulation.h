@@ -1,0 +1,67 @@
+// Runs kernels on the host: one fiber a CUDA thread, a block's fibers on one thread of the
+// processor.
+//
+// What a GPU would forgive by chance fails here: shared memory is poisoned with NaN and lies
+// between guard zones, asynchronous copies arrive no earlier than they are waited for, warps run in
+// an order of one's choice, and a barrier or a collective of the warp that not all threads reach is
+// an error. See README.md.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <vector_types.h>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __launch_bounds__
+#undef __forceinline__
+#undef __noinline__
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define __forceinline__ inline
+#define __noinline__
+#define __restrict__ __restrict
+
+namespace fastscnn::cuda::emulation {
+
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
+// Runs `kernel` once for each thread of each block of the grid (blocks, rows); throws
+// std::runtime_error where it breaks a rule.
+void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
+            const std::function<void()>& kernel);
+
+// 0: warps take turns in order; other numbers: in other orders. Of the launches that follow.
+void set_warp_order(unsigned order);
+
+// What follows is called by kernels.
+[[noreturn]] void fail(const char* rule);
+uint3 thread_index();
+uint3 block_index();
+dim3 block_size();
+dim3 grid_size();
+unsigned char* shared_memory();
+void barrier(int line);
+void copy_16(const Copy& copy);
+void commit();
+void wait(int pending);
+// Calls `act` with all 32 lanes' `argument`s once the warp is there.
+void collective(void* argument, void (*act)(void* const* lanes));
+
+}  // namespace fastscnn::cuda::emulation
+
+#define threadIdx (::fastscnn::cuda::emulation::thread_index())
+#define blockIdx (::fastscnn::cuda::emulation::block_index())
+#define blockDim (::fastscnn::cuda::emulation::block_size())
+#define gridDim (::fastscnn::cuda::emulation::grid_size())
+#define __syncthreads() (::fastscnn::cuda::emulation::barrier(__LINE__))

@@ -1,0 +1,110 @@
+// What ptx.cuh does with PTX, in C++ on the emulation's fibers.
+#pragma once
+
+#include <cstring>
+
+#include "emulation.h"
+
+namespace fastscnn::cuda {
+
+inline unsigned char* shared_memory() { return emulation::shared_memory(); }
+
+inline void async_copy_16(void* shared, const void* global, bool exists) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
+    emulation::fail("an asynchronous copy must be aligned to 16 bytes");
+  }
+  emulation::copy_16({shared, exists ? global : nullptr});
+}
+
+inline void async_commit() { emulation::commit(); }
+
+template <int Pending>
+inline void async_wait() {
+  emulation::wait(Pending);
+}
+
+namespace detail {
+
+struct MatrixRow {
+  uint32_t* r;
+  const void* row;
+};
+
+template <bool Transposed>
+void load_matrices(void* const* lanes) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t m[8][8];
+    for (int row = 0; row < 8; ++row) {
+      std::memcpy(m[row], static_cast<MatrixRow*>(lanes[8 * matrix + row])->row, sizeof m[row]);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const int i = lane / 4, j = lane % 4 * 2;
+      const uint16_t low = Transposed ? m[j][i] : m[i][j];
+      const uint16_t high = Transposed ? m[j + 1][i] : m[i][j + 1];
+      static_cast<MatrixRow*>(lanes[lane])->r[matrix] = low | uint32_t{high} << 16;
+    }
+  }
+}
+
+template <bool Transposed>
+void load_matrices(uint32_t (&r)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) {
+    emulation::fail("a matrix's row must be aligned to 16 bytes");
+  }
+  MatrixRow argument{r, row};
+  emulation::collective(&argument, load_matrices<Transposed>);
+}
+
+template <class T>
+float element(uint32_t pair, int which) {
+  T values[2];
+  std::memcpy(static_cast<void*>(values), &pair, sizeof pair);
+  return static_cast<float>(values[which]);
+}
+
+struct Product {
+  float* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+template <class T>
+void multiply_add(void* const* lanes) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& p = *static_cast<const Product*>(lanes[lane]);
+    const int group = lane / 4, within = lane % 4 * 2;
+    for (int i = 0; i < 8; ++i) {
+      a[group + i / 2 % 2 * 8][within + i % 2 + i / 4 * 8] = element<T>(p.a[i / 2], i % 2);
+    }
+    for (int i = 0; i < 4; ++i)
+      b[within + i % 2 + i / 2 * 8][group] = element<T>(p.b[i / 2], i % 2);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& p = *static_cast<Product*>(lanes[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      double sum = p.d[i];
+      for (int k = 0; k < 16; ++k) sum += double{a[row][k]} * b[k][column];
+      p.d[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace detail
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  detail::load_matrices<false>(r, row);
+}
+
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  detail::load_matrices<true>(r, row);
+}
+
+template <class T>
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  detail::Product argument{d, a, {b0, b1}};
+  emulation::collective(&argument, detail::multiply_add<T>);
+}
+
+}  // namespace fastscnn::cuda

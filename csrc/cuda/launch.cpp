@@ -1,0 +1,85 @@
+#include "launch.h"
+
+#include <new>
+
+namespace fastscnn::cuda {
+namespace {
+
+constexpr int kRefused = -1;
+
+thread_local std::string message;
+thread_local std::vector<Described>* list = nullptr;
+
+}  // namespace
+
+CudaError::CudaError(int code) : std::runtime_error("CUDA"), code(code) {}
+
+int status_of(const std::function<void()>& call) noexcept {
+  try {
+    call();
+    return 0;
+  } catch (const CudaError& error) {
+    return error.code;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return kRefused;
+  }
+}
+
+std::vector<Described> describe(const std::function<int()>& call) {
+  std::vector<Described> launches;
+  list = &launches;
+  const int status = call();
+  list = nullptr;
+  if (status != 0) throw Refused(fastscnn_cuda_message(status));
+  return launches;
+}
+
+namespace detail {
+
+std::vector<Described>* recording() { return list; }
+
+void check(const Shape& shape) {
+  require(shape.blocks < int64_t{1} << 31, "a grid must have fewer than 2^31 blocks", shape.blocks);
+  require(shape.rows < 65536, "a grid must have fewer than 65,536 rows", shape.rows);
+}
+
+// "... [with auto Kernel = NAME; ...]" or "... [auto Kernel = NAME]" -> NAME, without the & that
+// Clang adds.
+std::string template_id(const char* pretty_function) {
+  const std::string text = pretty_function;
+  const std::string before = "Kernel = ";
+  size_t begin = text.find(before) + before.size();
+  if (text[begin] == '&') ++begin;
+  return text.substr(begin, text.find_first_of(";]", begin) - begin);
+}
+
+// "op.x, op.height" -> {"x", "height"}
+std::vector<std::string> split(const char* names) {
+  std::vector<std::string> all(1);
+  for (const char* c = names; *c; ++c) {
+    if (*c == ',') {
+      all.emplace_back();
+    } else if (*c == '.') {
+      all.back().clear();
+    } else if (*c != ' ' && *c != '\n') {
+      all.back() += *c;
+    }
+  }
+  return all;
+}
+
+}  // namespace detail
+}  // namespace fastscnn::cuda
+
+const char* fastscnn_cuda_message(int status) {
+  namespace fc = fastscnn::cuda;
+  if (status == fc::kRefused) return fc::message.c_str();
+#ifdef FASTSCNN_CUDA_ON_HOST
+  return status == 0 ? "no error" : "an error of CUDA";
+#else
+  fc::message = std::string(cudaGetErrorString(static_cast<cudaError_t>(status))) +
+                " (CUDA error " + std::to_string(status) + ")";
+  return fc::message.c_str();
+#endif
+}
