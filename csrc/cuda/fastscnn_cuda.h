@@ -22,7 +22,7 @@ enum {
   FASTSCNN_BFLOAT16,
   FASTSCNN_FLOAT16,
   FASTSCNN_UINT8
-};                                                                 /* types of elements */
+}; /* types of elements */
 enum { FASTSCNN_NONE, FASTSCNN_RELU, FASTSCNN_RELU6 };             /* activations */
 enum { FASTSCNN_LOGITS, FASTSCNN_PROBABILITIES, FASTSCNN_LABELS }; /* outputs */
 enum { FASTSCNN_MOST_BINS = 8 };
