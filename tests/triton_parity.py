@@ -170,14 +170,14 @@ def slow_unless(quick: bool, *values: Any, id: str | None = None) -> Any:
 
 
 def small_layers() -> Iterator[Any]:
-    """Every layer of every preset, with fewer channels."""
+    """Every layer of every preset, with fewer channels, and so many values that chance does not decide."""
     seen = set()
     for name, config in PRESETS.items():
-        for step in plan(replace(config, **SMALL), 32, 48):
+        for step in plan(replace(config, **SMALL), 64, 96):
             sizes = tuple(shape[1:] for shape in step.inputs)
             if step.layer.op == "upsample_classify":
                 sizes += (step.output[1:],)
-            case = Case(replace(step.layer, name=""), sizes)
+            case = Case(replace(step.layer, name=""), sizes).enlarged(1024)
             if case not in seen:
                 seen.add(case)
                 for arithmetic in ("float32", "float16", "bfloat16"):
