@@ -241,7 +241,7 @@ def run_poisoned(op: str, *args: Any, backend: str = "cpu") -> Tensor:
 
     ``args`` are those of ``torch.ops.fastscnn.<op>`` without the backend. Whatever the op does not
     write stays NaN, or differs between two fillings where the result has no NaN. The channels that pad
-    the result's memory must come out as zeros: the layers of a network rely on that (on triton, of those
+    the result's memory must come out as zeros: the layers of a network rely on that (on a GPU, of those
     up to a multiple of 16; it leaves the rest alone).
     """
     _, result, fill = ops._DEFINITIONS[op]
@@ -257,7 +257,7 @@ def run_poisoned(op: str, *args: Any, backend: str = "cpu") -> Tensor:
         assert guarded.intact(), f"{op} wrote outside of its result"
         padding = torch.ones(inside.shape, dtype=torch.bool, device=like.device)
         padding.as_strided(like.shape, like.stride()).fill_(False)
-        if backend == "triton" and padding.any():
+        if backend in ("triton", "cuda") and padding.any():
             n, c, h, w = like.shape
             padding.view(n, h, w, -1)[..., -(-c // 16) * 16 :] = False
         assert (inside[padding] == 0).all(), f"{op} left something in the padding channels"

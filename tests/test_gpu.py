@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from gpu_parity import DEVICE, INTERPRETED, fused
 from helpers import noise
 from triton_parity import *  # noqa: F403
-from triton_parity import DEVICE, INTERPRETED, fused
 
 pytestmark = [
     pytest.mark.gpu,
