@@ -34,9 +34,13 @@ template <bool Transposed>
 void load_matrices(void* const* lanes) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t m[8][8];
+    unsigned banks = 0;  // eight groups of four, each of which gives 16 bytes at a time
     for (int row = 0; row < 8; ++row) {
-      std::memcpy(m[row], static_cast<MatrixRow*>(lanes[8 * matrix + row])->row, sizeof m[row]);
+      const void* from = static_cast<MatrixRow*>(lanes[8 * matrix + row])->row;
+      std::memcpy(m[row], from, sizeof m[row]);
+      banks |= 1u << reinterpret_cast<uintptr_t>(from) / 16 % 8;
     }
+    if (banks != 0xff) emulation::fail("a matrix's rows must be in different banks");
     for (int lane = 0; lane < 32; ++lane) {
       const int i = lane / 4, j = lane % 4 * 2;
       const uint16_t low = Transposed ? m[j][i] : m[i][j];
