@@ -17,8 +17,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError
 
+CUDA = Path("csrc/bindings_cuda.cpp")
 SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]))
-HEADERS = sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.inl")]))
+SOURCES.remove(str(CUDA))
+HEADERS = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.[hi]*")]))
 
 # GCC 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for mistakes.
 QUIET = ["-Wno-uninitialized"]
