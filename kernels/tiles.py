@@ -14,7 +14,7 @@ import torch
 from fastscnn_fast.plan import Layer
 
 from .launch import cdiv
-from .weights import padded
+from .weights import chunk, padded
 
 #: Where the kernels run: an NVIDIA compute capability (80 for sm_80), AMD's name, or the interpreter.
 Architecture = int | str
@@ -57,6 +57,9 @@ _TURING = {
 }
 # Tensor memory holds sm_100's sums: four warps do not spill there, eight do.
 _BLACKWELL = {"dsconv": Tile(64, block=32, stages=1)}
+# Channels that come by 16, where warps multiply on their own: 64 pixels spill under Triton 3.6.
+_NARROW = Tile(32, block=16, stages=1)
+_NARROW_ON = (80, 86, 87, 89, 120)
 _HALF_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {75: _TURING, 100: _BLACKWELL}
 # Products of float32 are multiply-adds on every architecture: smaller tiles on more warps.
 _FLOAT = {
@@ -121,6 +124,9 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     if dtype == torch.float32:
         table, others = _FLOAT, _FLOAT_BY_ARCHITECTURE
     chosen = (table | others.get(architecture, {}))[layer.op]
+    narrow = layer.op == "dsconv" and chunk(layer.in_channels) == 16
+    if narrow and table is _HALF and architecture in _NARROW_ON:
+        return _NARROW
     if layer.op != "inverted_residual":
         return chosen
     rows, columns = _block(layer, dtype, architecture, pixels, chosen.pixels)
