@@ -27,11 +27,12 @@ struct Sizes {
   static constexpr int kHaloColumns = Stride ? (kAcross - 1) * Stride + 3 : 0;
   static constexpr int kStages = In && In <= kChunk ? 1 : 2;
 
-  // Shared memory in elements: per stage the halo and rows of the 1x1; the depthwise result.
+  // Shared memory in elements: the halo of each stage, the chunk's rows of the 1x1, the depthwise
+  // result.
   static constexpr int kHalo = kHaloRows * kHaloColumns * kChunk;
   static constexpr int kRight = kChunk * pitch<T>(kColumns);
   static constexpr int kLeft = kPixels * pitch<T>(kChunk);
-  static constexpr int kPipeline = kStages * (kHalo + kRight) + kLeft;
+  static constexpr int kPipeline = kStages * kHalo + kRight + kLeft;
   // After the 1x1, in the same memory: its result and the last 1x1's weights.
   static constexpr int kResult = kPixels * pitch<T>(kColumns);
   static constexpr int kLast = kColumns * pitch<T>(kLastColumns);
@@ -141,7 +142,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (Out) out_channels = Out;
   const int row_pitch = padded_columns(out_channels);
   T* const memory = reinterpret_cast<T*>(shared_memory());
-  T* const left = memory + S::kStages * (S::kHalo + S::kRight);
+  T* const right = memory + S::kStages * S::kHalo;
+  T* const left = right + S::kRight;
 
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
@@ -152,8 +154,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_column = Last ? 0 : blockIdx.y * S::kColumns;
   const int end_column = Last ? out_channels : first_column + S::kColumns;
 
-  const auto queue = [&](int stage, int chunk, int o) {
-    T* const halo = memory + stage * (S::kHalo + S::kRight);
+  const auto halo = [&](int chunk) { return memory + chunk % S::kStages * S::kHalo; };
+  const auto queue_halo = [&](int chunk) {
     if constexpr (Stride != 0) {
       constexpr int kVectors = S::kChunk / kPerVector<T>;
 #pragma unroll 1
@@ -163,15 +165,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int y = top * Stride + row - 1, z = start * Stride + column - 1;
         const int c = chunk * S::kChunk + within;
         const bool exists = y >= 0 && y < height && z >= 0 && z < width && c < in_channels;
-        async_copy_16(halo + slot<Stride, S::kHaloColumns>(row, column) * S::kChunk + within,
+        async_copy_16(halo(chunk) + slot<Stride, S::kHaloColumns>(row, column) * S::kChunk + within,
                       exists ? x + (int64_t{y} * width + z) * x_pixel + c : x, exists);
       }
     }
-    copy_matrix<S::kChunk, S::kColumns, kThreads>(
-        halo + S::kHalo, pitch<T>(S::kColumns),
-        pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
-        in_channels - chunk * S::kChunk, row_pitch - o);
-    async_commit();
   };
 
   typename LastProduct::Tile result;
@@ -185,29 +182,31 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int o = first_column; o < end_column; o += S::kColumns) {
     typename Product::Tile total;
     total.start(pointwise_bias + o + Product::column());
-    queue(0, 0, o);
+    queue_halo(0);
+    async_commit();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int stage = chunk % S::kStages;
-      if (chunk + 1 < chunks) {
-        queue((chunk + 1) % S::kStages, chunk + 1, o);
-        async_wait<1>();
-      } else {
-        async_wait<0>();
-      }
+      copy_matrix<S::kChunk, S::kColumns, kThreads>(
+          right, pitch<T>(S::kColumns),
+          pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
+          in_channels - chunk * S::kChunk, row_pitch - o);
+      async_commit();
+      if (chunk + 1 < chunks) queue_halo(chunk + 1);
+      async_commit();
+      async_wait<2>();
       __syncthreads();
-      const T* const halo = memory + stage * (S::kHalo + S::kRight);
       if constexpr (Stride != 0) {
-        depthwise<T, S, Stride>(halo, left, depthwise_weight, depthwise_bias, in_channels,
+        depthwise<T, S, Stride>(halo(chunk), left, depthwise_weight, depthwise_bias, in_channels,
                                 chunk * S::kChunk, mid_low, mid_high);
       } else {
         depthwise_from_global<T, S>(x, left, depthwise_weight, depthwise_bias, in_channels,
                                     chunk * S::kChunk, mid_low, mid_high, top, start, height, width,
                                     x_pixel, stride, dilation);
       }
+      async_wait<1>();
       __syncthreads();
       multiply<S::kChunk>(total, left + Product::row() * pitch<T>(S::kChunk), pitch<T>(S::kChunk),
-                          halo + S::kHalo + Product::column(), pitch<T>(S::kColumns));
+                          right + Product::column(), pitch<T>(S::kColumns));
       __syncthreads();
     }
 
