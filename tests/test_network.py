@@ -266,7 +266,7 @@ def test_pictures_of_any_strides(layout: str, raw: bool, best_kernels: Kernels) 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_raw_pixels(name: str, best_kernels: Kernels) -> None:
-    x, own, ref64 = prepared(name, best_kernels.dtype, 1, (65, 96), raw=True)
+    x, own, ref64 = prepared(name, best_kernels.dtype, 2, (65, 96), raw=True)
     net = network(name, best_kernels.arithmetic)
     assert_parity(net.run(x), own, ref64, *BOUNDS[net.arithmetic])
 

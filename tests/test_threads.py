@@ -200,14 +200,20 @@ def test_scratch_memory_is_one_buffer_for_each_call_at_once(fast):
 
 def test_other_threads_run_python_meanwhile(fast):
     """The interpreter's lock is released during a call."""
-    x, running, seen = torch.randn(4, 3, 512, 512), threading.Event(), 0
-    worker = threading.Thread(target=lambda: (running.set(), fast(x), running.clear()))
-    worker.start()
-    running.wait()
-    while running.is_set():
-        seen += 1
-    worker.join()
-    assert seen > 100
+    x, running = torch.randn(4, 3, 512, 512), threading.Event()
+
+    def seen() -> int:
+        worker = threading.Thread(target=lambda: (running.set(), fast(x), running.clear()))
+        worker.start()
+        running.wait()
+        times = 0
+        while running.is_set():
+            times += 1
+        worker.join()
+        return times
+
+    # On a busy machine this thread may get no processor during one call, or two.
+    assert any(seen() > 100 for _ in range(10))
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

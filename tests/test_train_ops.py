@@ -278,22 +278,24 @@ def test_what_the_kernels_do_not_take_is_plain_torch() -> None:
 
 def test_under_autocast() -> None:
     """bfloat16 activations and gradients, float32 parameters: near what torch's own modules give."""
-    model = randomise(FastSCNN(7, aux=True)).train()
-    assert isinstance(model, FastSCNN)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    x = torch.randn(3, 3, 64, 96)
-    upstream = [torch.randn(z.shape) for z in train_ops.low_logits(copy.deepcopy(model), x)]
-    exact = trained(copy.deepcopy(model).double(), x.double(), upstream, False)
-    errors = []
-    for ours in (True, False):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, gradients, _ = trained(copy.deepcopy(model), x, upstream, ours)
-        assert all(g.dtype == torch.float32 for g in gradients.values())
-        assert gradients.keys() == exact[1].keys()
-        errors.append(max(float((z - ref).norm() / ref.norm()) for z, ref in zip(logits, exact[0])))
-    assert errors[0] <= 1.5 * errors[1]
+    squares = {True: 0.0, False: 0.0}
+    for _ in range(4):  # one network may be lucky in what it rounds
+        model = randomise(FastSCNN(7, aux=True)).train()
+        assert isinstance(model, FastSCNN)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        x = torch.randn(3, 3, 64, 96)
+        upstream = [torch.randn(z.shape) for z in train_ops.low_logits(copy.deepcopy(model), x)]
+        exact = trained(copy.deepcopy(model).double(), x.double(), upstream, False)
+        for ours in squares:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, gradients, _ = trained(copy.deepcopy(model), x, upstream, ours)
+            assert all(g.dtype == torch.float32 for g in gradients.values())
+            assert gradients.keys() == exact[1].keys()
+            for z, ref in zip(logits, exact[0]):
+                squares[ours] += float((z - ref).norm() / ref.norm()) ** 2
+    assert squares[True] <= 1.5**2 * squares[False]
     conv = nn.Conv2d(32, 32, 3, 1, 1, groups=32, bias=False)
     leaf = torch.randn(1, 32, 9, 9, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
