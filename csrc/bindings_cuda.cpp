@@ -12,6 +12,7 @@
 #endif
 #ifndef FASTSCNN_CUDA_ARCHITECTURES
 #define FASTSCNN_CUDA_ARCHITECTURES
+#define FASTSCNN_CUDA_PTX 0
 #endif
 
 namespace py = pybind11;
@@ -66,6 +67,7 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
   m.attr("on_host") = false;
 #endif
   m.attr("architectures") = std::vector<int>{FASTSCNN_CUDA_ARCHITECTURES};
+  m.attr("ptx") = FASTSCNN_CUDA_PTX;  // of the architecture that is compiled as PTX too, 0 for none
 
   py::class_<fc::Parameter>(m, "Parameter", py::module_local())
       .def_readonly("name", &fc::Parameter::name)

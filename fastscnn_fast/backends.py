@@ -38,6 +38,13 @@ except ImportError as error:
     _cpu_missing = f"the extension fastscnn_fast._cpu is not built ({error})"
 else:
     _cpu_module, _cpu_missing = _cpu, ""
+try:
+    from . import _cuda
+except ImportError as error:
+    _cuda_module: ModuleType | None = None
+    _cuda_missing = f"the extension fastscnn_fast._cuda is not built ({error})"
+else:
+    _cuda_module, _cuda_missing = _cuda, ""
 
 
 class CannotRun(RuntimeError):
@@ -111,15 +118,38 @@ def architecture(device: torch.device) -> int | str:
     return 10 * major + minor
 
 
-def _absent(kernels: str) -> Callable[[Config, torch.device, torch.dtype], str]:
-    return lambda config, device, dtype: f"this version has no {kernels} kernels"
+def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    if _cuda_module is None:
+        return _cuda_missing
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}"
+    wanted = "cpu" if _cuda_module.on_host else "cuda"  # tests run the kernels on the host
+    if device.type != wanted:
+        return f"device must be {wanted}, got {device}"
+    if len(config.pyramid_bins) > 8:
+        return f"pyramid_bins must be at most 8, got {len(config.pyramid_bins)}"
+    found = architecture(device)
+    if not isinstance(found, int):
+        return None if _cuda_module.on_host else f"the GPU must be NVIDIA's, got {found}"
+    if dtype == torch.bfloat16 and found < 80:
+        return f"{dtype} needs a newer GPU than one of compute capability {found / 10}"
+    if not _runs_on(found):
+        built = ", ".join(f"sm_{a}" for a in _cuda_module.architectures)
+        return f"fastscnn_fast._cuda must be built for sm_{found}, it is for {built}"
+    return None
+
+
+def _runs_on(found: int) -> bool:
+    """Machine code runs on its own and on later minor versions, PTX on all later ones."""
+    built, ptx = _cuda_module.architectures, _cuda_module.ptx  # type: ignore[union-attr]
+    return any(a // 10 == found // 10 and a <= found for a in built) or 0 < ptx <= found
 
 
 #: In the order of preference.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", _absent("CUDA")),
+        Backend("cuda", _cuda_why_not),
         Backend("cpu", _cpu_why_not),
         Backend("triton", _triton_why_not),
         Backend("reference", _reference_why_not),
@@ -232,6 +262,17 @@ def cpu_module() -> ModuleType:
     if _cpu_module is None:
         raise CannotRun(f"backend cpu cannot run: {_cpu_missing}")
     return _cpu_module
+
+
+def cuda_module() -> ModuleType:
+    """The extension ``_cuda``.
+
+    Raises:
+        CannotRun: it is not built.
+    """
+    if _cuda_module is None:
+        raise CannotRun(f"backend cuda cannot run: {_cuda_missing}")
+    return _cuda_module
 
 
 def training_module(device: torch.device) -> ModuleType | None:

@@ -35,7 +35,7 @@ def pack(
 
     Args:
         tensors: per layer, what ``layer.weights()`` names, in any floating dtype.
-        backend: one that has an engine: "cpu", "triton" or "reference".
+        backend: "cpu", "triton", "cuda" or "reference"; weights of the two on a GPU are the same bytes.
         dtype: the dtype to compute in.
         precision: "highest", or "high" (float32 only): products of about 17 bits on the cpu backend, of
             TF32 on the triton backend.
@@ -471,4 +471,4 @@ def network_stages(
 ) -> list[tuple[str, float]]:
     """Name and seconds of each stage of :func:`network` on the cpu backend, for one image."""
     out = _network_result(x, weights, program, dtype, output, "cpu")
-    return cpu.ENGINE.network_stages(out, x, weights, program, dtype, output)
+    return cpu.ENGINES["cpu"].network_stages(out, x, weights, program, dtype, output)

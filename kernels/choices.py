@@ -1,6 +1,6 @@
 """What ``fastscnn_fast tune`` found fastest on a GPU: one JSON file, read when a plan is made.
 
-    {"schema": 1, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}} or "torch"}}}
+    {"schema": 2, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, "torch" or "cuda"}}}
 
 ENVIRONMENT is all that a time depends on but the layer (:func:`environment`), LAYER the layer and its shapes
 (:func:`layer_key`). A file that cannot be read, or is of another schema, is ignored with one logged reason.
@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import triton
 
 from fastscnn_fast.backends import architecture, log_once
 from fastscnn_fast.packed import encode
@@ -28,13 +28,14 @@ from .launch import Buffer
 from .tiles import INTERPRETER, Tile
 
 #: Raised when the meaning of the file changes, or the kernels so much that old choices mislead.
-SCHEMA = 1
+SCHEMA = 2
 
 VARIABLE = "FASTSCNN_TUNE_CACHE"
 
-#: The plain-torch op instead of a kernel.
+#: The plain-torch op, or the CUDA C++ kernel, instead of Triton's in some tile.
 TORCH: Literal["torch"] = "torch"
-Choice = Tile | Literal["torch"]
+CUDA: Literal["cuda"] = "cuda"
+Choice = Tile | Literal["torch", "cuda"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,11 @@ def environment(device: torch.device) -> str:
     """GPU, compute capability, versions of triton and torch."""
     found = architecture(device)
     name = INTERPRETER if found == INTERPRETER else torch.cuda.get_device_name(device)
-    return f"{name} | {found} | triton {triton.__version__} | torch {torch.__version__}"
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return f"{name} | {found} | triton {triton} | torch {torch.__version__}"
 
 
 def layer_key(
@@ -127,8 +132,8 @@ def _read(file: Path) -> dict[str, dict[str, Choice]]:
 
 
 def _decode(value: Any) -> Choice:
-    if value == TORCH:
-        return TORCH
+    if value in (TORCH, CUDA):
+        return value
     tile = value["tile"]
     known = {field.name for field in fields(Tile)}
 
@@ -158,7 +163,7 @@ def save(found: Mapping[str, Choice], device: torch.device) -> Path:
     known[where] = {**known.get(where, {}), **found}
     encoded = {
         place: {
-            key: choice if choice == TORCH else {"tile": asdict(choice)}
+            key: {"tile": asdict(choice)} if isinstance(choice, Tile) else choice
             for key, choice in layers.items()
         }
         for place, layers in known.items()

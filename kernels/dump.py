@@ -14,7 +14,7 @@ from fastscnn_fast.packed import TAG
 from fastscnn_fast.plan import Layer, Step, plan, program
 
 from . import aot, weights
-from .engine import Plan, activation, op_plan, planes
+from .engine import Place, Plan, activation, op_plan, planes
 from .launch import Buffer, Launch
 
 #: Architectures that PTX is written for.
@@ -177,7 +177,7 @@ def launches(
         out = planes("out", 1, height, width, channels)
     else:
         out = plane("out", channels, height, width)
-    return op_plan(layer, inputs, out, pieces, dtype, architecture, output)
+    return op_plan(Place(layer, tuple(inputs), out, pieces), dtype, architecture, output)
 
 
 def _role(buffer: Buffer) -> str:

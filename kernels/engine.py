@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from threading import Lock
 from typing import Any
@@ -19,29 +20,15 @@ from fastscnn_fast.engines.memory import padded as pixel_pitch
 from fastscnn_fast.packed import counted
 from fastscnn_fast.plan import Layer
 
-from . import (
-    choices,
-    dsconv,
-    feature_fusion,
-    inverted_residual,
-    pyramid_pooling,
-    stem_conv,
-    upsample_classify,
-    weights as layout,
-)
-from .choices import Choices
+from . import choices, cuda, weights as layout
+from .choices import Choice, Choices
+from .cuda import CudaStep
 from .launch import Buffer, Launch, rounded_up
 from .tiles import Architecture, Tile, tile
 
 EXTERNAL = ("x", "high", "low", "weights", "out")
 _INTERPRETER = Lock()  # which patches triton.language for the whole process while a kernel runs
 _ALIGNMENT = 512
-
-_PLANES = {
-    "dsconv": dsconv.launches,
-    "inverted_residual": inverted_residual.launches,
-    "pyramid_pooling": pyramid_pooling.launches,
-}
 
 
 def activation(
@@ -114,11 +101,14 @@ def _planes(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+Step = Launch | CudaStep | TorchStep
+
+
 @dataclass(frozen=True)
 class Plan:
     """Steps in order, and where their scratch memories lie in one arena of ``bytes``."""
 
-    steps: tuple[Launch | TorchStep, ...]
+    steps: tuple[Step, ...]
     offsets: Mapping[str, int]
     bytes: int
 
@@ -127,7 +117,7 @@ class Plan:
         return tuple(step for step in self.steps if isinstance(step, Launch))
 
     @staticmethod
-    def of(steps: Sequence[Launch | TorchStep]) -> Plan:
+    def of(steps: Sequence[Step]) -> Plan:
         """Places each scratch memory where none lies that is in use at the same time."""
         first: dict[str, int] = {}
         last: dict[str, int] = {}
@@ -176,19 +166,16 @@ class Place:
 
 
 def op_plan(
-    layer: Layer,
-    inputs: Sequence[Buffer],
-    out: Buffer,
-    weights: Mapping[str, Buffer],
+    place: Place,
     dtype: torch.dtype,
     architecture: Architecture,
     output: str = "logits",
     precision: str = "ieee",
     chosen: Choices = choices.NONE,
+    backend: str = "triton",
 ) -> Plan:
-    """One fused op, in the order of its launches."""
-    place = Place(layer, tuple(inputs), out, weights)
-    return Plan.of(_steps(place, dtype, architecture, output, precision, chosen))
+    """One fused op, in the order of its launches, by the kernels of ``backend`` where nothing else was chosen."""
+    return Plan.of(_steps(place, dtype, architecture, output, precision, chosen, backend))
 
 
 def _steps(
@@ -198,20 +185,20 @@ def _steps(
     output: str,
     precision: str,
     chosen: Choices,
-) -> list[Launch | TorchStep]:
+    backend: str,
+) -> list[Step]:
     layer, out, weights = place.layer, place.out, dict(place.weights)
-    cut = chosen.get(place.key(dtype, precision, output)) or place.tile(dtype, architecture)
+    cut: Choice = chosen.get(place.key(dtype, precision, output)) or (
+        choices.CUDA if backend == "cuda" else place.tile(dtype, architecture)
+    )
+    if cut == choices.CUDA:
+        return [cuda.step(layer, place.inputs, out, weights, dtype, output)]
     if cut == choices.TORCH:
         arguments = {**dict(zip(input_names(layer), place.inputs)), "out": out, **weights}
         return [TorchStep(layer, arguments, dtype, output, precision == "tf32")]
-    if layer.op == "stem_conv":
-        return [*stem_conv.launches(layer, place.inputs[0], out, weights, cut, precision)]
-    if layer.op == "feature_fusion":
-        high, low = place.inputs
-        return [*feature_fusion.launches(layer, high, low, out, weights, cut, precision)]
-    if layer.op == "upsample_classify":
-        return [*upsample_classify.launches(layer, place.inputs[0], out, output, cut, precision)]
-    return [*_PLANES[layer.op](layer, place.inputs[0], out, weights, cut, precision)]
+    kernel = import_module(f".{layer.op}", __package__)  # the one place that needs triton
+    rest = [output] if layer.op == "upsample_classify" else [weights]
+    return [*kernel.launches(layer, *place.inputs, out, *rest, cut, precision)]
 
 
 def network_plan(
@@ -224,13 +211,14 @@ def network_plan(
     output: str,
     precision: str = "ieee",
     chosen: Choices = choices.NONE,
+    backend: str = "triton",
 ) -> Plan:
     """The whole network on ``picture`` (N, C, H, W); layers as plan.program lists them."""
     return Plan.of(
         [
             step
             for place in places(layers, picture, out, weights, dtype)
-            for step in _steps(place, dtype, architecture, output, precision, chosen)
+            for step in _steps(place, dtype, architecture, output, precision, chosen, backend)
         ]
     )
 
@@ -295,7 +283,7 @@ class _Bound:
         self._weights: weakref.ref[Tensor] | None = None
         self._bound_to = (0, 0)
         self._calls: list[
-            tuple[Launch | TorchStep, dict[str, Any], list[tuple[str, str]], dict[str, Buffer]]
+            tuple[Step, dict[str, Any], list[tuple[str, str]], dict[str, Buffer]]
         ] = []
         self._plain: list[Any] = []
         with torch.inference_mode(False):  # a later call may be outside of it
@@ -326,21 +314,21 @@ class _Bound:
         with self._one_at_a_time:
             for (step, fixed, given, _), plain in zip(self._calls, self._plain):
                 values = {**fixed, **{name: tensors[memory] for name, memory in given}}
-                if isinstance(step, Launch):
-                    step.run(values)
-                else:
+                if isinstance(step, TorchStep):
                     step.run(values, plain)
+                else:
+                    step.run(values)
 
     def _bind(self, weights: Tensor) -> None:
         self._plain = []
         with torch.inference_mode(False):
             for step, fixed, _, own in self._calls:
                 pieces = {name: buffer.view(weights) for name, buffer in own.items()}
-                if isinstance(step, Launch):
+                if isinstance(step, TorchStep):
+                    self._plain.append(_plain_of(step, weights, pieces))
+                else:
                     fixed.update(pieces)
                     self._plain.append(None)
-                else:
-                    self._plain.append(_plain_of(step, weights, pieces))
         self._weights = weakref.ref(weights, lambda _: self._forget())
         self._bound_to = (weights.data_ptr(), counted(weights))
 

@@ -57,9 +57,11 @@ _TURING = {
 }
 # Tensor memory holds sm_100's sums: four warps do not spill there, eight do.
 _BLACKWELL = {"dsconv": Tile(64, block=32, stages=1)}
-# Channels that come by 16, where warps multiply on their own: 64 pixels spill under Triton 3.6.
+# Where warps multiply on their own, 64 pixels of channels that come by 16 spill under Triton 3.6, and so do
+# 32 channels at a time with a last 1x1.
+_BY_WARPS = (80, 86, 87, 89, 120)
 _NARROW = Tile(32, block=16, stages=1)
-_NARROW_ON = (80, 86, 87, 89, 120)
+_WITH_LAST = Tile(64, block=16, warps=8, stages=1)
 _HALF_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {75: _TURING, 100: _BLACKWELL}
 # Products of float32 are multiply-adds on every architecture: smaller tiles on more warps.
 _FLOAT = {
@@ -124,9 +126,11 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     if dtype == torch.float32:
         table, others = _FLOAT, _FLOAT_BY_ARCHITECTURE
     chosen = (table | others.get(architecture, {}))[layer.op]
-    narrow = layer.op == "dsconv" and chunk(layer.in_channels) == 16
-    if narrow and table is _HALF and architecture in _NARROW_ON:
-        return _NARROW
+    if layer.op == "dsconv" and table is _HALF and architecture in _BY_WARPS:
+        if chunk(layer.in_channels) == 16:
+            return _NARROW
+        if layer.last_channels:
+            return _WITH_LAST
     if layer.op != "inverted_residual":
         return chosen
     rows, columns = _block(layer, dtype, architecture, pixels, chosen.pixels)

@@ -1,7 +1,7 @@
 """``fastscnn_fast tune``: the fastest way to run each layer of a network on this GPU, parity first.
 
-A layer's contestants are its kernel in several tiles and plain torch with batch norm folded, in channels-last
-memory, each as the network's plan would run it (:mod:`.engine`). Not measured on a GPU.
+A layer's contestants are its Triton kernel in several tiles, the CUDA C++ kernel where it was built, and plain
+torch with batch norm folded, in channels-last memory, each as the network's plan would run it (:mod:`.engine`). Not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fastscnn_fast import backends, graphs, ops, reference
 from fastscnn_fast.bench import relative_error
-from fastscnn_fast.engines.triton import products
+from fastscnn_fast.engines.gpu import products
 from fastscnn_fast.fold import FoldedWeights, fold
 from fastscnn_fast.model import FastSCNN
 from fastscnn_fast.packed import TAG
 
 from . import weights as layout
-from .choices import TORCH, Choice, Choices
+from .choices import CUDA, TORCH, Choice, Choices
 from .engine import Place, Pool, input_names, op_plan, places
 from .launch import Buffer
 from .tiles import Architecture, Tile
@@ -146,6 +146,9 @@ def tune(
     pieces, _ = layout.layout(folded.layers, dtype, TAG.size)
     architecture = backends.architecture(device)
     how = _How(packed, dtype, architecture, products(precision, architecture), clock)
+    others: list[Choice] = []
+    if backends.BACKENDS["cuda"].why_not(model.config, device, dtype) is None:
+        others = [CUDA]
     done = set()
     for places_, output in _networks(folded, sizes, batch, dtype, pieces):
         for place, tensors in zip(places_, exact):
@@ -153,7 +156,7 @@ def tune(
             if key in done:
                 continue
             done.add(key)
-            options: list[Choice] = [*tiles(place, dtype, architecture), TORCH]
+            options: list[Choice] = [*tiles(place, dtype, architecture), TORCH, *others]
             name = place.layer.name
             if place.layer.op == "upsample_classify":
                 name += f" {output}"
@@ -221,17 +224,8 @@ def _trials(
     key, pool = place.key(how.dtype, how.precision, output), Pool()
     for choice in options:
         try:
-            plan = op_plan(
-                layer,
-                place.inputs,
-                place.out,
-                place.weights,
-                how.dtype,
-                how.architecture,
-                output,
-                how.precision,
-                Choices({key: choice}),
-            )
+            chosen = Choices({key: choice})
+            plan = op_plan(place, how.dtype, how.architecture, output, how.precision, chosen)
             run = partial(pool.run, choice, plan, device)
             out.fill_(255 if out.dtype == torch.uint8 else float("nan"))
             run(copies[0])

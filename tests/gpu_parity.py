@@ -54,7 +54,7 @@ from torch import Tensor
 
 from fastscnn_fast import ops
 from fastscnn_fast.config import PRESETS
-from fastscnn_fast.engines import triton as engine
+from fastscnn_fast.engines import gpu as engine
 from fastscnn_fast.fold import fold
 from fastscnn_fast.fused import FusedFastSCNN
 from fastscnn_fast.kernels import engine as launching

@@ -54,7 +54,7 @@ def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture
 
 
 if INTERPRETED:
-    from fastscnn_fast.engines import triton as engine
+    from fastscnn_fast.engines import gpu as engine
     from fastscnn_fast.kernels import choices, tune
     from fastscnn_fast.kernels.choices import TORCH, Choice
     from fastscnn_fast.kernels.engine import Place, Plan, TorchStep

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..packed import Program
 from ..reference import Weights
 
-#: Backends with an engine.
-NAMES = ("reference", "cpu", "triton")
+#: The module of each backend's engine.
+MODULES = {"reference": "reference", "cpu": "cpu", "triton": "gpu", "cuda": "gpu"}
 
 
 class Engine(Protocol):
@@ -62,7 +62,7 @@ def engine(backend: str) -> Engine:
     Raises:
         ValueError: there is none.
     """
-    if backend not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
-    made: Engine = import_module(f".{backend}", __name__).ENGINE
+    if backend not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join(MODULES)}, got {backend!r}")
+    made: Engine = import_module(f".{MODULES[backend]}", __name__).ENGINES[backend]
     return made

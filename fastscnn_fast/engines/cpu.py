@@ -109,4 +109,4 @@ class _Engine:
         return stages
 
 
-ENGINE = _Engine()
+ENGINES = {"cpu": _Engine()}

@@ -99,4 +99,4 @@ class _Engine:
         )
 
 
-ENGINE = _Engine()
+ENGINES = {"reference": _Engine()}

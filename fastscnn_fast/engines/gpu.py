@@ -1,4 +1,7 @@
-"""The Triton kernels: plans of launches, cached per shape, on the tensors' device and current stream."""
+"""The GPU kernels, Triton's and CUDA's: plans of steps, cached per shape, on the device and current stream.
+
+The two backends share packed weights and plans; they differ in who runs a layer that was not tuned.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from .. import backends
 from ..kernels import choices, weights as layout
 from ..kernels.choices import Choices
-from ..kernels.engine import Plan, Pool, activation, input_names, network_plan, op_plan
+from ..kernels.engine import Place, Plan, Pool, activation, input_names, network_plan, op_plan
 from ..kernels.launch import Buffer
 from ..kernels.tiles import INTERPRETER, Architecture
 from ..packed import TAG, Program, check_dtype, layout_of, parsed, plain_weights, tag
@@ -74,6 +77,7 @@ def _op_plan(
     architecture: Architecture,
     precision: str,
     chosen: Choices,
+    backend: str,
 ) -> Plan:
     (layer,) = parsed(text).layers
     (pieces,), _ = _pieces(text, dtype)
@@ -83,17 +87,9 @@ def _op_plan(
         of = _strided if layer.op == "upsample_classify" else _plane
         buffers = [of(name, where) for name, where in zip(input_names(layer), inputs)]
     result = Buffer("out", *out) if layer.op == "upsample_classify" else _plane("out", out)
-    return op_plan(
-        layer,
-        buffers,
-        result,
-        pieces,
-        dtype,
-        architecture,
-        output,
-        products(precision, architecture),
-        chosen,
-    )
+    place = Place(layer, tuple(buffers), result, pieces)
+    how = products(precision, architecture)
+    return op_plan(place, dtype, architecture, output, how, chosen, backend)
 
 
 @lru_cache(maxsize=256)
@@ -106,6 +102,7 @@ def _network_plan(
     architecture: Architecture,
     precision: str,
     chosen: Choices,
+    backend: str,
 ) -> Plan:
     pieces, _ = _pieces(text, dtype)
     return network_plan(
@@ -118,14 +115,15 @@ def _network_plan(
         output,
         products(precision, architecture),
         chosen,
+        backend,
     )
 
 
-def _precision(weights: Tensor, text: str, dtype: torch.dtype) -> str:
+def _precision(weights: Tensor, text: str, dtype: torch.dtype, backend: str) -> str:
     """What the weights are packed for."""
-    at, _ = layout_of(weights, parsed(text), "triton")
+    at, _ = layout_of(weights, parsed(text), backend)
     if at not in _LAYOUTS:
-        raise ValueError("weights must be packed for the triton backend, got another layout")
+        raise ValueError(f"weights must be packed for the {backend} backend, got another layout")
     packed, precision = _LAYOUTS[at]
     check_dtype(packed, dtype)
     return precision
@@ -133,7 +131,10 @@ def _precision(weights: Tensor, text: str, dtype: torch.dtype) -> str:
 
 class _Engine:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    precisions = backends.PRECISIONS
+
+    def __init__(self, backend: str, precisions: tuple[str, ...]) -> None:
+        self._backend = backend
+        self.precisions = precisions
 
     def pack(
         self, program: Program, tensors: Sequence[Weights], dtype: torch.dtype, precision: str
@@ -173,14 +174,14 @@ class _Engine:
         dtype: torch.dtype,
         output: str = "logits",
     ) -> None:
-        precision = _precision(weights, layer, dtype)
+        precision = _precision(weights, layer, dtype, self._backend)
         key = (layer, tuple(map(_where, inputs.values())), _where(out), dtype, output)
         architecture = backends.architecture(out.device)
         chosen = choices.load(out.device)
-        plan = _op_plan(*key, architecture, precision, chosen)
-        _pool.run(
-            (*key, precision, chosen), plan, out.device, {**inputs, "weights": weights, "out": out}
-        )
+        how = (precision, chosen, self._backend)
+        plan = _op_plan(*key, architecture, *how)
+        tensors = {**inputs, "weights": weights, "out": out}
+        _pool.run((*key, *how), plan, out.device, tensors)
 
     def network(
         self,
@@ -191,12 +192,16 @@ class _Engine:
         dtype: torch.dtype,
         output: str,
     ) -> None:
-        precision = _precision(weights, program, dtype)
+        precision = _precision(weights, program, dtype, self._backend)
         key = (program, _where(x), _where(out), dtype, output)
         chosen = choices.load(out.device)
-        plan = _network_plan(*key, backends.architecture(out.device), precision, chosen)
+        how = (precision, chosen, self._backend)
+        plan = _network_plan(*key, backends.architecture(out.device), *how)
         tensors = {"x": x, "weights": weights, "out": out}
-        _pool.run((*key, precision, chosen), plan, out.device, tensors)
+        _pool.run((*key, *how), plan, out.device, tensors)
 
 
-ENGINE = _Engine()
+ENGINES = {
+    "triton": _Engine("triton", backends.PRECISIONS),
+    "cuda": _Engine("cuda", ("highest",)),
+}

@@ -1,0 +1,129 @@
+"""The CUDA kernels, compiled for the host and run there, a fiber a CUDA thread (csrc/cuda/host)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cuda_host
+import gpu_parity
+import pytest
+import torch
+from gpu_parity import *  # noqa: F403
+from gpu_parity import GpuCase, check_odd, slow_unless
+from test_ops import Case
+
+from fastscnn_fast import backends
+from fastscnn_fast.config import PRESETS
+from fastscnn_fast.plan import OPS, plan
+
+pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
+
+#: A module built before, in place of one built now: of a mutant, or with sanitizers.
+MODULE = "FASTSCNN_CUDA_HOST_MODULE"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def module() -> ModuleType:
+    return cuda_host.load(Path(os.environ.get(MODULE) or cuda_host.build()))
+
+
+@pytest.fixture
+def backend(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(backends, "_cuda_module", module)
+    monkeypatch.setattr(gpu_parity, "DEVICE", torch.device("cpu"))
+    return "cuda"
+
+
+# ---------------------------------------------------------------- the network's own instantiations
+# Pictures of 96 x 160 and more make two tiles and a ragged one of most planes.
+
+
+def real_layers() -> Iterator[Any]:
+    """Every layer of every preset, with all its channels."""
+    seen = set()
+    for name, config in PRESETS.items():
+        for step in plan(config, 104, 168):
+            sizes = tuple(shape[1:] for shape in step.inputs)
+            if step.layer.op == "upsample_classify":
+                sizes += (step.output[1:],)
+            case = Case(replace(step.layer, name=""), sizes).enlarged(1024)
+            if case in seen:
+                continue
+            seen.add(case)
+            for arithmetic in DTYPES:
+                quick = arithmetic == "float16" and name in ("tramac", "paper")
+                id = f"{step.layer.op}-{name}-{step.layer.name}-{arithmetic}"
+                yield slow_unless(quick, GpuCase.of(case, arithmetic), id=id)
+
+
+@pytest.mark.parametrize("case", list(real_layers()))
+def test_real_layers(case: GpuCase, module: ModuleType) -> None:
+    for order in (0, 1, 2, 3):
+        module.set_warp_order(order)
+        check_odd(case)
+
+
+# ---------------------------------------------------------------- mutants: kernels that are wrong on purpose
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """The ``n``-th match of ``pattern`` in an op's source becomes ``replacement``; a test must then say ``says``."""
+
+    op: str
+    what: str
+    pattern: str
+    replacement: str
+    says: str = ""
+    n: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.what} {self.n}"
+
+    def text(self) -> str:
+        text = cuda_host.units()[f"{self.op}.cu"].read_text()
+        found = list(re.finditer(self.pattern, text))[self.n]
+        return text[: found.start()] + found.expand(self.replacement) + text[found.end() :]
+
+
+BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
+KINDS = (
+    ("without a barrier", BARRIER, ";", ""),
+    ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", "barrier"),
+    ("copies not waited for", LAST_WAIT, ";", ""),
+    ("copies waited for too late", r"async_wait<1>\(\);", "async_wait<2>();", ""),
+)
+
+
+def mutants() -> Iterator[Any]:
+    for op in OPS:
+        text = cuda_host.units()[f"{op}.cu"].read_text()
+        for kind in KINDS:
+            for n in range(len(re.findall(kind[1], text))):
+                mutant = Mutant(op, *kind, n=n)
+                yield slow_unless(op == "dsconv" and n == 0, mutant, id=str(mutant))
+
+
+@pytest.mark.parametrize("mutant", list(mutants()))
+def test_mutants_are_found(mutant: Mutant) -> None:
+    built = cuda_host.build(changed={f"{mutant.op}.cu": mutant.text()})
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", f"test_real_layers and {mutant.op}- and float16"],
+        env={**os.environ, MODULE: str(built)},
+        cwd=cuda_host.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and " 1 failed" in done.stdout, done.stdout + done.stderr
+    assert mutant.says in done.stdout, done.stdout
