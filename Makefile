@@ -9,11 +9,16 @@
 #   make clean                    remove what was built; $(VENV) stays
 #
 # PYTHON=python3.12 makes the environment with another Python. VENV=path uses an environment of your own;
-# a torch that is installed there is kept. FASTSCNN_REQUIRE_CPU=0 goes on where the C++ build fails.
+# a torch that is installed there is kept. FASTSCNN_REQUIRE_CPU=0 goes on where the C++ build fails. Where
+# there is nvcc, the CUDA extension is built for the GPUs of this machine, or else for compute capability 8.0
+# (TORCH_CUDA_ARCH_LIST says otherwise, FASTSCNN_CUDA=0 leaves it out).
 
 PYTHON ?= python3
 VENV ?= .venv
 export FASTSCNN_REQUIRE_CPU ?= 1
+
+gpus := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(gpus),8.0+PTX)
 
 python := $(VENV)/bin/python
 constraints := $(VENV)/fastscnn-constraints.txt
@@ -48,7 +53,7 @@ lint: $(installed_dev)
 	$(python) -m mypy
 
 clean:
-	rm -rf build dist demo_out bench.png *.egg-info fastscnn_fast/_cpu*.so
+	rm -rf build dist demo_out bench.png *.egg-info fastscnn_fast/_c*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f $(VENV)/fastscnn-*
 

@@ -1,31 +1,118 @@
-"""Builds the C++ extension; everything else about the package is in pyproject.toml.
+"""Builds the C++ extension and, where there is nvcc, the CUDA extension; all else is in pyproject.toml.
 
-Environment: ``FASTSCNN_REQUIRE_CPU=1`` makes a failing C++ build an error (without it the extension is
-reported and left out: the package then runs on plain torch), ``MAX_JOBS`` limits parallel compilation.
+Environment:
+    FASTSCNN_REQUIRE_CPU  1: a failing C++ build is an error; without it the extension is reported and left out (the
+                          package then runs on plain torch)
+    FASTSCNN_CUDA         0: no CUDA extension; 1: a failing CUDA build, or no nvcc, is an error
+    TORCH_CUDA_ARCH_LIST  compute capabilities, as in "8.0;9.0+PTX"; by default 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and
+                          12.0, as far as nvcc knows them, and PTX of the last
+    CUDA_HOME             where to look for bin/nvcc before PATH
+    MAX_JOBS              compilers at a time
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import shutil
+import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from sysconfig import get_platform
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError
 
-CUDA = Path("csrc/bindings_cuda.cpp")
+CUDA_SOURCES = [
+    "csrc/bindings_cuda.cpp",
+    *sorted(map(str, [*Path("csrc/cuda").glob("*.cpp"), *Path("csrc/cuda").glob("*.cu")])),
+]
 SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]))
-SOURCES.remove(str(CUDA))
+SOURCES.remove(CUDA_SOURCES[0])
 HEADERS = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.[hi]*")]))
+CUDA_HEADERS = sorted(map(str, [*Path("csrc/cuda").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")]))
+CUDA = "fastscnn_fast._cuda"
+ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 # GCC 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for mistakes.
 QUIET = ["-Wno-uninitialized"]
 OPENMP = ["-fopenmp"]
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [str(Path(home, "bin")) for home in homes if home]
+    return shutil.which("nvcc", path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
+
+
+def architectures(nvcc: str) -> tuple[list[int], int]:
+    """Compute capabilities, times 10, to compile for, and the one to keep PTX of (0: none).
+
+    Raises:
+        CompileError: TORCH_CUDA_ARCH_LIST cannot be read, or nvcc does not know what it names.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    told = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = {int(number) for number in re.findall(r"compute_(\d+)", told)}
+    found, ptx = [], 0
+    for entry in re.split(r"[;,\s]+", (asked or ARCHITECTURES).strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", entry)
+        number = 10 * int(match[1]) + int(match[2]) if match else 0
+        if not match or number < 75 or (asked and number not in known):
+            raise CompileError(
+                "TORCH_CUDA_ARCH_LIST must name compute capabilities from 7.5 on that nvcc knows,"
+                f" as in 8.0;9.0+PTX, got {entry!r}"
+            )
+        if number in known:
+            found.append(number)
+            ptx = number if match[3] else ptx
+    if not asked:
+        ptx = found[-1]
+    return sorted(set(found)), ptx
+
+
+def compile_cuda(output: Path, folder: Path, jobs: int) -> None:
+    """Compiles what changed and links it with CUDA's runtime, statically: no driver is needed to import it."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise CompileError("FASTSCNN_CUDA=1 needs nvcc in CUDA_HOME or on PATH")
+    built, ptx = architectures(nvcc)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in built]
+    codes += [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
+    host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter"
+    flags = ["-std=c++17", "-O3", f"-Xcompiler={host}", *codes]
+    flags += [f"-DFASTSCNN_CUDA_ARCHITECTURES={','.join(map(str, built))}"]
+    flags += [f"-DFASTSCNN_CUDA_PTX={ptx}"]
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags += [f"-I{path}" for path in includes]
+    folder = folder / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def run(command: Sequence[str]) -> None:
+        done = subprocess.run([nvcc, *command], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CompileError(f"nvcc {' '.join(command)}\n{done.stderr}")
+
+    def made(source: str) -> str:
+        compiled = folder / f"{Path(source).name}.o"
+        newest = max(os.path.getmtime(path) for path in (source, *CUDA_HEADERS, __file__))
+        if not compiled.exists() or compiled.stat().st_mtime < newest:
+            run([*flags, "-c", source, "-o", str(compiled)])
+        return str(compiled)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(made, CUDA_SOURCES))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    run(["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *objects, "-o", str(output)])
 
 
 class BuildExt(build_ext):
@@ -36,6 +123,11 @@ class BuildExt(build_ext):
         self.build_temp = str(Path("build", f"{get_platform()}-{sys.implementation.cache_tag}"))
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CUDA:
+            output = Path(self.get_ext_fullpath(ext.name))
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            compile_cuda(output, Path(self.build_temp, "cuda"), jobs)
+            return
         if self.compiler.compiler_type == "msvc":
             raise CompileError("csrc/cpu needs GCC or Clang (vector extensions), not MSVC")
         if self.has_openmp():
@@ -67,21 +159,28 @@ def is_stale(compiled: str, source: str) -> bool:
 
 ParallelCompile("MAX_JOBS", needs_recompile=is_stale).install()
 
+extensions = [
+    Pybind11Extension(
+        "fastscnn_fast._cpu",
+        SOURCES,
+        depends=[*HEADERS, "setup.py"],
+        cxx_std=17,
+        extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wextra", *QUIET],
+        optional=os.environ.get("FASTSCNN_REQUIRE_CPU") != "1",
+    )
+]
+cuda = os.environ.get("FASTSCNN_CUDA")
+if cuda == "1" or (cuda != "0" and find_nvcc() is not None):
+    extensions.append(
+        Extension(CUDA, CUDA_SOURCES, depends=CUDA_HEADERS, optional=cuda != "1"),
+    )
+
 setup(
     packages=[
         *find_packages(include=["fastscnn_fast", "fastscnn_fast.*"]),
         "fastscnn_fast.kernels",
     ],
     package_dir={"fastscnn_fast.kernels": "kernels"},
-    ext_modules=[
-        Pybind11Extension(
-            "fastscnn_fast._cpu",
-            SOURCES,
-            depends=[*HEADERS, "setup.py"],
-            cxx_std=17,
-            extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wextra", *QUIET],
-            optional=os.environ.get("FASTSCNN_REQUIRE_CPU") != "1",
-        )
-    ],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildExt},
 )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -38,13 +39,12 @@ except ImportError as error:
     _cpu_missing = f"the extension fastscnn_fast._cpu is not built ({error})"
 else:
     _cpu_module, _cpu_missing = _cpu, ""
+_cuda_module: ModuleType | None = None
+_cuda_missing = ""
 try:
-    from . import _cuda
+    _cuda_module = import_module(f"{__package__}._cuda")
 except ImportError as error:
-    _cuda_module: ModuleType | None = None
     _cuda_missing = f"the extension fastscnn_fast._cuda is not built ({error})"
-else:
-    _cuda_module, _cuda_missing = _cuda, ""
 
 
 class CannotRun(RuntimeError):

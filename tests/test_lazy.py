@@ -777,9 +777,8 @@ def test_the_environment_is_read_at_every_call(model, x, no_grad, monkeypatch, l
     assert not log.messages
     monkeypatch.setenv("FASTSCNN_BACKEND", "cuda")
     assert_right(model, x, fused=False)
-    assert log.messages == [
-        "FastSCNN runs unfused: backend cuda cannot run: this version has no CUDA kernels"
-    ]
+    (message,) = log.messages
+    assert message.startswith("FastSCNN runs unfused: backend cuda cannot run: ")
     monkeypatch.setenv("FASTSCNN_BACKEND", "opencl")
     with pytest.raises(ValueError, match="backend must be auto or one of .*, got 'opencl'"):
         model(x)

@@ -85,6 +85,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         *(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT),
         PYTHONPATH=str(poison),
         FASTSCNN_REQUIRE_CPU="1",
+        FASTSCNN_CUDA="0",  # minutes
     )
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
@@ -101,7 +102,15 @@ def python(tmp_path: Path) -> Path:
 
 def pip_install(python: Path, *arguments: str | Path, **env: str) -> None:
     pip = (sys.executable, "-m", "pip", "--python", python, "install")
-    run(*pip, "--no-deps", "--no-index", "--no-build-isolation", *arguments, **env)
+    run(
+        *pip,
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        *arguments,
+        FASTSCNN_CUDA="0",
+        **env,
+    )
 
 
 USE = """
