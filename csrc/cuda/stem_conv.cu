@@ -62,47 +62,56 @@ struct Picture {
   }
 };
 
-// The halo whose first pixel is (top, start).
+// The halo whose first pixel is (top, start), from lines of adjacent elements: rows of Interleaved
+// channels, or rows of each channel's plane. A line is covered by aligned vectors of four; those
+// that it does not fill are read one by one.
+template <bool Interleaved, class T, class X, int Channels, int Stride>
+__device__ __forceinline__ void load_lines(T* halo, const Picture<T, X>& picture, int top,
+                                           int start) {
+  using S = Sizes<T, Channels, Stride>;
+  using Four = Vector<X, 4>;
+  constexpr int kStep = Interleaved ? 1 : Channels;
+  constexpr int kLines = kStep * S::kHaloRows, kLength = S::kLine / kStep;
+  constexpr int kVectors = divided_up(kLength + 3, 4);
+  const int first = start * (Channels / kStep), end = picture.width * (Channels / kStep);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kLines * kVectors; i += kThreads) {
+    const int line = i / kVectors, plane = line / S::kHaloRows, row = line % S::kHaloRows;
+    const int y = top + row;
+    const bool exists = y >= 0 && y < picture.height;
+    const X* const from = picture.x + plane * picture.channel + (exists ? y : 0) * picture.row;
+    const int skew = int((reinterpret_cast<uintptr_t>(from) / sizeof(X) + first) % 4);
+    const int within = i % kVectors * 4 - skew, e = first + within;
+    Four four{};
+    if (exists && e >= 0 && e + 4 <= end) {
+      four = *reinterpret_cast<const Four*>(from + e);
+    } else if (exists) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (e + j >= 0 && e + j < end) four.v[j] = from[e + j];
+      }
+    }
+    T* const to = halo + row * S::kHaloPitch + within * kStep + plane;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (within + j < 0 || within + j >= kLength) continue;
+      const bool inside = exists && e + j >= 0 && e + j < end;
+      const int c = Interleaved ? (within + j) % Channels : plane;
+      to[j * kStep] = inside ? picture.converted(four.v[j], c) : rounded<T>(0);
+    }
+  }
+}
+
+// The same from a picture of any strides.
 template <class T, class X, int Channels, int Stride>
 __device__ __forceinline__ void load_halo(T* halo, const Picture<T, X>& picture, int top,
                                           int start) {
   using S = Sizes<T, Channels, Stride>;
-  using Four = Vector<X, 4>;
-  const bool interleaved = picture.channel == 1 && picture.column == Channels;
-  if (interleaved || picture.column == 1) {
-    // Lines of adjacent elements: rows of interleaved channels, or rows of each channel's plane. A
-    // line is covered by aligned vectors of four; those that it does not fill are read one by one.
-    const int step = interleaved ? 1 : Channels, planes = interleaved ? 1 : Channels;
-    const int length = S::kLine / step, vectors = divided_up(length + 3, 4);
-    const int first = start * (interleaved ? Channels : 1);
-    const int end = picture.width * (interleaved ? Channels : 1);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < planes * S::kHaloRows * vectors; i += kThreads) {
-      const int line = i / vectors, plane = line / S::kHaloRows, row = line % S::kHaloRows;
-      const int y = top + row;
-      const bool exists = y >= 0 && y < picture.height;
-      const X* const from = picture.x + plane * picture.channel + (exists ? y : 0) * picture.row;
-      const int skew = int((reinterpret_cast<uintptr_t>(from) / sizeof(X) + first) % 4);
-      const int within = i % vectors * 4 - skew, e = first + within;
-      Four four{};
-      if (exists && e >= 0 && e + 4 <= end) {
-        four = *reinterpret_cast<const Four*>(from + e);
-      } else if (exists) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (e + j >= 0 && e + j < end) four.v[j] = from[e + j];
-        }
-      }
-      T* const to = halo + row * S::kHaloPitch + within * step + plane;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (within + j < 0 || within + j >= length) continue;
-        const int c = interleaved ? (within + j) % Channels : plane;
-        const bool inside = exists && e + j >= 0 && e + j < end;
-        to[j * step] = inside ? picture.converted(four.v[j], c) : rounded<T>(0);
-      }
-    }
-    return;
+  if (picture.channel == 1 && picture.column == Channels) {
+    return load_lines<true, T, X, Channels, Stride>(halo, picture, top, start);
+  }
+  if (picture.column == 1) {
+    return load_lines<false, T, X, Channels, Stride>(halo, picture, top, start);
   }
   const bool down = picture.row < picture.column;
   const int fast = down ? S::kHaloRows : S::kHaloColumns;
@@ -140,7 +149,7 @@ __device__ __forceinline__ void join_terms(T* left, const T* halo) {
 // x (channels, H, W) -> 32 channels of out (H', W', out_channels), a tile of image block / (tiles
 // down and across).
 template <class T, class X, int Channels, int Stride>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
     stem_conv_kernel(const X* __restrict__ x, const T* __restrict__ weight,
                      const float* __restrict__ bias, const float* __restrict__ scale,
                      const float* __restrict__ shift, T* __restrict__ out, int height, int width,
@@ -165,10 +174,12 @@ __global__ void __launch_bounds__(kThreads, 3)
   out += image * out_image;
 
   typename Product::Tile total;
-  total.for_each([&](int, int column, float2& pair) {
-    const int o = first + Product::column() + column;
-    pair = o < row_pitch ? load_pair(bias + o) : float2{0, 0};
-  });
+  const auto start_total = [&] {
+    total.for_each([&](int, int column, float2& pair) {
+      const int o = first + Product::column() + column;
+      pair = o < row_pitch ? load_pair(bias + o) : float2{0, 0};
+    });
+  };
   const auto queue = [&](int chunk) {
     copy_matrix<kChunk, kColumns, kThreads>(right, pitch<T>(kColumns),
                                             weight + int64_t{chunk} * kChunk * row_pitch + first,
@@ -187,6 +198,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     queue(0);
     load_halo<T, X, Channels, Stride>(halo, picture, top * Stride - padding,
                                       start * Stride - padding);
+    start_total();
     __syncthreads();
     join_terms<T, Channels, Stride>(
         mine, halo + row * Stride * S::kHaloPitch + column * Stride * Channels);
@@ -194,6 +206,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   } else {
     const int y = (top + row) * stride - padding, z = (start + column) * stride - padding;
     int c = 0, tap = 0;
+    start_total();
 #pragma unroll 1
     for (int chunk = 0; chunk * kChunk < 9 * channels; ++chunk) {
       queue(chunk);
