@@ -13,6 +13,12 @@ constexpr int kVector = 16;  // bytes of the widest access
 template <class T>
 constexpr int kPerVector = kVector / int(sizeof(T));
 
+// Adjacent elements that move together.
+template <class T, int Size>
+struct alignas(Size * sizeof(T)) Vector {
+  T v[Size];
+};
+
 template <class Size>
 __host__ __device__ constexpr Size divided_up(Size a, int b) {
   return (a + b - 1) / b;
