@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,10 +199,14 @@ def _parser() -> argparse.ArgumentParser:
         help="write the machine code of a fused op, and what a launcher needs to run it",
         description="Compile an op as one layer of the network runs it, and write each of its launches as"
         " OP_N.ptx, OP_N.cubin and OP_N.json: entry, grid, threads, shared memory, and the kernel's parameters"
-        " in order with their shapes, strides and values. Needs Triton, but no GPU.",
+        " in order with their shapes, strides and values. Needs no GPU, but Triton; for --backend cuda nvcc,"
+        " the repository's sources and the built CUDA extension.",
     )
     command.add_argument(
-        "--backend", choices=("triton",), default="triton", help="whose kernels (%(default)s)"
+        "--backend",
+        choices=("triton", "cuda"),
+        default="triton",
+        help="whose kernels (%(default)s)",
     )
     command.add_argument("--op", choices=OPS, required=True, help="the fused op")
     command.add_argument(
@@ -497,8 +502,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _dump(args: argparse.Namespace) -> int:
-    from .kernels import dump  # which needs Triton
+    from .kernels import dump
 
+    if args.backend == "triton" and find_spec("triton") is None:
+        raise backends.CannotRun("dump needs the package triton, which is not installed")
     if args.arch not in dump.ARCHITECTURES:
         known = ", ".join(map(str, dump.ARCHITECTURES))
         raise ValueError(f"arch must be one of {known}, got {args.arch}")
@@ -509,7 +516,7 @@ def _dump(args: argparse.Namespace) -> int:
         )
     shape = args.shape and (args.shape[0], args.shape[1])
     step = dump.step(preset(args.preset), args.op, args.layer, args.size, shape)
-    plan = dump.launches(step, dtype, args.arch, args.output, args.raw)
+    plan = dump.launches(step, dtype, args.arch, args.output, args.raw, args.backend)
     for path in dump.write(args.out, step, plan, args.arch):
         print(f"wrote {path}")
     return 0

@@ -7,14 +7,11 @@ those of the assembly's own directives. Nothing here was measured on a GPU.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +26,9 @@ from fastscnn_fast.plan import plan, program
 from . import weights
 from .engine import Plan, network_plan
 from .launch import Buffer, Launch, rounded_up
+from .machine import MULTIPROCESSORS, PRODUCTS, WIDE_LOADS, count, instructions, listing
 from .tiles import Architecture
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _POINTERS = {
     "torch.float16": "*fp16",
     "torch.bfloat16": "*bf16",
@@ -40,46 +37,6 @@ _POINTERS = {
 }
 _DIVISIBLE = ["tt.divisibility", 16]
 _WITHIN_2_GIB = ["tt.pointer_range", 32]
-
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """What one multiprocessor of a compute capability holds, and what a block may take; shared in bytes."""
-
-    warps: int
-    blocks: int
-    shared: int
-    shared_of_block: int
-    reserved: int  # shared bytes that every block takes besides its own
-    granularity: int  # of shared bytes
-    registers: int = 65536
-
-    def resident_warps(self, warps: int, registers: int, shared: int) -> int:
-        """Warps at once of blocks of ``warps`` warps, ``registers`` a thread and ``shared`` bytes a block.
-
-        NVIDIA's occupancy arithmetic: registers come 256 a warp at a time, on four partitions.
-        """
-        by_registers = self.registers // max(rounded_up(registers * 32, 256), 1) // 4 * 4
-        taken = rounded_up(shared + self.reserved, self.granularity)
-        by_shared = self.shared // taken if taken else self.blocks
-        return warps * min(self.blocks, self.warps // warps, by_registers // warps, by_shared)
-
-
-def _ampere(warps: int, blocks: int, kib: int) -> Multiprocessor:
-    return Multiprocessor(warps, blocks, kib * 1024, (kib - 1) * 1024, 1024, 128)
-
-
-#: By compute capability (CUDA C++ Programming Guide, technical specifications).
-MULTIPROCESSORS = {
-    75: Multiprocessor(32, 16, 65536, 65536, 0, 256),
-    80: _ampere(64, 32, 164),
-    86: _ampere(48, 16, 100),
-    87: _ampere(48, 16, 164),
-    89: _ampere(48, 24, 100),
-    90: _ampere(64, 32, 228),
-    100: _ampere(64, 32, 228),
-    120: _ampere(48, 24, 100),
-}
 
 
 def target(architecture: Architecture) -> GPUTarget:
@@ -138,11 +95,7 @@ class Code:
     @cached_property
     def _listing(self) -> str:
         """What cuobjdump says of the machine code: resource use and instructions."""
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.compiled.asm["cubin"])
-            file.flush()
-            command = [str(_CUOBJDUMP), "-res-usage", "-sass", file.name]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return listing(self.compiled.asm["cubin"])
 
     @cached_property
     def _usage(self) -> dict[str, int]:
@@ -184,29 +137,20 @@ class Code:
     def instructions(self) -> Counter[str]:
         """How often each instruction, with its modifiers, stands in the machine code."""
         if isinstance(self.architecture, int):
-            text = self._listing
-            pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P[0-9T]+\s+)?([A-Z][\w.]*)"
-        else:
-            text, pattern = self.compiled.asm["amdgcn"], r"^\s+([a-z]\w+)(?:\s|$)"
-        return Counter(re.findall(pattern, text, re.MULTILINE))
-
-    def count(self, pattern: str) -> int:
-        """Instructions whose name begins with the regular expression ``pattern``."""
-        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+            return instructions(self._listing)
+        text = self.compiled.asm["amdgcn"]
+        return Counter(re.findall(r"^\s+([a-z]\w+)(?:\s|$)", text, re.MULTILINE))
 
     @property
     def products(self) -> int:
         """Tensor-core instructions."""
-        return self.count(
-            r"(H|HG|I|Q|QG|UTCH|UTCQ|UTCI)MMA|WARPSYNC_MMA|v_(smf|mf|wm)ma|v_mfma|v_wmma"
-        )
+        return count(self.instructions, f"{PRODUCTS}|v_(smf|mf|wm)ma|v_mfma|v_wmma")
 
     @property
     def wide_loads(self) -> int:
         """Loads of 16 bytes a thread from global memory."""
-        return self.count(
-            r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128|(global|buffer|flat)_load_(dwordx4|b128)"
-        )
+        amd = r"(global|buffer|flat)_load_(dwordx4|b128)"
+        return count(self.instructions, f"{WIDE_LOADS}|{amd}")
 
     @property
     def resident_warps(self) -> int:

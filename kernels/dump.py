@@ -1,24 +1,32 @@
-"""The machine code of a fused op's Triton launches, with all that another launcher needs to run it."""
+"""The machine code of a fused op's launches, Triton's or CUDA's, with all that another launcher needs to run it."""
 
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastscnn_fast import backends
 from fastscnn_fast.config import Config
 from fastscnn_fast.packed import TAG
 from fastscnn_fast.plan import Layer, Step, plan, program
 
-from . import aot, weights
+from . import nvcc, weights
+from .cuda import CudaStep
 from .engine import Place, Plan, activation, op_plan, planes
 from .launch import Buffer, Launch
+from .machine import MULTIPROCESSORS
+
+if TYPE_CHECKING:
+    from . import aot  # needs triton
 
 #: Architectures that PTX is written for.
-ARCHITECTURES = tuple(aot.MULTIPROCESSORS)
+ARCHITECTURES = tuple(MULTIPROCESSORS)
 
 _MATRIX = (
     "(K, N) row-major, K padded to a multiple of 16 and N to whole blocks of columns with zeros"
@@ -150,7 +158,12 @@ def step(
 
 
 def launches(
-    step: Step, dtype: torch.dtype, architecture: int, output: str = "logits", raw: bool = False
+    step: Step,
+    dtype: torch.dtype,
+    architecture: int,
+    output: str = "logits",
+    raw: bool = False,
+    backend: str = "triton",
 ) -> Plan:
     """The launches of one image of ``step``, its activations laid out as the network does."""
     layer = step.layer
@@ -177,7 +190,8 @@ def launches(
         out = planes("out", 1, height, width, channels)
     else:
         out = plane("out", channels, height, width)
-    return op_plan(Place(layer, tuple(inputs), out, pieces), dtype, architecture, output)
+    place = Place(layer, tuple(inputs), out, pieces)
+    return op_plan(place, dtype, architecture, output, backend=backend)
 
 
 def _role(buffer: Buffer) -> str:
@@ -188,15 +202,17 @@ def _role(buffer: Buffer) -> str:
     return "input" if buffer.memory in ("x", "high", "low") else "scratch"
 
 
-def _holds(launch: Launch, layer: Layer, name: str, buffer: Buffer) -> str:
-    unused = {
+def _unused(launch: Launch, layer: Layer) -> tuple[str, ...]:
+    """Pointers that the kernel's constants make it not read."""
+    return {
         "dsconv_kernel": () if layer.last_channels else ("last_weight", "last_bias"),
         "feature_fusion_kernel": ("refine_weight", "refine_bias") if layer.dense else (),
         "out_convolution_kernel": () if launch.arguments.get("BINS") else ("shares",),
-    }
-    if name in unused.get(launch.kernel.__name__, ()):
-        return _UNUSED
-    held = _HOLDS.get((launch.kernel.__name__, name))
+    }.get(launch.kernel.__name__, ())
+
+
+def _holds(kernel: str, layer: Layer, name: str, buffer: Buffer) -> str:
+    held = _HOLDS.get((kernel, name))
     if held is not None:
         return held
     if layer.op == "stem_conv" and name == "x":
@@ -212,18 +228,29 @@ def _parameter(launch: Launch, layer: Layer, name: str, type_: str) -> dict[str,
     value = launch.arguments[name]
     if not isinstance(value, Buffer):
         return {"name": name, "kind": "scalar", "dtype": type_, "value": value}
+    unused = name in _unused(launch, layer)
+    return _pointer(
+        name, value, _UNUSED if unused else _holds(launch.kernel.__name__, layer, name, value)
+    )
+
+
+def _pointer(name: str, buffer: Buffer, holds: str) -> dict[str, Any]:
     return {
         "name": name,
         "kind": "pointer",
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "role": _role(value),
-        "memory": value.memory,
-        "offset_bytes": value.offset,
-        "bytes": value.bytes,
-        "shape": list(value.shape),
-        "strides": list(value.strides),
-        "holds": _holds(launch, layer, name, value),
+        "dtype": str(buffer.dtype).removeprefix("torch."),
+        "role": _role(buffer),
+        "memory": buffer.memory,
+        "offset_bytes": buffer.offset,
+        "bytes": buffer.bytes,
+        "shape": list(buffer.shape),
+        "strides": list(buffer.strides),
+        "holds": holds,
     }
+
+
+def _null(name: str, holds: str) -> dict[str, Any]:
+    return {"name": name, "kind": "pointer", "role": "null", "value": 0, "holds": holds}
 
 
 def describe(code: aot.Code, step: Step, index: int, count: int) -> dict[str, Any]:
@@ -236,9 +263,7 @@ def describe(code: aot.Code, step: Step, index: int, count: int) -> dict[str, An
         if type_ != "constexpr"
     ]
     for name, meaning in _TRAILING.items():
-        parameters.append(
-            {"name": name, "kind": "pointer", "role": "null", "value": 0, "holds": meaning}
-        )
+        parameters.append(_null(name, meaning))
     grid = (*launch.grid, 1, 1)[:3]
     return {
         "op": layer.op,
@@ -258,20 +283,85 @@ def describe(code: aot.Code, step: Step, index: int, count: int) -> dict[str, An
     }
 
 
-def write(folder: Path, step: Step, plan: Plan, architecture: int) -> list[Path]:
-    """Compiles each launch and writes OP_N.ptx, OP_N.cubin and OP_N.json; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+def _cuda_parameter(
+    parameter: Any, launched: CudaStep, layer: Layer, kernel: str
+) -> dict[str, Any]:
+    """``parameter`` of the C++ launch's description, whose pointers are the numbers of buffers."""
+    if parameter.type == "pointer":
+        if parameter.value == 0:
+            return _null(parameter.name, _UNUSED)
+        name, buffer = list(launched.arguments.items())[parameter.value - 1]
+        return _pointer(parameter.name, buffer, _holds(kernel, layer, name, buffer))
+    bits = parameter.value.to_bytes(8, "little")
+    form = {"int32": "<i4x", "int64": "<q", "float32": "<f4x"}[parameter.type]
+    (value,) = struct.unpack(form, bits)
+    return {"name": parameter.name, "kind": "scalar", "dtype": parameter.type, "value": value}
+
+
+def _cuda_code(
+    step: Step, launched: CudaStep, architecture: int
+) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
+    """Description, PTX and machine code of each launch of the step."""
+    arguments = launched.struct()
+    for number, name in enumerate(launched.arguments, start=1):
+        setattr(arguments, name, number)  # in place of an address
+    described = backends.cuda_module().describe(arguments)
+    for index, one in enumerate(described):
+        name = nvcc.kernel_of(one.kernel)
+        code = nvcc.compiled(step.layer.op, architecture)[name]
+        kernel = name.partition("<")[0]
+        about = {
+            "op": step.layer.op,
+            "layer": step.layer.name,
+            "launch": index,
+            "launches": len(described),
+            "architecture": f"sm_{architecture}",
+            "kernel": name,
+            "entry": code.entry,
+            "grid": list(one.grid),
+            "programs": prod(one.grid),
+            "warps": one.threads // 32,
+            "block": [one.threads, 1, 1],
+            "dynamic_shared_bytes": one.shared,
+            "registers": code.registers,
+            "parameters": [
+                _cuda_parameter(parameter, launched, step.layer, kernel)
+                for parameter in one.parameters
+            ],
+            "constants": {},
+        }
+        yield about, code.ptx.encode(), nvcc.assembled(code.ptx, architecture)
+
+
+def _triton_code(
+    step: Step, plan: Plan, architecture: int
+) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
+    """Description, PTX and machine code of each launch."""
+    from . import aot  # needs triton
+
     for index, launch in enumerate(plan.launches):
         code = aot.compiled(launch, architecture)
-        name = f"{step.layer.op}_{index}"
         about = describe(code, step, index, len(plan.launches))
-        contents = {
-            "ptx": code.compiled.asm["ptx"].encode(),
-            "cubin": code.compiled.asm["cubin"],
-            "json": (json.dumps(about, indent=2) + "\n").encode(),
-        }
-        for ending, content in contents.items():
+        yield about, code.compiled.asm["ptx"].encode(), code.compiled.asm["cubin"]
+
+
+def write(folder: Path, step: Step, plan: Plan, architecture: int) -> list[Path]:
+    """Compiles each launch and writes OP_N.ptx, OP_N.cubin and OP_N.json; returns their paths.
+
+    Raises:
+        RuntimeError: a compiler failed, or there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (first, *_) = plan.steps
+    if isinstance(first, CudaStep):
+        codes = _cuda_code(step, first, architecture)
+    else:
+        codes = _triton_code(step, plan, architecture)
+    paths = []
+    for about, ptx, cubin in codes:
+        name = f"{step.layer.op}_{about['launch']}"
+        text = (json.dumps(about, indent=2) + "\n").encode()
+        for ending, content in {"ptx": ptx, "cubin": cubin, "json": text}.items():
             paths.append(folder / f"{name}.{ending}")
             paths[-1].write_bytes(content)
     return paths

@@ -41,7 +41,8 @@ struct Copy {
 void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
             const std::function<void()>& kernel);
 
-// 0: warps take turns in order; other numbers: in other orders. Of the launches that follow.
+// Of the launches that follow. 0: each warp runs until it must wait for others, in order; 1: in
+// reverse; 2 and above: a step of each warp in turns, in other orders.
 void set_warp_order(unsigned order);
 
 // What follows is called by kernels.
