@@ -21,14 +21,17 @@ struct Sizes {
   // Columns of a thread: a vector of logits; fewer where they have maxima and sums.
   static constexpr int kAcross = kLabels ? 1 : Output == FASTSCNN_LOGITS ? 4 : 2;
   static constexpr int kThreads = kColumns / kAcross;
+  static constexpr int kBlocks = (Output == FASTSCNN_PROBABILITIES ? 20 : 24) * 32 / kThreads;
 };
 
 // Shared memory.
-struct Weights {
-  float by_row[kRows];
+struct Rows {
+  int rows[2];          // the first output row, and the one after the last
+  float weight[kRows];  // of the low row below
 };
-struct Labels : Weights {
-  int low[2][kMostLow];
+struct Labels : Rows {
+  int columns[2];          // the first and the last low column
+  int label[2][kMostLow];  // of the low pixels
   alignas(kVector) uint8_t tile[kRows][kColumns];
 };
 
@@ -47,7 +50,9 @@ struct Columns {
 };
 
 // The first output row that samples at or beyond the low row.
-__device__ __forceinline__ int first_row(int64_t low, const Resize& resize, int height) {
+__device__ __forceinline__ int first_row(int64_t low, const Resize& resize, int low_height,
+                                         int height) {
+  if (low == 0 || low == low_height) return low == 0 ? 0 : height;
   const int64_t at = low * resize.divisor - resize.shift;
   const int64_t scale = resize.scale > 0 ? resize.scale : 1;
   const int64_t row = at <= 0 ? 0 : (at + scale - 1) / scale;
@@ -76,7 +81,7 @@ __device__ __forceinline__ int label_of(const T* x, int classes, int64_t x_class
 // x (classes, h, w), any strides -> out (classes, H, W) or labels (H, W); image, low row and tile
 // of block / (low rows and tiles across).
 template <class T, class Y, int Output>
-__global__ void __launch_bounds__(Sizes<Output>::kThreads, 3 * Sizes<Output>::kAcross)
+__global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlocks)
     upsample_classify_kernel(const T* __restrict__ x, Y* __restrict__ out, int classes,
                              int low_height, int low_width, int height, int width, int tiles_across,
                              int64_t y_scale, int64_t y_shift, int64_t y_divisor, int64_t x_scale,
@@ -88,31 +93,30 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, 3 * Sizes<Output>::kA
   const int start = blockIdx.x % tiles_across * kColumns;
   const int low = blockIdx.x / tiles_across % low_height;
   const int64_t image = blockIdx.x / tiles_across / low_height, plane = int64_t{height} * width;
-  const int begin = low == 0 ? 0 : first_row(low, down, height);
-  const int end = low == low_height - 1 ? height : first_row(low + 1, down, height);
   const T* const above_row = x + image * x_image + low * x_row;
   const T* const below_row = above_row + (low < low_height - 1 ? x_row : 0);
   out += image * (S::kLabels ? 1 : classes) * plane;
-  float* const by_row = reinterpret_cast<Weights*>(shared_memory())->by_row;
+  Rows& shared = *reinterpret_cast<Rows*>(shared_memory());
 
   // A thread's columns are adjacent where they can be stored as a vector; else threads' are.
   const bool aligned = (reinterpret_cast<uintptr_t>(out) / sizeof(Y) | width) % kAcross == 0;
   const int first_column = start + threadIdx.x * (aligned ? kAcross : 1);
   const int step = aligned ? 1 : S::kThreads;
   Columns<T, kAcross> columns;
+  Sample samples[kAcross];
 #pragma unroll
   for (int j = 0; j < kAcross; ++j) {
     const int column = first_column + j * step;
-    const Sample at = sample(column < width ? column : width - 1, along, low_width);
-    columns.left[j] = at.low * x_column;
-    columns.right[j] = at.high * x_column;
-    columns.weight[j] = at.weight;
+    samples[j] = sample(column < width ? column : width - 1, along, low_width);
+    columns.left[j] = samples[j].low * x_column;
+    columns.right[j] = samples[j].high * x_column;
+    columns.weight[j] = samples[j].weight;
   }
   // Calls `f(k, pixel, value)` for each class of the thread's pixels of the rows from `first` on.
   const auto for_each_class = [&](auto f) {
     float weight[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) weight[r] = by_row[r];
+    for (int r = 0; r < kRows; ++r) weight[r] = shared.weight[r];
 #pragma unroll 1
     for (int k = 0; k < classes; ++k) {
       float above[kAcross], below[kAcross];
@@ -144,35 +148,44 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, 3 * Sizes<Output>::kA
     }
   };
 
-  // The low pixels' labels that the thread's column lies between: where all four are the same, so
-  // are those of all pixels between, since a blend is monotonic in each of its four logits.
+  if (threadIdx.x < 2) {
+    shared.rows[threadIdx.x] = first_row(low + int(threadIdx.x), down, low_height, height);
+  }
+  // Whether the four low pixels around the thread's pixels are finite and have the same label: then
+  // so have all pixels between, since a blend is monotonic in each of its four logits.
   bool same = false, finite = false;
-  int corner = 0;
+  int label_around = 0;
   if constexpr (S::kLabels) {
-    Labels& labels = *reinterpret_cast<Labels*>(shared_memory());
-    const int last = start + kColumns < width ? start + kColumns - 1 : width - 1;
-    const int first_low = sample(start, along, low_width).low;
-    const int many = sample(last, along, low_width).high - first_low + 1;
+    Labels& labels = static_cast<Labels&>(shared);
+    if (threadIdx.x == 0) labels.columns[0] = samples[0].low;
+    if (threadIdx.x == S::kThreads - 1) labels.columns[1] = samples[0].high;
+    __syncthreads();
+    const int first_low = labels.columns[0], many = labels.columns[1] - first_low + 1;
     if (many <= kMostLow) {
       const int row = threadIdx.x / kMostLow, column = threadIdx.x % kMostLow;
       if (column < many) {
-        labels.low[row][column] = label_of(
-            (row ? below_row : above_row) + (first_low + column) * x_column, classes, x_class);
+        const T* const from = row ? below_row : above_row;
+        labels.label[row][column] =
+            label_of(from + (first_low + column) * x_column, classes, x_class);
       }
       __syncthreads();
-      const Sample at = sample(first_column < width ? first_column : width - 1, along, low_width);
-      const int a = labels.low[0][at.low - first_low], b = labels.low[0][at.high - first_low];
-      const int c = labels.low[1][at.low - first_low], d = labels.low[1][at.high - first_low];
-      corner = a;
+      const int left = samples[0].low - first_low, right = samples[0].high - first_low;
+      const int a = labels.label[0][left], b = labels.label[0][right];
+      const int c = labels.label[1][left], d = labels.label[1][right];
       finite = (a | b | c | d) >= 0;
       same = finite && a == b && a == c && a == d;
+      label_around = a;
     }
+  } else {
+    __syncthreads();
   }
 
+  const int end = shared.rows[1];
 #pragma unroll 1
-  for (int first = begin; first < end; first += kRows) {
-    if (threadIdx.x < kRows)
-      by_row[threadIdx.x] = sample(first + threadIdx.x, down, low_height).weight;
+  for (int first = shared.rows[0]; first < end; first += kRows) {
+    if (threadIdx.x < kRows) {
+      shared.weight[threadIdx.x] = sample(first + threadIdx.x, down, low_height).weight;
+    }
     __syncthreads();
     if constexpr (Output == FASTSCNN_LOGITS) {
       for_each_class([&](int k, int r, const Vector<float, kAcross>& values) {
@@ -210,18 +223,18 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, 3 * Sizes<Output>::kA
         if (first + r < end) store(out + k * plane + int64_t{first + r} * width, values);
       });
     } else {
-      Labels& labels = *reinterpret_cast<Labels*>(shared_memory());
+      Labels& labels = static_cast<Labels&>(shared);
       int label[kRows];
       float largest[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) label[r] = corner, largest[r] = -INFINITY;
+      for (int r = 0; r < kRows; ++r) label[r] = label_around, largest[r] = -INFINITY;
       if (!same && finite) {
         for_each_class([&](int k, int r, const Vector<float, 1>& value) {
           if (value.v[0] > largest[r]) largest[r] = value.v[0], label[r] = k;
         });
       } else if (!same) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) label[r] = 0;
+        for (int r = 0; r < kRows; ++r) label[r] = 0;  // where all are -infinity
         for_each_class([&](int k, int r, const Vector<float, 1>& value) {
           if (is_larger(value.v[0], largest[r])) largest[r] = value.v[0], label[r] = k;
         });
@@ -259,7 +272,7 @@ void run(const fastscnn_upsample_classify& op, fastscnn_stream stream) {
   const Resize x = resize_of(op.low_width, op.width, op.align_corners);
   const int64_t tiles_across = divided_up(op.width, kColumns);
   const Shape shape{op.images * op.low_height * tiles_across, Sizes<Output>::kThreads,
-                    Sizes<Output>::kLabels ? sizeof(Labels) : sizeof(Weights)};
+                    Sizes<Output>::kLabels ? sizeof(Labels) : sizeof(Rows)};
   FASTSCNN_LAUNCH((upsample_classify_kernel<T, Y, Output>), shape, stream, op.x, op.out, op.classes,
                   op.low_height, op.low_width, op.height, op.width, tiles_across, y.scale, y.shift,
                   y.divisor, x.scale, x.shift, x.divisor, op.x_image, op.x_class, op.x_row,
