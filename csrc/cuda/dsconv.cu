@@ -4,6 +4,7 @@
 // A block owns a tile of pixels with all their output channels. Chunk by chunk of input channels,
 // 64 bytes of each pixel, the tile's halo and the chunk's rows of the 1x1 arrive asynchronously
 // while the chunk before is computed.
+#include "depthwise.cuh"
 #include "product.cuh"
 
 namespace fastscnn::cuda {
@@ -11,17 +12,19 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kAcross = 16;       // pixels of a tile's row
 constexpr int kLastColumns = 32;  // classes that a block computes
-constexpr int kStrip = 4;         // pixels below each other that a thread sums up
 
 // Sizes for In and Out channels at Stride; 0 for what is known only at run time, when the depthwise
 // reads from global memory whatever its stride and dilation.
 template <class T, int In, int Out, int Stride>
 struct Sizes {
+  static constexpr int kAcross = 16;  // pixels of a tile's row
   static constexpr int kRows = Stride == 1 ? 8 : 4;
+  static constexpr int kStrip = 4;  // pixels below each other that a thread sums up
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kChunk = 64 / int(sizeof(T));  // input channels
+  static constexpr int kHaloPitch = kChunk;
+  static constexpr int kLeftPitch = pitch<T>(kChunk);
   static constexpr int kColumns = Out ? padded_columns(Out) : 64;
   static constexpr int kHaloRows = Stride ? (kRows - 1) * Stride + 3 : 0;
   static constexpr int kHaloColumns = Stride ? (kAcross - 1) * Stride + 3 : 0;
@@ -31,7 +34,7 @@ struct Sizes {
   // result.
   static constexpr int kHalo = kHaloRows * kHaloColumns * kChunk;
   static constexpr int kRight = kChunk * pitch<T>(kColumns);
-  static constexpr int kLeft = kPixels * pitch<T>(kChunk);
+  static constexpr int kLeft = kPixels * kLeftPitch;
   static constexpr int kPipeline = kStages * kHalo + kRight + kLeft;
   // After the 1x1, in the same memory: its result and the last 1x1's weights.
   static constexpr int kResult = kPixels * pitch<T>(kColumns);
@@ -46,58 +49,7 @@ struct Sizes {
   }
 };
 
-// Where a halo's pixel lies: at stride 2 even columns first, so that neighbouring outputs read
-// neighbouring memory.
-template <int Stride, int HaloColumns>
-__device__ __forceinline__ int slot(int row, int column) {
-  if (Stride == 2) column = column / 2 + column % 2 * ((HaloColumns + 1) / 2);
-  return row * HaloColumns + column;
-}
-
-// The depthwise sums of one chunk, from the halo in shared memory to `left`. A thread has two
-// channels throughout and slides down strips of pixels, so that a pixel is read once for the up to
-// three outputs that it is part of.
-template <class T, class S, int Stride>
-__device__ __forceinline__ void depthwise(const T* halo, T* left, const float* weight,
-                                          const float* bias, int channels, int first, float low,
-                                          float high) {
-  constexpr int kPairs = S::kChunk / 2;
-  const int within = threadIdx.x % kPairs * 2;
-  const bool exists = first + within < channels;
-  float2 taps[9], start{0, 0};
-#pragma unroll
-  for (int tap = 0; tap < 9; ++tap) {
-    taps[tap] = exists ? load_pair(weight + tap * channels + first + within) : float2{0, 0};
-  }
-  if (exists) start = load_pair(bias + first + within);
-#pragma unroll 1
-  for (int i = threadIdx.x / kPairs; i < S::kPixels / kStrip; i += kThreads / kPairs) {
-    const int column = i % kAcross, row = i / kAcross * kStrip;
-    float2 sums[kStrip];
-#pragma unroll
-    for (int r = 0; r < kStrip; ++r) sums[r] = start;
-#pragma unroll
-    for (int y = 0; y < (kStrip - 1) * Stride + 3; ++y) {
-#pragma unroll
-      for (int x = 0; x < 3; ++x) {
-        const int at = slot<Stride, S::kHaloColumns>(row * Stride + y, column * Stride + x);
-        const float2 value = load_pair(halo + at * S::kChunk + within);
-#pragma unroll
-        for (int r = 0; r < kStrip; ++r) {
-          const int tap = y - r * Stride;
-          if (tap >= 0 && tap < 3) sums[r] = multiply_add(value, taps[3 * tap + x], sums[r]);
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kStrip; ++r) {
-      store_pair(left + ((row + r) * kAcross + column) * pitch<T>(S::kChunk) + within,
-                 bounded(sums[r], low, high));
-    }
-  }
-}
-
-// The same from global memory, at any stride and dilation.
+// What depthwise() does, from global memory, at any stride and dilation.
 template <class T, class S>
 __device__ __forceinline__ void depthwise_from_global(const T* x, T* left, const float* weight,
                                                       const float* bias, int channels, int first,
@@ -112,14 +64,14 @@ __device__ __forceinline__ void depthwise_from_global(const T* x, T* left, const
       sum = load_pair(bias + c);
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap) {
-        const int y = (top + i / kAcross) * stride + (tap / 3 - 1) * dilation;
-        const int z = (start + i % kAcross) * stride + (tap % 3 - 1) * dilation;
+        const int y = (top + i / S::kAcross) * stride + (tap / 3 - 1) * dilation;
+        const int z = (start + i % S::kAcross) * stride + (tap % 3 - 1) * dilation;
         if (y < 0 || y >= height || z < 0 || z >= width) continue;
         const float2 value = load_pair(x + (int64_t{y} * width + z) * x_pixel + c);
         sum = multiply_add(value, load_pair(weight + tap * channels + c), sum);
       }
     }
-    store_pair(left + i * pitch<T>(S::kChunk) + within, bounded(sum, low, high));
+    store_pair(left + i * S::kLeftPitch + within, bounded(sum, low, high));
   }
 }
 
@@ -147,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
-  const int top = down * S::kRows, start = across * kAcross;
+  const int top = down * S::kRows, start = across * S::kAcross;
   x += image * x_image;
   out += image * out_image;
   const int first_class = blockIdx.y * kLastColumns;
@@ -165,8 +117,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int y = top * Stride + row - 1, z = start * Stride + column - 1;
         const int c = chunk * S::kChunk + within;
         const bool exists = y >= 0 && y < height && z >= 0 && z < width && c < in_channels;
-        async_copy_16(halo(chunk) + slot<Stride, S::kHaloColumns>(row, column) * S::kChunk + within,
-                      exists ? x + (int64_t{y} * width + z) * x_pixel + c : x, exists);
+        async_copy_16(
+            halo(chunk) + slot<Stride, S::kHaloColumns>(row, column) * S::kHaloPitch + within,
+            exists ? x + (int64_t{y} * width + z) * x_pixel + c : x, exists);
       }
     }
   };
@@ -196,8 +149,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       async_wait<2>();
       __syncthreads();
       if constexpr (Stride != 0) {
-        depthwise<T, S, Stride>(halo(chunk), left, depthwise_weight, depthwise_bias, in_channels,
-                                chunk * S::kChunk, mid_low, mid_high);
+        depthwise<T, S, Stride, kThreads>(halo(chunk), left, depthwise_weight, depthwise_bias,
+                                          in_channels, chunk * S::kChunk, mid_low, mid_high);
       } else {
         depthwise_from_global<T, S>(x, left, depthwise_weight, depthwise_bias, in_channels,
                                     chunk * S::kChunk, mid_low, mid_high, top, start, height, width,
@@ -205,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       async_wait<1>();
       __syncthreads();
-      multiply<S::kChunk>(total, left + Product::row() * pitch<T>(S::kChunk), pitch<T>(S::kChunk),
+      multiply<S::kChunk>(total, left + Product::row() * S::kLeftPitch, S::kLeftPitch,
                           right + Product::column(), pitch<T>(S::kColumns));
       __syncthreads();
     }
@@ -232,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       constexpr int kVectors = S::kColumns / kPerVector<T>;
       for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
         const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
-        const int y = top + pixel / kAcross, z = start + pixel % kAcross;
+        const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
         if (y >= out_height || z >= out_width || o + column >= out_channels) continue;
         copy_16(out + (int64_t{y} * out_width + z) * out_pixel + o + column,
                 tile + pixel * pitch<T>(S::kColumns) + column);
@@ -243,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if constexpr (Last) {
     result.for_each([&](int row, int column, float2& pair) {
       const int pixel = LastProduct::row() + row;
-      const int y = top + pixel / kAcross, z = start + pixel % kAcross;
+      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
       if (y >= out_height || z >= out_width) return;
       Y* const to = out + (int64_t{y} * out_width + z) * out_pixel;
       const int k = first_class + LastProduct::column() + column;
@@ -262,7 +215,7 @@ void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
   const int last_channels = op.out_channel == 1 ? padded(op.last_channels) : op.last_channels;
   const int last_columns = Last ? power_of_two(padded(op.last_channels)) : 0;
   const int64_t tiles_down = divided_up(op.out_height, S::kRows);
-  const int64_t tiles_across = divided_up(op.out_width, kAcross);
+  const int64_t tiles_across = divided_up(op.out_width, S::kAcross);
   const Shape shape{
       op.images * tiles_down * tiles_across, kThreads, S::shared(Last),
       Last ? divided_up(last_columns, kLastColumns) : divided_up(out_channels, S::kColumns)};
