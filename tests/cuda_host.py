@@ -24,6 +24,7 @@ CUDA = ROOT / "csrc" / "cuda"
 BUILT = ROOT / "build" / "cuda_host"
 COMPILER = os.environ.get("CXX", "g++")
 MODULE = "_cuda_host"
+VARIABLE = "FASTSCNN_CUDA_HOST_MODULE"
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-DFASTSCNN_CUDA_ON_HOST")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
 FAST = ("-O2",)
@@ -108,3 +109,9 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@cache
+def shared() -> ModuleType:
+    """The module of this process: that of FASTSCNN_CUDA_HOST_MODULE (a mutant, or one with sanitizers), or built now."""
+    return load(Path(os.environ.get(VARIABLE) or build()))

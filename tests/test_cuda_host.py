@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,14 +25,12 @@ from fastscnn_fast.plan import OPS, plan
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
 
-#: A module built before, in place of one built now: of a mutant, or with sanitizers.
-MODULE = "FASTSCNN_CUDA_HOST_MODULE"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @pytest.fixture(scope="session")
 def module() -> ModuleType:
-    return cuda_host.load(Path(os.environ.get(MODULE) or cuda_host.build()))
+    return cuda_host.shared()
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def test_mutants_are_found(mutant: Mutant) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-k", f"test_real_layers and {mutant.op}- and float16"],
-        env={**os.environ, MODULE: str(built)},
+        env={**os.environ, cuda_host.VARIABLE: str(built)},
         cwd=cuda_host.ROOT,
         capture_output=True,
         text=True,

@@ -1,0 +1,147 @@
+"""The machine code of every CUDA kernel, for architectures that are not at hand: compiled, never run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cuda_host
+import pytest
+import torch
+
+from fastscnn_fast import backends
+from fastscnn_fast.cli import main
+from fastscnn_fast.config import PRESETS
+from fastscnn_fast.kernels import dump, nvcc
+from fastscnn_fast.kernels.cuda import CudaStep
+from fastscnn_fast.kernels.machine import MULTIPROCESSORS, PRODUCTS, count
+from fastscnn_fast.plan import OPS, plan
+
+pytestmark = pytest.mark.skipif(
+    bool(cuda_host.why_not() or nvcc.why_not()), reason=cuda_host.why_not() or nvcc.why_not()
+)
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+NO_SPILLS = (80, 90)
+HALF = ("__half", "__nv_bfloat16")
+#: Kernels without a product on tensor cores: sums, tiny grids, interpolation.
+NO_PRODUCT = ("row_sums_kernel", "grids_kernel", "upsample_classify_kernel")
+
+
+@pytest.fixture(autouse=True)
+def module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are described by the module for the host: the same templates, the same sizes."""
+    monkeypatch.setattr(backends, "_cuda_module", cuda_host.shared())
+
+
+def cases() -> Iterator[Any]:
+    for architecture in ARCHITECTURES:
+        for op in OPS:
+            quick = (op, architecture) == ("dsconv", 80)
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(op, architecture, marks=marks, id=f"{op}-{architecture}")
+
+
+@pytest.mark.parametrize(("op", "architecture"), list(cases()))
+def test_every_instantiation(op: str, architecture: int) -> None:
+    """What each kernel's machine code must have, and must not."""
+    for name, code in nvcc.compiled(op, architecture).items():
+        if architecture in NO_SPILLS:
+            assert (code.spills, code.stack) == (0, 0), name
+        kernel, half = name.partition("<")[0], any(f"<{type_}" in name for type_ in HALF)
+        if not half or kernel in NO_PRODUCT:
+            continue
+        if architecture == 75 and "__nv_bfloat16" in name:
+            continue  # which Turing has not: such a kernel only traps
+        assert count(code.instructions, PRODUCTS) > 0, name
+        assert count(code.instructions, "LDSM") > 0, name
+        if architecture >= 80:
+            assert count(code.instructions, "LDGSTS") > 0, name
+
+
+@dataclass(frozen=True)
+class Launched:
+    name: str
+    threads: int
+    shared: int
+
+
+def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Launched]:
+    """The launches of the preset's layers of ``op`` at full size, in every output."""
+    for index, step in enumerate(plan(PRESETS[name], 1024, 2048)):
+        if step.layer.op != op:
+            continue
+        for output in ("logits", "probabilities", "labels"):
+            (first,) = dump.launches(step, dtype, 80, output, backend="cuda").steps
+            assert isinstance(first, CudaStep), index
+            for one in backends.cuda_module().describe(first.struct()):
+                yield Launched(nvcc.kernel_of(one.kernel), one.threads, one.shared)
+
+
+@pytest.mark.parametrize(("op", "architecture"), list(cases()))
+def test_resident_warps_of_the_network(op: str, architecture: int) -> None:
+    """At least 8 a multiprocessor by NVIDIA's occupancy arithmetic, and no more shared memory than a block may have."""
+    codes, multiprocessor = nvcc.compiled(op, architecture), MULTIPROCESSORS[architecture]
+    dtypes = [torch.float16] if architecture == 75 else [torch.float16, torch.bfloat16]
+    for name in PRESETS:
+        for dtype in dtypes:
+            for one in launched(name, dtype, op):
+                assert one.shared <= multiprocessor.shared_of_block, one
+                registers = codes[one.name].registers
+                warps = one.threads // 32
+                assert multiprocessor.resident_warps(warps, registers, one.shared) >= 8, one
+
+
+# ---------------------------------------------------------------- dump
+
+
+def _dump(folder: Path, *options: str) -> list[dict[str, Any]]:
+    assert main(["dump", "--backend", "cuda", "--out", str(folder), *options]) == 0
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def dumps() -> Iterator[Any]:
+    for op in OPS:
+        options = {
+            "dsconv": ("--layer", "classifier.dsconv2"),
+            "stem_conv": ("--raw",),
+            "upsample_classify": ("--output", "labels"),
+            "feature_fusion": ("--preset", "mmseg_legacy"),
+        }.get(op, ())
+        marks = [] if op == "dsconv" else [pytest.mark.slow]
+        yield pytest.param(op, options, marks=marks, id=op)
+
+
+@pytest.mark.parametrize(("op", "options"), list(dumps()))
+def test_dump(op: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    """The parameters are those of the PTX, in order, and what they name lies where it is said to."""
+    for about in _dump(tmp_path, "--op", op, "--arch", "80", "--size", "250x333", *options):
+        name = f"{op}_{about['launch']}"
+        ptx = (tmp_path / f"{name}.ptx").read_text()
+        (found,) = re.findall(r"\.entry (\w+)\((.*?)\)", ptx, re.DOTALL)
+        assert found[0] == about["entry"]
+        types = re.findall(r"\.param \.(\w+)", found[1])
+        assert len(types) == len(about["parameters"])
+        for type_, parameter in zip(types, about["parameters"]):
+            if parameter["kind"] == "pointer":
+                assert type_ == "u64"
+                assert parameter["holds"]
+                assert parameter["role"] in ("input", "weight", "output", "scratch", "null")
+            else:
+                assert type_[1:] == re.sub(r"\D", "", parameter["dtype"])
+        assert about["block"][0] == 32 * about["warps"]
+        assert (tmp_path / f"{name}.cubin").read_bytes()[:4] == b"\x7fELF"
+
+
+def test_names_of_kernels() -> None:
+    assert (
+        nvcc.kernel_of("fastscnn::cuda::{anonymous}::k<__half, 48, true>") == "k<__half, 48, true>"
+    )
+    mangled = "void fastscnn::cuda::(anonymous namespace)::k<float, 0>(float const*, (x)1)"
+    assert nvcc.kernel_of(mangled) == "k<float, 0>"
+    assert nvcc.demangled("_ZN1a1bIfEEvi") == "void a::b<float>(int)"
+    assert nvcc.demangled("no_symbol") == "no_symbol"
