@@ -1,0 +1,296 @@
+// feature_fusion: act(low_weight relu(refine(resize(low))) + high_weight high + bias); neither the
+// resized nor the refined tensor exists in memory.
+//
+// A block owns a tile of pixels with up to 128 of their output channels. Both 1x1s are one product
+// over the channels of low and then of high, chunk by chunk: low's are resized and refined by the
+// threads, high's and the rows of the weights arrive asynchronously while the chunk before is
+// computed.
+#include "product.cuh"
+#include "resize.cuh"
+
+namespace fastscnn::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 4, kAcross = 16;  // of a tile
+constexpr int kPixels = kRows * kAcross;
+constexpr int kChunk = 32;  // channels
+constexpr int kPairs = kChunk / 2;
+static_assert(kThreads == kPairs * kAcross, "a thread refines two channels of a tile's column");
+
+// What a tile samples, the same for all channels. `Side` x `Side` taps.
+template <int Side>
+struct Samples {
+  static constexpr int kDown = Side * kRows, kMost = 2 * kDown;
+
+  Sample down[kDown];             // of tap row and row; low < 0 outside the image
+  Sample across[Side * kAcross];  // of tap column and column
+  int first[kMost];               // whether no sample before has this row, low or high, too
+  int rows;                       // of low that are touched
+  int row[kMost];
+  alignas(16) float shares[kMost][kDown];  // of a row in the samples; < 0: not touched
+
+  __device__ __forceinline__ int touched(int i) const {
+    const Sample& s = down[i / 2];
+    return i % 2 && s.low >= 0 ? s.high : s.low;
+  }
+
+  // Fills the table; a barrier must follow.
+  __device__ __forceinline__ void fill(int top, int start, int dilation, int height, int width,
+                                       int low_height, int low_width, const Resize& y,
+                                       const Resize& x) {
+    const auto at = [&](int i, int tap, int size, const Resize& resize, int low_size) {
+      i += (tap - Side / 2) * dilation;
+      return i >= 0 && i < size ? sample(i, resize, low_size) : Sample{-1, -1, 0};
+    };
+    const int i = threadIdx.x;
+    if (i < kDown) {
+      down[i] = at(top + i % kRows, i / kRows, height, y, low_height);
+    } else if (i < kDown + Side * kAcross) {
+      const int j = i - kDown;
+      across[j] = at(start + j % kAcross, j / kAcross, width, x, low_width);
+    }
+    __syncthreads();
+    const int mine = i < kMost ? touched(i) : -1;
+    bool is_first = mine >= 0;
+    if (i < kMost) {
+#pragma unroll 1
+      for (int j = 0; j < i; ++j) is_first = is_first && touched(j) != mine;
+      first[i] = is_first;
+    }
+    __syncthreads();
+    if (i >= kMost) return;
+    int before = 0;
+#pragma unroll 1
+    for (int j = 0; j < i; ++j) before += first[j];
+    if (i == kMost - 1) rows = before + is_first;
+    if (!is_first) return;
+    row[before] = mine;
+#pragma unroll 1
+    for (int j = 0; j < kDown; ++j) {
+      const Sample& s = down[j];
+      float share = s.low == mine ? 1 - s.weight : 0;
+      if (s.high == mine) share += s.weight;
+      shares[before][j] = s.low == mine || s.high == mine ? share : -1;
+    }
+  }
+};
+
+// Sizes for Out channels, 0 if those are known only at run time. Shared memory in elements: the
+// left and right matrices of two chunks, and in the same memory the result; then the samples.
+template <class T, int Out, int Side>
+struct Sizes {
+  static constexpr int kColumns = Out ? padded_columns(Out) : 64;
+  static constexpr int kLeft = kPixels * pitch<T>(kChunk);
+  static constexpr int kRight = kChunk * pitch<T>(kColumns);
+  static constexpr int kPipeline = 2 * (kLeft + kRight);
+  static constexpr int kResult = kPixels * pitch<T>(kColumns);
+  static constexpr int kTile = kPipeline > kResult ? kPipeline : kResult;
+  static constexpr size_t kShared = kTile * sizeof(T) + sizeof(Samples<Side>);
+};
+
+// relu(refine(resize(low))) of one chunk, to `left`. A thread has two channels of a column of the
+// tile. It passes once over the rows of low that the column's samples touch: the row's samples at
+// the tap columns are weighted by each tap row, and those sums count for the pixels whose tap row
+// touches the row.
+template <class T, int Side>
+__device__ __forceinline__ void refine(const T* low, T* left, const Samples<Side>& samples,
+                                       const float* weight, const float* bias, int channels,
+                                       int first, int64_t low_row, int low_pixel) {
+  const int within = threadIdx.x % kPairs * 2, column = threadIdx.x / kPairs, c = first + within;
+  const bool exists = c < channels;
+  float2 taps[Side * Side], sums[kRows], start{0, 0};
+  if constexpr (Side > 1) {
+#pragma unroll
+    for (int tap = 0; tap < Side * Side; ++tap) {
+      taps[tap] = exists ? load_pair(weight + tap * channels + c) : float2{0, 0};
+    }
+    if (exists) start = load_pair(bias + c);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) sums[r] = start;
+  int lows[Side], highs[Side];
+  float weights[Side];
+#pragma unroll
+  for (int x = 0; x < Side; ++x) {
+    const Sample& s = samples.across[x * kAcross + column];
+    lows[x] = exists && s.low >= 0 ? s.low * low_pixel + c : -1;
+    highs[x] = s.high * low_pixel + c;
+    weights[x] = s.weight;
+  }
+#pragma unroll 1
+  for (int i = 0; i < samples.rows; ++i) {
+    const T* const row = low + samples.row[i] * low_row;
+    float2 across[Side];
+#pragma unroll
+    for (int x = 0; x < Side; ++x) {
+      across[x] = {0, 0};
+      if (lows[x] < 0) continue;
+      across[x] = blended(load_pair(row + lows[x]), load_pair(row + highs[x]), weights[x]);
+    }
+#pragma unroll
+    for (int y = 0; y < Side; ++y) {
+      float2 sum = across[0];
+      if constexpr (Side > 1) {
+        sum = {0, 0};
+#pragma unroll
+        for (int x = 0; x < Side; ++x) sum = multiply_add(across[x], taps[Side * y + x], sum);
+      }
+      const float4 four = *reinterpret_cast<const float4*>(samples.shares[i] + y * kRows);
+      const float shares[kRows] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (shares[r] >= 0) sums[r] = multiply_add({shares[r], shares[r]}, sum, sums[r]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    store_pair(left + (r * kAcross + column) * pitch<T>(kChunk) + within,
+               bounded(sums[r], 0, INFINITY));
+  }
+}
+
+// high (H, W, high channels) and low (h, w, low channels) -> out (H, W, out channels), a tile of
+// image block / (tiles down and across).
+template <class T, int Low, int High, int Out, int Taps>
+__global__ void __launch_bounds__(kThreads, 2)
+    feature_fusion_kernel(const T* __restrict__ high, const T* __restrict__ low,
+                          const float* __restrict__ refine_weight,
+                          const float* __restrict__ refine_bias, const T* __restrict__ low_weight,
+                          const T* __restrict__ high_weight, const float* __restrict__ bias,
+                          T* __restrict__ out, int height, int width, int low_height, int low_width,
+                          int tiles_down, int tiles_across, int low_channels, int high_channels,
+                          int out_channels, int dilation, int64_t y_scale, int64_t y_shift,
+                          int64_t y_divisor, int64_t x_scale, int64_t x_shift, int64_t x_divisor,
+                          float least, float most, int64_t high_image, int high_pixel,
+                          int64_t low_image, int low_pixel, int64_t out_image, int out_pixel) {
+  constexpr int kSide = Taps == 9 ? 3 : 1;
+  using S = Sizes<T, Out, kSide>;
+  using Product = Shares<kPixels, S::kColumns, kWarps>;
+  if (Low) low_channels = Low;
+  if (High) high_channels = High;
+  if (Out) out_channels = Out;
+  const int row_pitch = padded_columns(out_channels);
+  T* const memory = reinterpret_cast<T*>(shared_memory());
+  auto& samples = *reinterpret_cast<Samples<kSide>*>(memory + S::kTile);
+  const auto left = [&](int chunk) { return memory + chunk % 2 * S::kLeft; };
+  const auto right = [&](int chunk) { return memory + 2 * S::kLeft + chunk % 2 * S::kRight; };
+
+  const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
+  const int64_t image = blockIdx.x / tiles_across / tiles_down;
+  const int top = down * kRows, start = across * kAcross;
+  high += image * high_image;
+  low += image * low_image;
+  out += image * out_image;
+  const int first_column = blockIdx.y * S::kColumns;
+
+  const int low_chunks = divided_up(low_channels, kChunk);
+  const int chunks = low_chunks + divided_up(high_channels, kChunk);
+  const auto queue = [&](int chunk) {
+    const bool of_low = chunk < low_chunks;
+    const int first = (of_low ? chunk : chunk - low_chunks) * kChunk;
+    copy_matrix<kChunk, S::kColumns, kThreads>(
+        right(chunk), pitch<T>(S::kColumns),
+        (of_low ? low_weight : high_weight) + int64_t{first} * row_pitch + first_column, row_pitch,
+        (of_low ? low_channels : high_channels) - first, row_pitch - first_column);
+    if (!of_low) {
+      constexpr int kVectors = kChunk / kPerVector<T>;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < kPixels * kVectors; i += kThreads) {
+        const int pixel = i / kVectors, within = i % kVectors * kPerVector<T>;
+        const int y = top + pixel / kAcross, z = start + pixel % kAcross;
+        const bool exists = y < height && z < width && first + within < high_channels;
+        async_copy_16(left(chunk) + pixel * pitch<T>(kChunk) + within,
+                      exists ? high + (int64_t{y} * width + z) * high_pixel + first + within : high,
+                      exists);
+      }
+    }
+    async_commit();
+  };
+
+  queue(0);
+  typename Product::Tile total;
+  total.start(bias + first_column + Product::column());
+  samples.fill(top, start, dilation, height, width, low_height, low_width,
+               {y_scale, y_shift, y_divisor}, {x_scale, x_shift, x_divisor});
+  __syncthreads();
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    if (chunk < low_chunks) {
+      refine<T, kSide>(low, left(chunk), samples, refine_weight, refine_bias, low_channels,
+                       chunk * kChunk, int64_t{low_width} * low_pixel, low_pixel);
+    }
+    async_wait<0>();
+    __syncthreads();  // after which nobody multiplies the chunk before
+    if (chunk + 1 < chunks) queue(chunk + 1);
+    multiply<kChunk>(total, left(chunk) + Product::row() * pitch<T>(kChunk), pitch<T>(kChunk),
+                     right(chunk) + Product::column(), pitch<T>(S::kColumns));
+  }
+  __syncthreads();
+
+  T* const tile = memory;
+  total.for_each([&](int row, int column, float2& pair) {
+    store_pair(tile + (Product::row() + row) * pitch<T>(S::kColumns) + Product::column() + column,
+               bounded(pair, least, most));
+  });
+  __syncthreads();
+  constexpr int kVectors = S::kColumns / kPerVector<T>;
+  for (int i = threadIdx.x; i < kPixels * kVectors; i += kThreads) {
+    const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
+    const int y = top + pixel / kAcross, z = start + pixel % kAcross;
+    if (y >= height || z >= width || first_column + column >= out_channels) continue;
+    copy_16(out + (int64_t{y} * width + z) * out_pixel + first_column + column,
+            tile + pixel * pitch<T>(S::kColumns) + column);
+  }
+}
+
+template <class T, int Low, int High, int Out, int Taps>
+void run(const fastscnn_feature_fusion& op, const void* low, int64_t low_image,
+         fastscnn_stream stream) {
+  using S = Sizes<T, Out, Taps == 9 ? 3 : 1>;
+  const Bounds end = bounds_of(op.activation);
+  const Resize y = resize_of(op.low_height, op.height, op.align_corners);
+  const Resize x = resize_of(op.low_width, op.width, op.align_corners);
+  const int low_channels = padded(op.low_channels), high_channels = padded(op.high_channels);
+  const int out_channels = padded(op.out_channels);
+  const int64_t tiles_down = divided_up(op.height, kRows);
+  const int64_t tiles_across = divided_up(op.width, kAcross);
+  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::kShared,
+                    divided_up(out_channels, S::kColumns)};
+  FASTSCNN_LAUNCH((feature_fusion_kernel<T, Low, High, Out, Taps>), shape, stream, op.high, low,
+                  op.refine_weight, op.refine_bias, op.low_weight, op.high_weight, op.bias, op.out,
+                  op.height, op.width, op.low_height, op.low_width, tiles_down, tiles_across,
+                  low_channels, high_channels, out_channels, op.dilation, y.scale, y.shift,
+                  y.divisor, x.scale, x.shift, x.divisor, end.low, end.high, op.high_image,
+                  op.high_pixel, low_image, op.low_pixel, op.out_image, op.out_pixel);
+}
+
+// The instantiation for these channels, the general one for others.
+template <class T>
+void select(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
+  const bool real = padded(op.low_channels) == 128 && padded(op.high_channels) == 64 &&
+                    padded(op.out_channels) == 128;
+  if (!op.dense) {
+    if (real) return run<T, 128, 64, 128, 9>(op, op.low, op.low_image, stream);
+    return run<T, 0, 0, 0, 9>(op, op.low, op.low_image, stream);
+  }
+  require(false, "dense is not implemented", op.dense);
+}
+
+}  // namespace
+}  // namespace fastscnn::cuda
+
+int fastscnn_cuda_feature_fusion(const fastscnn_feature_fusion* op, fastscnn_stream stream) {
+  namespace fc = fastscnn::cuda;
+  return fc::status_of([&] {
+    fc::require(op->dilation >= 1, "dilation must be at least 1", op->dilation);
+    fc::require(op->low_height >= 1, "low_height must be at least 1", op->low_height);
+    fc::require(op->low_width >= 1, "low_width must be at least 1", op->low_width);
+    fc::require(op->low_pixel >= 1, "low_pixel must be at least 1", op->low_pixel);
+    fc::require(op->low_width <= INT32_MAX / op->low_pixel,
+                "a row of low must have fewer than 2^31 elements", op->low_width);
+    fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
+  });
+}
