@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, engines, ops
 from .packed import counted
 
 POLICIES = ("auto", "on", "off")
@@ -138,7 +138,8 @@ class Graphs:
             return ops.network(x, weights, program, output, backend, dtype, out)
         self.check(x.device)
         arguments = (weights, program, output, backend, dtype)
-        replay = self._find(lambda y: ops.network(y, *arguments), x, weights, output)
+        tuned = engines.engine(backend).tuned(x.device)
+        replay = self._find(lambda y: ops.network(y, *arguments), x, weights, (output, tuned))
         if replay is None:
             return ops.network(x, *arguments, out)
         if out is None:
@@ -148,12 +149,12 @@ class Graphs:
         replay.run(x, out)
         return out
 
-    def _find(self, call: Call, x: Tensor, weights: Tensor, output: str) -> Replay | None:
-        """The graph for x, captured now where it is time; None where the call must run by itself."""
+    def _find(self, call: Call, x: Tensor, weights: Tensor, how: Any) -> Replay | None:
+        """The graph for x and ``how``, captured now where it is time; None where the call must run by itself."""
         if x.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         where = (tuple(x.shape), x.stride(), x.dtype, x.device)
-        key = (output, *where, weights.data_ptr(), counted(weights))
+        key = (how, *where, weights.data_ptr(), counted(weights))
         with self._lock:
             seen = key in self._known
             replay, _ = self._known.pop(key, (None, weights))

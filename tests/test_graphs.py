@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, fuse, graphs
+from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, engines, fuse, graphs
 from fastscnn_fast.graphs import MOST, Call, Graphs
 
 
@@ -133,6 +133,15 @@ def test_new_weights_are_captured_anew(model: FastSCNN) -> None:
     fast._apply(torch.clone)  # as .to() makes new tensors
     fast(x)
     assert len(Fake.made) == 3
+
+
+def test_new_choices_are_captured_anew(model: FastSCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning changes plans; a graph holds the old one."""
+    fast, x, tuned = with_graphs(model, "on"), picture(), object()
+    fast(x)
+    monkeypatch.setattr(engines.engine("reference"), "tuned", lambda device: tuned)
+    fast(x), fast(x)
+    assert len(Fake.made) == 2
 
 
 def test_a_call_that_cannot_be_captured_runs_by_itself(

@@ -30,6 +30,9 @@ class Engine(Protocol):
         self, program: Program, tensors: Sequence[Weights], dtype: torch.dtype, precision: str
     ) -> Tensor: ...
 
+    def tuned(self, device: torch.device) -> object:
+        """What a call there depends on besides its arguments, by identity: other choices make another plan."""
+
     def stem_conv(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
     ) -> None: ...

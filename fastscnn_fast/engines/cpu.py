@@ -72,6 +72,9 @@ class _Engine:
         cpu.pack(program.integers, arithmetic, plain.data_ptr(), plain.numel(), packed.data_ptr())
         return packed
 
+    def tuned(self, device: torch.device) -> None:
+        """Nothing is tuned."""
+
     def stem_conv(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
     ) -> None:

@@ -147,6 +147,9 @@ class _Engine:
         layout.fill(packed, pieces, program.layers, plain)
         return packed
 
+    def tuned(self, device: torch.device) -> Choices:
+        return choices.load(device)
+
     def stem_conv(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
     ) -> None:

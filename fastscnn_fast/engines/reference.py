@@ -54,6 +54,9 @@ class _Engine:
         head = tag(program, _LAYOUT, backends.DTYPES.index(dtype), size)
         return torch.cat([head, plain.view(torch.uint8)])
 
+    def tuned(self, device: torch.device) -> None:
+        """Nothing is tuned."""
+
     def stem_conv(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
     ) -> None:

@@ -1,0 +1,257 @@
+"""The CUDA backend without a kernel running: who can run it, what is built, what it plans, and that it says why not.
+
+Its numerics are test_cuda_host.py and test_gpu.py, its machine code test_cuda_code.py.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cuda_host
+import pytest
+import torch
+from helpers import small_network
+
+from fastscnn_fast import backends, fuse, ops
+from fastscnn_fast.config import PRESETS, Config
+from fastscnn_fast.engines import gpu as engine
+from fastscnn_fast.fold import fold
+from fastscnn_fast.kernels import choices, cuda
+from fastscnn_fast.kernels.cuda import CudaStep
+from fastscnn_fast.kernels.engine import TorchStep
+from fastscnn_fast.kernels.launch import Buffer
+from fastscnn_fast.plan import OPS, program
+
+ROOT = Path(__file__).parents[1]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+built = pytest.mark.skipif(
+    backends._cuda_module is None, reason=f"fastscnn_fast._cuda: {backends._cuda_missing}"
+)
+emulated = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
+
+
+# ---------------------------------------------------------------- who can run it
+
+
+def why_not(device: torch.device = GPU, dtype: torch.dtype = torch.float32) -> str | None:
+    return backends.BACKENDS["cuda"].why_not(Config(), device, dtype)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """An extension of machine code for 8.0 and 9.0, on an A10."""
+    module = SimpleNamespace(on_host=False, architectures=[80, 90], ptx=0)
+    monkeypatch.setattr(backends, "_cuda_module", module)
+    monkeypatch.setattr(backends, "architecture", lambda device: 86)
+    return module
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_cuda_module", None)
+    monkeypatch.setattr(backends, "_cuda_missing", "the extension is not built (why)")
+    assert why_not() == why_not(CPU) == "the extension is not built (why)"
+    with pytest.raises(backends.CannotRun, match="cuda cannot run: the extension is not built"):
+        fuse(small_network(), "cuda")
+    with pytest.raises(backends.CannotRun, match=r"not built \(why\)"):
+        backends.cuda_module()
+
+
+def test_devices_dtypes_and_architectures(
+    pretended: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why_not() is None and why_not(dtype=torch.bfloat16) is None
+    assert why_not(CPU) == "device must be cuda, got cpu"
+    dtypes = "torch.float32, torch.bfloat16 or torch.float16"
+    assert why_not(dtype=torch.float64) == f"dtype must be {dtypes}, got torch.float64"
+    monkeypatch.setattr(backends, "architecture", lambda device: 120)
+    needs = "fastscnn_fast._cuda must be built for sm_120, it is for sm_80, sm_90"
+    assert why_not() == needs
+    pretended.ptx = 90  # runs on whatever is newer
+    assert why_not() is None
+    monkeypatch.setattr(backends, "architecture", lambda device: 75)
+    assert why_not() == "fastscnn_fast._cuda must be built for sm_75, it is for sm_80, sm_90"
+    newer = "torch.bfloat16 needs a newer GPU than one of compute capability 7.5"
+    assert why_not(dtype=torch.bfloat16) == newer
+    monkeypatch.setattr(backends, "architecture", lambda device: "gfx942")
+    assert why_not() == "the GPU must be NVIDIA's, got gfx942"
+
+
+def test_high_precision_is_tritons(pretended: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="precision must be 'highest' for backend cuda"):
+        layers = program(Config())
+        ops.pack(layers, [{}] * len(layers), "cuda", torch.float32, "high")
+
+
+# ---------------------------------------------------------------- the built extension
+
+
+@built
+def test_the_extension_knows_what_it_is_for() -> None:
+    module = backends.cuda_module()
+    assert not module.on_host
+    assert module.architectures == sorted(set(module.architectures))
+    assert all(75 <= architecture <= 129 for architecture in module.architectures)
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
+    """The extension loads, and the launch itself is refused, with CUDA's own text."""
+    module = backends.cuda_module()
+    arguments = module.UpsampleClassify()
+    for name, value in {
+        "classes": 2,
+        "images": 1,
+        "low_height": 1,
+        "low_width": 1,
+        "height": 8,
+        "width": 8,
+    }.items():
+        setattr(arguments, name, value)
+    with pytest.raises(
+        RuntimeError, match=r"upsample_classify: .*(driver|device).*\(CUDA error \d+\)"
+    ):
+        module.upsample_classify(arguments, 0)
+
+
+def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TORCH_CUDA_ARCH_LIST as torch reads it, names apart; what cannot be read names itself."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    monkeypatch.chdir(ROOT)
+    read = runpy.run_path("setup.py", run_name="setup")["architectures"]
+    told = SimpleNamespace(stdout="compute_75\ncompute_80\ncompute_86\ncompute_90\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: told)
+    for asked, expected in {
+        "8.0": ([80], 0),
+        "9.0+PTX;8.0": ([80, 90], 90),
+        "8.0, 8.6 8.0": ([80, 86], 0),
+        None: ([75, 80, 86, 90], 90),
+    }.items():
+        if asked is None:
+            monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        else:
+            monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        assert read("nvcc") == expected
+    for wrong in ("Ampere", "7.0", "12.0", "8.0;", "80"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(Exception, match=r"TORCH_CUDA_ARCH_LIST must .*, got '"):
+            read("nvcc")
+
+
+# ---------------------------------------------------------------- structs
+
+
+@emulated
+def test_steps_fill_every_field_that_the_header_has() -> None:
+    """By name, and nothing else; scratch and weights that a layer has not stay null."""
+    header = (ROOT / "csrc" / "cuda" / "fastscnn_cuda.h").read_text()
+    module = cuda_host.shared()
+    for body, name in re.findall(r"typedef struct \{(.*?)\} fastscnn_(\w+);", header, re.DOTALL):
+        lines = [line.strip() for line in body.split(";") if line.strip()]
+        fields = {
+            field.strip(" *\n").partition("[")[0]
+            for line in lines
+            for field in re.sub(r"^(const void|void|int64_t|int)\b", "", line).split(",")
+        }
+        struct = getattr(module, cuda.STRUCTS[name])()
+        assert fields == {field for field in dir(struct) if not field.startswith("_")}
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(backends, "_cuda_module", cuda_host.shared())
+    yield backends.cuda_module()
+    engine._network_plan.cache_clear()
+
+
+def plan_of(name: str, chosen: choices.Choices = choices.NONE, backend: str = "cuda") -> Any:
+    layers = program(PRESETS[name])
+    picture = (torch.uint8, (2, 3, 96, 160), (3 * 96 * 160, 1, 480, 3))
+    out = (torch.uint8, (2, 96, 160), (96 * 160, 160, 1))
+    arguments = (ops.encode(layers), picture, out, torch.float16, "labels", 86, "highest")
+    return engine._network_plan(*arguments, chosen, backend)
+
+
+@emulated
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_plan_is_a_step_a_layer_and_at_most_twenty_launches(name: str, host: Any) -> None:
+    steps = plan_of(name).steps
+    assert [step.op for step in steps] == [layer.op for layer in program(PRESETS[name])]
+    launches = [one for step in steps for one in host.describe(step.struct())]
+    assert len(launches) <= 20
+    assert all(one.threads % 32 == 0 and one.grid[2] == 1 for one in launches)
+
+
+@emulated
+def test_both_backends_follow_what_tuning_chose(host: Any) -> None:
+    layers = program(PRESETS["paper"])
+    every = {step.op: step for step in plan_of("paper").steps}
+    assert set(every) == set(OPS)
+    fastest = choices.Choices(dict.fromkeys(keys_of("paper"), choices.TORCH))
+    assert all(isinstance(step, TorchStep) for step in plan_of("paper", fastest).steps)
+    ours = choices.Choices(dict.fromkeys(keys_of("paper"), choices.CUDA))
+    for backend in ("cuda", "triton"):
+        steps = plan_of("paper", ours, backend).steps
+        assert len(steps) == len(layers)
+        assert all(isinstance(step, CudaStep) for step in steps)
+
+
+def keys_of(name: str) -> list[str]:
+    """Of every layer, by which choices are known."""
+    seen: list[str] = []
+
+    class Spy(choices.Choices):
+        def get(self, key: str) -> None:
+            seen.append(key)
+
+    plan_of(name, Spy({}))
+    return seen
+
+
+@emulated
+def test_weights_of_both_backends_are_the_same_bytes(host: Any) -> None:
+    folded = fold(small_network())
+    packed = [ops.pack(folded.layers, folded.tensors, name) for name in ("cuda", "triton")]
+    assert torch.equal(*packed)
+
+
+@emulated
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_no_triton_is_needed() -> None:
+    """With the package triton out of reach the kernels of this backend are planned and run."""
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.path.insert(0, 'tests');"
+        "import torch, cuda_host; from fastscnn_fast import backends, fuse;"
+        "from helpers import small_network;"
+        "backends._cuda_module = cuda_host.shared(); x = torch.randn(1, 3, 32, 32);"
+        "y = fuse(small_network(), 'cuda', cuda_graph='off')(x); assert y.isfinite().all()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@emulated
+def test_bad_arguments_are_named(host: Any) -> None:
+    arguments = host.DSConv()
+    with pytest.raises(RuntimeError, match="dsconv: stride must be at least 1, got 0"):
+        host.dsconv(arguments, 0)
+    arguments.stride = arguments.dilation = 1
+    arguments.type = arguments.out_type = 7
+    with pytest.raises(RuntimeError, match="a type must be float32, bfloat16 or float16, got 7"):
+        host.dsconv(arguments, 0)
+    with pytest.raises(Exception, match="bins must be at most 8, got 9"):
+        host.PyramidPooling().bins = list(range(9))
+
+
+def test_a_buffer_moves_once() -> None:
+    buffer = Buffer.dense("x", torch.float16, (1, 4, 4, 16))
+    step = CudaStep("dsconv", {}, {"x": buffer, "out": buffer})
+    assert step.bytes == 512
