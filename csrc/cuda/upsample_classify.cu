@@ -21,7 +21,8 @@ struct Sizes {
   // Columns of a thread: a vector of logits; fewer where they have maxima and sums.
   static constexpr int kAcross = kLabels ? 1 : Output == FASTSCNN_LOGITS ? 4 : 2;
   static constexpr int kThreads = kColumns / kAcross;
-  static constexpr int kBlocks = (Output == FASTSCNN_PROBABILITIES ? 20 : 24) * 32 / kThreads;
+  static constexpr int kWarps = kLabels ? 24 : 20;  // resident
+  static constexpr int kBlocks = kWarps * 32 / kThreads;
 };
 
 // Shared memory.
@@ -35,18 +36,53 @@ struct Labels : Rows {
   alignas(kVector) uint8_t tile[kRows][kColumns];
 };
 
-// Where a thread's columns sample a low row.
+// A thread's pixels: Across columns in kRows output rows.
 template <class T, int Across>
-struct Columns {
-  int64_t left[Across], right[Across];
-  float weight[Across];
+struct Pixels {
+  const T* above[Across][2];  // the first class's low pixels to the left and right
+  int64_t down;               // from those to the ones below
+  float weight[Across];       // of the right ones
+  int classes;
+  int64_t x_class;
+  const float* by_row;  // weights of the ones below
 
-  __device__ __forceinline__ void blend(float (&to)[Across], const T* row) const {
+  // Calls `f(class, row, values)` for each class's values of each row.
+  template <class F>
+  __device__ __forceinline__ void for_each(F f) const {
+    const T* at[Across][2];
+    float below_weight[kRows];
 #pragma unroll
-    for (int j = 0; j < Across; ++j) {
-      to[j] = blended(to_float(row[left[j]]), to_float(row[right[j]]), weight[j]);
+    for (int j = 0; j < Across; ++j) at[j][0] = above[j][0], at[j][1] = above[j][1];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) below_weight[r] = by_row[r];
+#pragma unroll 1
+    for (int k = 0; k < classes; ++k) {
+      float top[Across], bottom[Across];
+#pragma unroll
+      for (int j = 0; j < Across; ++j) {
+        const T *const left = at[j][0], *const right = at[j][1];
+        top[j] = blended(to_float(*left), to_float(*right), weight[j]);
+        bottom[j] = blended(to_float(left[down]), to_float(right[down]), weight[j]);
+        at[j][0] += x_class;
+        at[j][1] += x_class;
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        Vector<float, Across> values;
+#pragma unroll
+        for (int j = 0; j < Across; ++j) {
+          values.v[j] = blended(top[j], bottom[j], below_weight[r]);
+        }
+        f(k, r, values);
+      }
     }
   }
+};
+
+// What the four low pixels around a thread's pixels say of their labels.
+struct Around {
+  bool finite, same;
+  int label;
 };
 
 // The first output row that samples at or beyond the low row.
@@ -78,6 +114,44 @@ __device__ __forceinline__ int label_of(const T* x, int classes, int64_t x_class
   return zero == 0 ? label : -1;
 }
 
+// The labels of the low pixels of a tile, and what they say of the thread's column, which samples
+// `at`: where all four around are finite and the same, so are the labels of all pixels between,
+// since a blend is monotonic in each of its four logits.
+template <class T>
+__device__ __forceinline__ Around look_around(Labels& shared, const Sample& at, const T* above,
+                                              const T* below, int classes, int64_t x_class,
+                                              int64_t x_column) {
+  const int last = blockDim.x - 1;
+  if (threadIdx.x == 0) shared.columns[0] = at.low;
+  if (int(threadIdx.x) == last) shared.columns[1] = at.high;
+  __syncthreads();
+  const int first = shared.columns[0], many = shared.columns[1] - first + 1;
+  if (many > kMostLow) return {false, false, 0};
+  const int row = threadIdx.x / kMostLow, column = threadIdx.x % kMostLow;
+  if (column < many) {
+    shared.label[row][column] =
+        label_of((row ? below : above) + (first + column) * x_column, classes, x_class);
+  }
+  __syncthreads();
+  const int a = shared.label[0][at.low - first], b = shared.label[0][at.high - first];
+  const int c = shared.label[1][at.low - first], d = shared.label[1][at.high - first];
+  return {(a | b | c | d) >= 0, a == b && a == c && a == d, a};
+}
+
+// Rows of a tile's labels from shared memory to (rows, columns) of `out`.
+template <class V>
+__device__ __forceinline__ void store_labels(uint8_t* out, int64_t width, const Labels& shared,
+                                             int rows, int columns) {
+  constexpr int kSize = sizeof(V), kVectors = kColumns / kSize;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows * kVectors; i += kColumns) {
+    const int row = i / kVectors, column = i % kVectors * kSize;
+    if (row >= rows || column >= columns) continue;
+    *reinterpret_cast<V*>(out + row * width + column) =
+        *reinterpret_cast<const V*>(&shared.tile[row][column]);
+  }
+}
+
 // x (classes, h, w), any strides -> out (classes, H, W) or labels (H, W); image, low row and tile
 // of block / (low rows and tiles across).
 template <class T, class Y, int Output>
@@ -89,97 +163,62 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlock
                              int64_t x_row, int64_t x_column) {
   using S = Sizes<Output>;
   constexpr int kAcross = S::kAcross;
+  using Values = Vector<float, kAcross>;
   const Resize down{y_scale, y_shift, y_divisor}, along{x_scale, x_shift, x_divisor};
   const int start = blockIdx.x % tiles_across * kColumns;
   const int low = blockIdx.x / tiles_across % low_height;
   const int64_t image = blockIdx.x / tiles_across / low_height, plane = int64_t{height} * width;
-  const T* const above_row = x + image * x_image + low * x_row;
-  const T* const below_row = above_row + (low < low_height - 1 ? x_row : 0);
+  const T* const above = x + image * x_image + low * x_row;
+  const int64_t step_down = low < low_height - 1 ? x_row : 0;
   out += image * (S::kLabels ? 1 : classes) * plane;
   Rows& shared = *reinterpret_cast<Rows*>(shared_memory());
+  if (threadIdx.x < 2) {
+    shared.rows[threadIdx.x] = first_row(low + int(threadIdx.x), down, low_height, height);
+  }
 
   // A thread's columns are adjacent where they can be stored as a vector; else threads' are.
   const bool aligned = (reinterpret_cast<uintptr_t>(out) / sizeof(Y) | width) % kAcross == 0;
   const int first_column = start + threadIdx.x * (aligned ? kAcross : 1);
-  const int step = aligned ? 1 : S::kThreads;
-  Columns<T, kAcross> columns;
-  Sample samples[kAcross];
+  const int apart = aligned ? 1 : S::kThreads;
+  Pixels<T, kAcross> pixels;
+  pixels.down = step_down;
+  pixels.classes = classes;
+  pixels.x_class = x_class;
+  pixels.by_row = shared.weight;
+  Sample at;
 #pragma unroll
   for (int j = 0; j < kAcross; ++j) {
-    const int column = first_column + j * step;
-    samples[j] = sample(column < width ? column : width - 1, along, low_width);
-    columns.left[j] = samples[j].low * x_column;
-    columns.right[j] = samples[j].high * x_column;
-    columns.weight[j] = samples[j].weight;
+    const int column = first_column + j * apart;
+    at = sample(column < width ? column : width - 1, along, low_width);
+    pixels.weight[j] = at.weight;
+    pixels.above[j][0] = above + at.low * x_column;
+    pixels.above[j][1] = above + at.high * x_column;
   }
-  // Calls `f(k, pixel, value)` for each class of the thread's pixels of the rows from `first` on.
-  const auto for_each_class = [&](auto f) {
-    float weight[kRows];
+  const auto store = [&](int k, int row, const Values& values) {
+    Y* const to = out + k * plane + int64_t{row} * width;
+    Vector<Y, kAcross> vector;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) weight[r] = shared.weight[r];
-#pragma unroll 1
-    for (int k = 0; k < classes; ++k) {
-      float above[kAcross], below[kAcross];
-      columns.blend(above, above_row + k * x_class);
-      columns.blend(below, below_row + k * x_class);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        Vector<float, kAcross> values;
-#pragma unroll
-        for (int j = 0; j < kAcross; ++j) values.v[j] = blended(above[j], below[j], weight[r]);
-        f(k, r, values);
-      }
-    }
-  };
-  const auto store = [&](Y* to, const Vector<float, kAcross>& values) {
-    Vector<Y, kAcross> rounded_values;
-#pragma unroll
-    for (int j = 0; j < kAcross; ++j) rounded_values.v[j] = rounded<Y>(values.v[j]);
+    for (int j = 0; j < kAcross; ++j) vector.v[j] = rounded<Y>(values.v[j]);
     if (aligned) {
       if (first_column < width) {
-        *reinterpret_cast<Vector<Y, kAcross>*>(to + first_column) = rounded_values;
+        *reinterpret_cast<Vector<Y, kAcross>*>(to + first_column) = vector;
       }
       return;
     }
 #pragma unroll
     for (int j = 0; j < kAcross; ++j) {
-      const int column = first_column + j * step;
-      if (column < width) to[column] = rounded_values.v[j];
+      const int column = first_column + j * apart;
+      if (column < width) to[column] = vector.v[j];
     }
   };
 
-  if (threadIdx.x < 2) {
-    shared.rows[threadIdx.x] = first_row(low + int(threadIdx.x), down, low_height, height);
-  }
-  // Whether the four low pixels around the thread's pixels are finite and have the same label: then
-  // so have all pixels between, since a blend is monotonic in each of its four logits.
-  bool same = false, finite = false;
-  int label_around = 0;
+  Around around{};
   if constexpr (S::kLabels) {
-    Labels& labels = static_cast<Labels&>(shared);
-    if (threadIdx.x == 0) labels.columns[0] = samples[0].low;
-    if (threadIdx.x == S::kThreads - 1) labels.columns[1] = samples[0].high;
-    __syncthreads();
-    const int first_low = labels.columns[0], many = labels.columns[1] - first_low + 1;
-    if (many <= kMostLow) {
-      const int row = threadIdx.x / kMostLow, column = threadIdx.x % kMostLow;
-      if (column < many) {
-        const T* const from = row ? below_row : above_row;
-        labels.label[row][column] =
-            label_of(from + (first_low + column) * x_column, classes, x_class);
-      }
-      __syncthreads();
-      const int left = samples[0].low - first_low, right = samples[0].high - first_low;
-      const int a = labels.label[0][left], b = labels.label[0][right];
-      const int c = labels.label[1][left], d = labels.label[1][right];
-      finite = (a | b | c | d) >= 0;
-      same = finite && a == b && a == c && a == d;
-      label_around = a;
-    }
+    around = look_around(static_cast<Labels&>(shared), at, above, above + step_down, classes,
+                         x_class, x_column);
   } else {
     __syncthreads();
   }
-
   const int end = shared.rows[1];
 #pragma unroll 1
   for (int first = shared.rows[0]; first < end; first += kRows) {
@@ -188,78 +227,68 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlock
     }
     __syncthreads();
     if constexpr (Output == FASTSCNN_LOGITS) {
-      for_each_class([&](int k, int r, const Vector<float, kAcross>& values) {
-        if (first + r < end) store(out + k * plane + int64_t{first + r} * width, values);
+      pixels.for_each([&](int k, int r, const Values& values) {
+        if (first + r < end) store(k, first + r, values);
       });
     } else if constexpr (Output == FASTSCNN_PROBABILITIES) {
-      // The sums of exp(value - largest so far), with one exponential for each value.
-      Vector<float, kAcross> largest[kRows], sums[kRows];
+      // The sums of exp(value - the largest so far), with one exponential a value.
+      Values largest[kRows], sums[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-        for (int j = 0; j < kAcross; ++j) largest[r].v[j] = -FLT_MAX, sums[r].v[j] = 0;
+      for (int i = 0; i < kRows * kAcross; ++i) {
+        largest[i / kAcross].v[i % kAcross] = -FLT_MAX;
+        sums[i / kAcross].v[i % kAcross] = 0;
       }
-      for_each_class([&](int, int r, const Vector<float, kAcross>& values) {
+      pixels.for_each([&](int, int r, const Values& values) {
 #pragma unroll
         for (int j = 0; j < kAcross; ++j) {
-          const float more = values.v[j] - largest[r].v[j], share = expf(-fabsf(more));
-          sums[r].v[j] = more > 0 ? fmaf(sums[r].v[j], share, 1) : sums[r].v[j] + share;
-          largest[r].v[j] = fmaxf(largest[r].v[j], values.v[j]);
+          float &most = largest[r].v[j], &sum = sums[r].v[j];
+          const float more = values.v[j] - most, share = expf(-fabsf(more));
+          sum = more > 0 ? fmaf(sum, share, 1) : sum + share;
+          most = fmaxf(most, values.v[j]);
         }
       });
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-        for (int j = 0; j < kAcross; ++j) {
-          // An infinite logit makes its pixel NaN, as in torch.
-          sums[r].v[j] = 1 / (sums[r].v[j] + (largest[r].v[j] - largest[r].v[j]));
-        }
+      for (int i = 0; i < kRows * kAcross; ++i) {
+        const float most = largest[i / kAcross].v[i % kAcross];
+        float& sum = sums[i / kAcross].v[i % kAcross];
+        sum = 1 / (sum + (most - most));  // an infinite logit makes its pixel NaN, as in torch
       }
-      for_each_class([&](int k, int r, Vector<float, kAcross> values) {
+      pixels.for_each([&](int k, int r, Values values) {
 #pragma unroll
         for (int j = 0; j < kAcross; ++j) {
           values.v[j] = expf(values.v[j] - largest[r].v[j]) * sums[r].v[j];
         }
-        if (first + r < end) store(out + k * plane + int64_t{first + r} * width, values);
+        if (first + r < end) store(k, first + r, values);
       });
     } else {
-      Labels& labels = static_cast<Labels&>(shared);
       int label[kRows];
       float largest[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) label[r] = label_around, largest[r] = -INFINITY;
-      if (!same && finite) {
-        for_each_class([&](int k, int r, const Vector<float, 1>& value) {
-          if (value.v[0] > largest[r]) largest[r] = value.v[0], label[r] = k;
-        });
-      } else if (!same) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) label[r] = 0;  // where all are -infinity
-        for_each_class([&](int k, int r, const Vector<float, 1>& value) {
+      for (int r = 0; r < kRows; ++r) {
+        label[r] = around.finite ? around.label : 0;
+        largest[r] = -INFINITY;
+      }
+      if (!around.finite) {
+        pixels.for_each([&](int k, int r, const Values& value) {
           if (is_larger(value.v[0], largest[r])) largest[r] = value.v[0], label[r] = k;
         });
+      } else if (!around.same) {
+        pixels.for_each([&](int k, int r, const Values& value) {
+          if (value.v[0] > largest[r]) largest[r] = value.v[0], label[r] = k;
+        });
       }
+      Labels& labels = static_cast<Labels&>(shared);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) labels.tile[r][threadIdx.x] = uint8_t(label[r]);
       __syncthreads();
-      const auto copy = [&](auto vector) {
-        using V = decltype(vector);
-        constexpr int kSize = sizeof(V), kVectors = kColumns / kSize;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < kRows * kVectors; i += S::kThreads) {
-          const int r = i / kVectors, column = i % kVectors * kSize;
-          if (first + r >= end || start + column >= width) continue;
-          *reinterpret_cast<V*>(out + int64_t{first + r} * width + start + column) =
-              *reinterpret_cast<const V*>(&labels.tile[r][column]);
-        }
-      };
+      Y* const to = out + int64_t{first} * width + start;
       const int alignment = int((reinterpret_cast<uintptr_t>(out) | width) % kVector);
       if (alignment == 0) {
-        copy(uint4{});
+        store_labels<uint4>(to, width, labels, end - first, width - start);
       } else if (alignment % 4 == 0) {
-        copy(uint32_t{});
+        store_labels<uint32_t>(to, width, labels, end - first, width - start);
       } else {
-        copy(uint8_t{});
+        store_labels<uint8_t>(to, width, labels, end - first, width - start);
       }
     }
     __syncthreads();
