@@ -31,18 +31,13 @@ struct Samples {
   int row[kMost];
   alignas(16) float shares[kMost][kDown];  // of a row in the samples; < 0: not touched
 
-  __device__ __forceinline__ int touched(int i) const {
-    const Sample& s = down[i / 2];
-    return i % 2 && s.low >= 0 ? s.high : s.low;
-  }
-
-  // Fills the table; a barrier must follow.
+  // Fills the table from what is sampled at the tile's rows and columns; a barrier must follow.
   __device__ __forceinline__ void fill(int top, int start, int dilation, int height, int width,
                                        int low_height, int low_width, const Resize& y,
                                        const Resize& x) {
     const auto at = [&](int i, int tap, int size, const Resize& resize, int low_size) {
-      i += (tap - Side / 2) * dilation;
-      return i >= 0 && i < size ? sample(i, resize, low_size) : Sample{-1, -1, 0};
+      const int64_t k = i + int64_t{tap - Side / 2} * dilation;
+      return k >= 0 && k < size ? sample(int(k), resize, low_size) : Sample{-1, -1, 0};
     };
     const int i = threadIdx.x;
     if (i < kDown) {
@@ -52,27 +47,28 @@ struct Samples {
       across[j] = at(start + j % kAcross, j / kAcross, width, x, low_width);
     }
     __syncthreads();
-    const int mine = i < kMost ? touched(i) : -1;
+    const int mine = i >= kMost ? -1 : i % 2 ? down[i / 2].high : down[i / 2].low;
     bool is_first = mine >= 0;
-    if (i < kMost) {
-#pragma unroll 1
-      for (int j = 0; j < i; ++j) is_first = is_first && touched(j) != mine;
-      first[i] = is_first;
+#pragma unroll
+    for (int j = 0; j < kDown; ++j) {
+      if (2 * j < i && down[j].low == mine) is_first = false;
+      if (2 * j + 1 < i && down[j].high == mine) is_first = false;
     }
+    if (i < kMost) first[i] = is_first;
     __syncthreads();
     if (i >= kMost) return;
-    int before = 0;
-#pragma unroll 1
-    for (int j = 0; j < i; ++j) before += first[j];
-    if (i == kMost - 1) rows = before + is_first;
+    int k = 0;
+#pragma unroll
+    for (int j = 0; j < kMost; ++j) k += j < i ? first[j] : 0;
+    if (i == kMost - 1) rows = k + is_first;
     if (!is_first) return;
-    row[before] = mine;
-#pragma unroll 1
+    row[k] = mine;
+#pragma unroll
     for (int j = 0; j < kDown; ++j) {
       const Sample& s = down[j];
       float share = s.low == mine ? 1 - s.weight : 0;
       if (s.high == mine) share += s.weight;
-      shares[before][j] = s.low == mine || s.high == mine ? share : -1;
+      shares[k][j] = s.low == mine || s.high == mine ? share : -1;
     }
   }
 };
@@ -110,34 +106,36 @@ __device__ __forceinline__ void refine(const T* low, T* left, const Samples<Side
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) sums[r] = start;
-  int lows[Side], highs[Side];
+  const T *lows[Side], *highs[Side];
   float weights[Side];
+  bool inside[Side];
 #pragma unroll
   for (int x = 0; x < Side; ++x) {
     const Sample& s = samples.across[x * kAcross + column];
-    lows[x] = exists && s.low >= 0 ? s.low * low_pixel + c : -1;
-    highs[x] = s.high * low_pixel + c;
+    inside[x] = exists && s.low >= 0;
+    lows[x] = inside[x] ? low + int64_t{s.low} * low_pixel + c : low;
+    highs[x] = inside[x] ? low + int64_t{s.high} * low_pixel + c : low;
     weights[x] = s.weight;
   }
 #pragma unroll 1
   for (int i = 0; i < samples.rows; ++i) {
-    const T* const row = low + samples.row[i] * low_row;
+    const int64_t at = samples.row[i] * low_row;
     float2 across[Side];
 #pragma unroll
     for (int x = 0; x < Side; ++x) {
-      across[x] = {0, 0};
-      if (lows[x] < 0) continue;
-      across[x] = blended(load_pair(row + lows[x]), load_pair(row + highs[x]), weights[x]);
+      across[x] = blended(load_pair(lows[x] + at), load_pair(highs[x] + at), weights[x]);
+      if (!inside[x]) across[x] = {0, 0};
     }
 #pragma unroll
     for (int y = 0; y < Side; ++y) {
+      const float4 four = *reinterpret_cast<const float4*>(samples.shares[i] + y * kRows);
+      if (fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)) < 0) continue;
       float2 sum = across[0];
       if constexpr (Side > 1) {
         sum = {0, 0};
 #pragma unroll
         for (int x = 0; x < Side; ++x) sum = multiply_add(across[x], taps[Side * y + x], sum);
       }
-      const float4 four = *reinterpret_cast<const float4*>(samples.shares[i] + y * kRows);
       const float shares[kRows] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -247,8 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class T, int Low, int High, int Out, int Taps>
-void run(const fastscnn_feature_fusion& op, const void* low, int64_t low_image,
-         fastscnn_stream stream) {
+void run(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
   using S = Sizes<T, Out, Taps == 9 ? 3 : 1>;
   const Bounds end = bounds_of(op.activation);
   const Resize y = resize_of(op.low_height, op.height, op.align_corners);
@@ -259,24 +256,43 @@ void run(const fastscnn_feature_fusion& op, const void* low, int64_t low_image,
   const int64_t tiles_across = divided_up(op.width, kAcross);
   const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::kShared,
                     divided_up(out_channels, S::kColumns)};
-  FASTSCNN_LAUNCH((feature_fusion_kernel<T, Low, High, Out, Taps>), shape, stream, op.high, low,
+  FASTSCNN_LAUNCH((feature_fusion_kernel<T, Low, High, Out, Taps>), shape, stream, op.high, op.low,
                   op.refine_weight, op.refine_bias, op.low_weight, op.high_weight, op.bias, op.out,
                   op.height, op.width, op.low_height, op.low_width, tiles_down, tiles_across,
                   low_channels, high_channels, out_channels, op.dilation, y.scale, y.shift,
                   y.divisor, x.scale, x.shift, x.divisor, end.low, end.high, op.high_image,
-                  op.high_pixel, low_image, op.low_pixel, op.out_image, op.out_pixel);
+                  op.high_pixel, op.low_image, op.low_pixel, op.out_image, op.out_pixel);
 }
 
 // The instantiation for these channels, the general one for others.
-template <class T>
+template <class T, int Taps>
 void select(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
-  const bool real = padded(op.low_channels) == 128 && padded(op.high_channels) == 64 &&
-                    padded(op.out_channels) == 128;
-  if (!op.dense) {
-    if (real) return run<T, 128, 64, 128, 9>(op, op.low, op.low_image, stream);
-    return run<T, 0, 0, 0, 9>(op, op.low, op.low_image, stream);
+  if (padded(op.low_channels) == 128 && padded(op.high_channels) == 64 &&
+      padded(op.out_channels) == 128) {
+    return run<T, 128, 64, 128, Taps>(op, stream);
   }
-  require(false, "dense is not implemented", op.dense);
+  run<T, 0, 0, 0, Taps>(op, stream);
+}
+
+// A dense refinement commutes with the resize: it runs at low's resolution, as this op without a
+// low branch; what it leaves is resized.
+template <class T>
+void run_dense(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
+  fastscnn_feature_fusion refine = op, rest = op;
+  refine.high = op.low;
+  refine.high_channels = refine.out_channels = op.low_channels;
+  refine.low_channels = 0;
+  refine.activation = FASTSCNN_NONE;
+  refine.height = op.low_height;
+  refine.width = op.low_width;
+  refine.high_image = op.low_image;
+  refine.high_pixel = refine.out_pixel = op.low_pixel;
+  refine.high_weight = op.refine_weight;
+  refine.bias = op.refine_bias;
+  rest.low = refine.out = op.refined;
+  rest.low_image = refine.out_image = op.low_height * op.low_width * op.low_pixel;
+  run<T, 0, 0, 0, 1>(refine, stream);
+  select<T, 1>(rest, stream);
 }
 
 }  // namespace
@@ -288,9 +304,15 @@ int fastscnn_cuda_feature_fusion(const fastscnn_feature_fusion* op, fastscnn_str
     fc::require(op->dilation >= 1, "dilation must be at least 1", op->dilation);
     fc::require(op->low_height >= 1, "low_height must be at least 1", op->low_height);
     fc::require(op->low_width >= 1, "low_width must be at least 1", op->low_width);
-    fc::require(op->low_pixel >= 1, "low_pixel must be at least 1", op->low_pixel);
-    fc::require(op->low_width <= INT32_MAX / op->low_pixel,
-                "a row of low must have fewer than 2^31 elements", op->low_width);
-    fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
+    const auto require_pixel = [](const char* rule, int64_t pixel, int channels) {
+      fc::require(pixel >= fc::padded(channels), rule, pixel);
+    };
+    require_pixel("low_pixel must hold low's padded channels", op->low_pixel, op->low_channels);
+    require_pixel("high_pixel must hold high's padded channels", op->high_pixel, op->high_channels);
+    require_pixel("out_pixel must hold the padded out_channels", op->out_pixel, op->out_channels);
+    fc::with_type(op->type, [&](auto element) {
+      using T = decltype(element);
+      op->dense ? fc::run_dense<T>(*op, stream) : fc::select<T, 9>(*op, stream);
+    });
   });
 }
