@@ -47,7 +47,10 @@ struct Sizes {
   static constexpr int kWork = kExpand + kHalo + kLeft + kProject;
   // In the end the result takes the place of all but x.
   static constexpr int kResult = kPixels * kColumnPitch;
-  static constexpr size_t kShared = (kInput + (kWork > kResult ? kWork : kResult)) * sizeof(T);
+  static constexpr int kElements = kInput + (kWork > kResult ? kWork : kResult);
+  // And in floats: the depthwise's taps and bias, the expansion's bias.
+  static constexpr int kTaps = 9 * kChunk;
+  static constexpr size_t kShared = kElements * sizeof(T) + (kTaps + 2 * kChunk) * sizeof(float);
 };
 
 // The row and column of the halo's pixel that lies in a slot.
@@ -83,6 +86,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const halo = expand + S::kExpand;
   T* const left = halo + S::kHalo;
   T* const project = left + S::kLeft;
+  float* const taps = reinterpret_cast<float*>(input + S::kElements);
+  float* const taps_bias = taps + S::kTaps;
+  float* const expanded_bias = taps_bias + S::kChunk;
 
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
@@ -116,6 +122,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         expand, pitch<T>(S::kChunk), expand_weight + int64_t{first} * mid_channels + chunk,
         mid_channels, in_channels - first, S::kChunk);
   };
+  const auto queue_row = [&](float* to, const float* from) {
+    copy_matrix<1, S::kChunk, kThreads>(to, S::kChunk, from, 0, 1, S::kChunk);
+  };
 
   // Of the pixels that this warp expands, the lane's that are inside the image.
   const int first_slot = threadIdx.x / 32 * S::kTiles * 16;
@@ -135,19 +144,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (In) {
     queue_input(0);
     queue_expand(0, 0);
-    async_commit();
   }
+  queue_row(expanded_bias, expand_bias);
+  async_commit();
 #pragma unroll 1
   for (int chunk = 0; chunk < mid_channels; chunk += S::kChunk) {
     async_wait<0>();
     __syncthreads();
+    copy_matrix<9, S::kChunk, kThreads>(taps, S::kChunk, depthwise_weight + chunk, mid_channels, 9,
+                                        S::kChunk);
+    queue_row(taps_bias, depthwise_bias + chunk);
+    async_commit();
     copy_matrix<S::kChunk, S::kColumns, kThreads>(
         project, S::kColumnPitch, project_weight + int64_t{chunk} * row_pitch + first_column,
         row_pitch, S::kChunk, row_pitch - first_column);
     async_commit();
 
     Accumulator<S::kTiles, S::kChunk / 8> expanded;
-    expanded.start(expand_bias + chunk);
+    expanded.start(expanded_bias);
     for (int first = 0; first < in_channels; first += S::kStep) {
       if (!In) {
         if (first) __syncthreads();
@@ -170,11 +184,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                    exists ? bounded(pair, low, high) : float2{0, 0});
       });
     }
+    async_wait<1>();
     __syncthreads();
-    if (In && chunk + S::kChunk < mid_channels) queue_expand(0, chunk + S::kChunk);
+    if (const int next = chunk + S::kChunk; next < mid_channels) {
+      if (In) queue_expand(0, next);
+      queue_row(expanded_bias, expand_bias + next);
+    }
     async_commit();
-    depthwise<T, S, Stride, kThreads>(halo, left, depthwise_weight, depthwise_bias, mid_channels,
-                                      chunk, low, high);
+    depthwise<T, S, Stride, kThreads>(halo, left, taps, taps_bias, S::kChunk, 0, low, high);
     async_wait<1>();
     __syncthreads();
     multiply<S::kChunk>(total, left + Product::row() * S::kLeftPitch, S::kLeftPitch,

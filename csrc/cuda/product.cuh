@@ -60,7 +60,8 @@ __device__ __forceinline__ void multiply(Accumulator<Rows, Columns>& total, cons
     static_assert(Depth % 16 == 0 && Columns % 2 == 0);
     left += lane % 16 * left_pitch + lane / 16 * 8;
     right += lane % 16 * right_pitch + lane / 16 * 8;
-#pragma unroll
+// More at a time would cost registers.
+#pragma unroll 4
     for (int k = 0; k < Depth; k += 16) {
       uint32_t a[Rows][4];
 #pragma unroll
