@@ -126,15 +126,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   typename LastProduct::Tile result;
   if constexpr (Last) {
-    result.for_each([&](int, int column, float2& pair) {
-      const int k = first_class + LastProduct::column() + column;
-      pair = k < last_columns ? load_pair(last_bias + k) : float2{0, 0};
-    });
+    const int k = first_class + LastProduct::column();
+    result.start(last_bias + k, last_columns - k);
   }
   const int chunks = divided_up(in_channels, S::kChunk);
   for (int o = first_column; o < end_column; o += S::kColumns) {
     typename Product::Tile total;
-    total.start(pointwise_bias + o + Product::column());
+    const int own = o + Product::column();
+    total.start(pointwise_bias + own, row_pitch - own);
     queue_halo(0);
     async_commit();
 #pragma unroll 1

@@ -46,6 +46,12 @@ struct Accumulator {
   __device__ __forceinline__ void start(const float* bias) {
     for_each([&](int, int column, float2& pair) { pair = load_pair(bias + column); });
   }
+  // The same of a bias that ends after `columns`.
+  __device__ __forceinline__ void start(const float* bias, int columns) {
+    for_each([&](int, int column, float2& pair) {
+      pair = column < columns ? load_pair(bias + column) : float2{0, 0};
+    });
+  }
   __device__ __forceinline__ void start() {
     for_each([](int, int, float2& pair) { pair = {0, 0}; });
   }
