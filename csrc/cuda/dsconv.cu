@@ -19,8 +19,8 @@ constexpr int kLastColumns = 32;  // classes that a block computes
 template <class T, int In, int Out, int Stride>
 struct Sizes {
   static constexpr int kAcross = 16;  // pixels of a tile's row
-  static constexpr int kRows = Stride == 1 ? 8 : 4;
-  static constexpr int kStrip = 4;  // pixels below each other that a thread sums up
+  static constexpr int kStrip = 4;    // pixels below each other that a thread sums up
+  static constexpr int kRows = Stride == 1 ? 2 * kStrip : kStrip;
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kChunk = 64 / int(sizeof(T));  // input channels
   static constexpr int kHaloPitch = kChunk;
@@ -32,7 +32,7 @@ struct Sizes {
 
   // Shared memory in elements: the halo of each stage, the chunk's rows of the 1x1, the depthwise
   // result.
-  static constexpr int kHalo = kHaloRows * kHaloColumns * kChunk;
+  static constexpr int kHalo = kHaloRows * kHaloColumns * kHaloPitch;
   static constexpr int kRight = kChunk * pitch<T>(kColumns);
   static constexpr int kLeft = kPixels * kLeftPitch;
   static constexpr int kPipeline = kStages * kHalo + kRight + kLeft;
@@ -126,15 +126,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   typename LastProduct::Tile result;
   if constexpr (Last) {
-    result.for_each([&](int, int column, float2& pair) {
-      const int k = first_class + LastProduct::column() + column;
-      pair = k < last_columns ? load_pair(last_bias + k) : float2{0, 0};
-    });
+    const int k = first_class + LastProduct::column();
+    result.start(last_bias + k, last_columns - k);
   }
   const int chunks = divided_up(in_channels, S::kChunk);
   for (int o = first_column; o < end_column; o += S::kColumns) {
     typename Product::Tile total;
-    total.start(pointwise_bias + o + Product::column());
+    const int own = o + Product::column();
+    total.start(pointwise_bias + own, row_pitch - own);
     queue_halo(0);
     async_commit();
 #pragma unroll 1

@@ -16,7 +16,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
 // Sizes for In and Out channels at Stride; channels are 0 where they are known only at run time,
-// when x's halo arrives in steps of channels for each chunk anew.
+// when x's halo arrives in steps of channels for each chunk anew, one step while the one before is
+// multiplied.
 template <class T, int In, int Out, int Stride>
 struct Sizes {
   static constexpr int kAcross = 8;  // pixels of a tile's row
@@ -30,6 +31,7 @@ struct Sizes {
   static constexpr int kSlots = rounded_up(kHaloPixels, 16 * kTiles);
   static constexpr int kChunk = 64 / int(sizeof(T));  // expanded channels
   static constexpr int kStep = In ? In : kChunk;      // input channels
+  static constexpr int kStages = In ? 1 : 2;
   static constexpr int kColumns = Out ? rounded_up(Out, 256 * kWarps / kPixels) : 64;
 
   static constexpr int kPixelPitch = pitch<T>(kStep);
@@ -37,17 +39,22 @@ struct Sizes {
   static constexpr int kLeftPitch = pitch<T>(kChunk);
   static constexpr int kColumnPitch = pitch<T>(kColumns);
 
-  // Shared memory in elements: x's halo, the expanding columns, the expanded halo, the depthwise
-  // result, the projecting rows.
-  static constexpr int kInput = kSlots * kPixelPitch;
-  static constexpr int kExpand = kStep * pitch<T>(kChunk);
+  // Shared memory in elements: each stage's halo of x, its expanding columns, the expanded halo,
+  // the depthwise result, the projecting rows.
+  static constexpr int kInputStage = kSlots * kPixelPitch;
+  static constexpr int kInput = kStages * kInputStage;
+  static constexpr int kExpandStage = kStep * pitch<T>(kChunk);
+  static constexpr int kExpand = kStages * kExpandStage;
   static constexpr int kHalo = kSlots * kHaloPitch;
   static constexpr int kLeft = kPixels * kLeftPitch;
   static constexpr int kProject = kChunk * kColumnPitch;
   static constexpr int kWork = kExpand + kHalo + kLeft + kProject;
   // In the end the result takes the place of all but x.
   static constexpr int kResult = kPixels * kColumnPitch;
-  static constexpr size_t kShared = (kInput + (kWork > kResult ? kWork : kResult)) * sizeof(T);
+  static constexpr int kElements = kInput + (kWork > kResult ? kWork : kResult);
+  // And in floats: the depthwise's taps and bias, the expansion's bias.
+  static constexpr int kTaps = 9 * kChunk;
+  static constexpr size_t kShared = kElements * sizeof(T) + (kTaps + 2 * kChunk) * sizeof(float);
 };
 
 // The row and column of the halo's pixel that lies in a slot.
@@ -83,6 +90,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const halo = expand + S::kExpand;
   T* const left = halo + S::kHalo;
   T* const project = left + S::kLeft;
+  float* const taps = reinterpret_cast<float*>(input + S::kElements);
+  float* const taps_bias = taps + S::kTaps;
+  float* const expanded_bias = taps_bias + S::kChunk;
 
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
@@ -99,7 +109,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     return at < S::kHaloPixels && pixel.x >= 0 && pixel.x < height && pixel.y >= 0 &&
            pixel.y < width;
   };
+  int stage = 0;
   const auto queue_input = [&](int first) {
+    T* const to = input + stage * S::kInputStage;
     constexpr int kVectors = S::kStep / kPerVector<T>;
 #pragma unroll 1
     for (int i = threadIdx.x; i < S::kSlots * kVectors; i += kThreads) {
@@ -107,14 +119,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int2 pixel = pixel_of(at);
       const bool exists = is_inside(at, pixel) && first + within < in_channels;
       async_copy_16(
-          input + at * S::kPixelPitch + within,
+          to + at * S::kPixelPitch + within,
           exists ? x + (int64_t{pixel.x} * width + pixel.y) * x_pixel + first + within : x, exists);
     }
   };
   const auto queue_expand = [&](int first, int chunk) {
     copy_matrix<S::kStep, S::kChunk, kThreads>(
-        expand, pitch<T>(S::kChunk), expand_weight + int64_t{first} * mid_channels + chunk,
-        mid_channels, in_channels - first, S::kChunk);
+        expand + stage * S::kExpandStage, pitch<T>(S::kChunk),
+        expand_weight + int64_t{first} * mid_channels + chunk, mid_channels, in_channels - first,
+        S::kChunk);
+  };
+  const auto queue_row = [&](float* to, const float* from) {
+    copy_matrix<1, S::kChunk, kThreads>(to, S::kChunk, from, 0, 1, S::kChunk);
   };
 
   // Of the pixels that this warp expands, the lane's that are inside the image.
@@ -128,38 +144,44 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   typename Product::Tile total;
-  total.for_each([&](int, int column, float2& pair) {
-    const int o = first_column + Product::column() + column;
-    pair = o < row_pitch ? load_pair(project_bias + o) : float2{0, 0};
-  });
-  if (In) {
-    queue_input(0);
-    queue_expand(0, 0);
-    async_commit();
-  }
+  const int own_column = first_column + Product::column();
+  total.start(project_bias + own_column, row_pitch - own_column);
+  queue_input(0);
+  queue_expand(0, 0);
+  queue_row(expanded_bias, expand_bias);
+  async_commit();
 #pragma unroll 1
   for (int chunk = 0; chunk < mid_channels; chunk += S::kChunk) {
     async_wait<0>();
     __syncthreads();
+    copy_matrix<9, S::kChunk, kThreads>(taps, S::kChunk, depthwise_weight + chunk, mid_channels, 9,
+                                        S::kChunk);
+    queue_row(taps_bias, depthwise_bias + chunk);
+    async_commit();
     copy_matrix<S::kChunk, S::kColumns, kThreads>(
         project, S::kColumnPitch, project_weight + int64_t{chunk} * row_pitch + first_column,
         row_pitch, S::kChunk, row_pitch - first_column);
     async_commit();
 
     Accumulator<S::kTiles, S::kChunk / 8> expanded;
-    expanded.start(expand_bias + chunk);
+    expanded.start(expanded_bias);
     for (int first = 0; first < in_channels; first += S::kStep) {
+      const int now = stage;
       if (!In) {
-        if (first) __syncthreads();
-        queue_input(first);
-        queue_expand(first, chunk);
-        async_commit();
-        async_wait<0>();
-        __syncthreads();
+        if (first) {
+          async_wait<0>();
+          __syncthreads();
+        }
+        stage ^= 1;
+        if (first + S::kStep < in_channels) {
+          queue_input(first + S::kStep);
+          queue_expand(first + S::kStep, chunk);
+          async_commit();
+        }
       }
       if (expands) {
-        multiply<S::kStep>(expanded, input + first_slot * S::kPixelPitch, S::kPixelPitch, expand,
-                           pitch<T>(S::kChunk));
+        multiply<S::kStep>(expanded, input + now * S::kInputStage + first_slot * S::kPixelPitch,
+                           S::kPixelPitch, expand + now * S::kExpandStage, pitch<T>(S::kChunk));
       }
     }
     if (expands) {
@@ -170,11 +192,15 @@ __global__ void __launch_bounds__(kThreads, 2)
                    exists ? bounded(pair, low, high) : float2{0, 0});
       });
     }
+    async_wait<1>();
     __syncthreads();
-    if (In && chunk + S::kChunk < mid_channels) queue_expand(0, chunk + S::kChunk);
+    if (const int next = chunk + S::kChunk; next < mid_channels) {
+      if (!In) queue_input(0);
+      queue_expand(0, next);
+      queue_row(expanded_bias, expand_bias + next);
+    }
     async_commit();
-    depthwise<T, S, Stride, kThreads>(halo, left, depthwise_weight, depthwise_bias, mid_channels,
-                                      chunk, low, high);
+    depthwise<T, S, Stride, kThreads>(halo, left, taps, taps_bias, S::kChunk, 0, low, high);
     async_wait<1>();
     __syncthreads();
     multiply<S::kChunk>(total, left + Product::row() * S::kLeftPitch, S::kLeftPitch,
@@ -186,12 +212,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const result = expand;
   total.for_each([&](int row, int column, float2& pair) {
     const int pixel = Product::row() + row, o = Product::column() + column;
-    if (residual) {
+    if (In == Out && Stride == 1 && residual) {
       const int r = pixel / S::kAcross, c = pixel % S::kAcross;
       float2 own{0, 0};
       if constexpr (In != 0) {
         const int at = slot<Stride, S::kHaloColumns>(r + 1, c + 1);
-        if (o < In) own = load_pair(input + at * S::kPixelPitch + o);
+        own = load_pair(input + at * S::kPixelPitch + o);
       } else if (top + r < height && start + c < width && first_column + o < in_channels) {
         own = load_pair(x + (int64_t{top + r} * width + start + c) * x_pixel + first_column + o);
       }

@@ -46,6 +46,12 @@ struct Accumulator {
   __device__ __forceinline__ void start(const float* bias) {
     for_each([&](int, int column, float2& pair) { pair = load_pair(bias + column); });
   }
+  // The same of a bias that ends after `columns`.
+  __device__ __forceinline__ void start(const float* bias, int columns) {
+    for_each([&](int, int column, float2& pair) {
+      pair = column < columns ? load_pair(bias + column) : float2{0, 0};
+    });
+  }
   __device__ __forceinline__ void start() {
     for_each([](int, int, float2& pair) { pair = {0, 0}; });
   }
@@ -60,7 +66,8 @@ __device__ __forceinline__ void multiply(Accumulator<Rows, Columns>& total, cons
     static_assert(Depth % 16 == 0 && Columns % 2 == 0);
     left += lane % 16 * left_pitch + lane / 16 * 8;
     right += lane % 16 * right_pitch + lane / 16 * 8;
-#pragma unroll
+// More at a time would cost registers.
+#pragma unroll 4
     for (int k = 0; k < Depth; k += 16) {
       uint32_t a[Rows][4];
 #pragma unroll
