@@ -128,3 +128,29 @@ def test_mutants_are_found(mutant: Mutant) -> None:
     )
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
     assert mutant.says in done.stdout, done.stdout
+
+
+# ---------------------------------------------------------------- sanitizers
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing() -> None:
+    """AddressSanitizer and UBSan over every op in a process of its own; Python itself leaks and is not asked."""
+    built = cuda_host.build(cuda_host.SANITIZED)
+    command = [cuda_host.COMPILER, "-print-file-name=libasan.so"]
+    asan = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "test_real_layers or a_small_size"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, *options],
+        env={
+            **os.environ,
+            cuda_host.VARIABLE: str(built),
+            "LD_PRELOAD": asan,
+            "ASAN_OPTIONS": "detect_leaks=0",
+        },
+        cwd=cuda_host.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
