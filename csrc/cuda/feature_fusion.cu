@@ -26,7 +26,7 @@ struct Samples {
 
   Sample down[kDown];             // of tap row and row; low < 0 outside the image
   Sample across[Side * kAcross];  // of tap column and column
-  int first[kMost];               // whether no sample before has this row, low or high, too
+  int last[kMost];                // whether no sample after has this row, low or high, too
   int rows;                       // of low that are touched
   int row[kMost];
   alignas(16) float shares[kMost][kDown];  // of a row in the samples; < 0: not touched
@@ -48,20 +48,20 @@ struct Samples {
     }
     __syncthreads();
     const int mine = i >= kMost ? -1 : i % 2 ? down[i / 2].high : down[i / 2].low;
-    bool is_first = mine >= 0;
+    bool is_last = mine >= 0;
 #pragma unroll
     for (int j = 0; j < kDown; ++j) {
-      if (2 * j < i && down[j].low == mine) is_first = false;
-      if (2 * j + 1 < i && down[j].high == mine) is_first = false;
+      if (2 * j > i && down[j].low == mine) is_last = false;
+      if (2 * j + 1 > i && down[j].high == mine) is_last = false;
     }
-    if (i < kMost) first[i] = is_first;
+    if (i < kMost) last[i] = is_last;
     __syncthreads();
     if (i >= kMost) return;
     int k = 0;
 #pragma unroll
-    for (int j = 0; j < kMost; ++j) k += j < i ? first[j] : 0;
-    if (i == kMost - 1) rows = k + is_first;
-    if (!is_first) return;
+    for (int j = 0; j < kMost; ++j) k += j > i ? last[j] : 0;
+    if (i == 0) rows = k + is_last;
+    if (!is_last) return;
     row[k] = mine;
 #pragma unroll
     for (int j = 0; j < kDown; ++j) {
