@@ -206,7 +206,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply<S::kChunk>(total, left + Product::row() * S::kLeftPitch, S::kLeftPitch,
                         project + Product::column(), S::kColumnPitch);
   }
-  async_wait<0>();
   __syncthreads();
 
   T* const result = expand;
@@ -278,6 +277,7 @@ int fastscnn_cuda_inverted_residual(const fastscnn_inverted_residual* op, fastsc
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
     fc::require(op->stride == 1 || op->stride == 2, "stride must be 1 or 2", op->stride);
+    fc::require(op->mid_channels >= 1, "mid_channels must be at least 1", op->mid_channels);
     fc::require(!op->residual || op->stride == 1, "stride must be 1 with residual", op->stride);
     fc::require(!op->residual || op->in_channels == op->out_channels,
                 "out_channels must be in_channels with residual", op->out_channels);
