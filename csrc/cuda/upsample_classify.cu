@@ -297,14 +297,14 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlock
 
 template <class T, class Y, int Output>
 void run(const fastscnn_upsample_classify& op, fastscnn_stream stream) {
-  const Resize y = resize_of(op.low_height, op.height, op.align_corners);
-  const Resize x = resize_of(op.low_width, op.width, op.align_corners);
+  const auto [y_scale, y_shift, y_divisor] = resize_of(op.low_height, op.height, op.align_corners);
+  const auto [x_scale, x_shift, x_divisor] = resize_of(op.low_width, op.width, op.align_corners);
   const int64_t tiles_across = divided_up(op.width, kColumns);
   const Shape shape{op.images * op.low_height * tiles_across, Sizes<Output>::kThreads,
                     Sizes<Output>::kLabels ? sizeof(Labels) : sizeof(Rows)};
   FASTSCNN_LAUNCH((upsample_classify_kernel<T, Y, Output>), shape, stream, op.x, op.out, op.classes,
-                  op.low_height, op.low_width, op.height, op.width, tiles_across, y.scale, y.shift,
-                  y.divisor, x.scale, x.shift, x.divisor, op.x_image, op.x_class, op.x_row,
+                  op.low_height, op.low_width, op.height, op.width, tiles_across, y_scale, y_shift,
+                  y_divisor, x_scale, x_shift, x_divisor, op.x_image, op.x_class, op.x_row,
                   op.x_column);
 }
 
