@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kColumns = 256;  // of a tile
 constexpr int kRows = 8;       // that a thread has at a time
+constexpr int kNone = 256;     // no label: one more than the last
 constexpr int kMostLow = 128;  // low columns of a tile whose labels are looked at
 
 template <int Output>
@@ -100,7 +101,7 @@ __device__ __forceinline__ bool is_larger(float v, float largest) {
   return v > largest || (v != v && largest == largest);
 }
 
-// The label of one low pixel; -1 where a logit is infinite or NaN.
+// The label of one low pixel; kNone where a logit is infinite or NaN.
 template <class T>
 __device__ __forceinline__ int label_of(const T* x, int classes, int64_t x_class) {
   float largest = -INFINITY, zero = 0;
@@ -111,7 +112,7 @@ __device__ __forceinline__ int label_of(const T* x, int classes, int64_t x_class
     zero = fmaf(v, 0, zero);
     if (v > largest) largest = v, label = k;
   }
-  return zero == 0 ? label : -1;
+  return zero == 0 ? label : kNone;
 }
 
 // The labels of the low pixels of a tile, and what they say of the thread's column, which samples
@@ -135,7 +136,7 @@ __device__ __forceinline__ Around look_around(Labels& shared, const Sample& at, 
   __syncthreads();
   const int a = shared.label[0][at.low - first], b = shared.label[0][at.high - first];
   const int c = shared.label[1][at.low - first], d = shared.label[1][at.high - first];
-  return {(a | b | c | d) >= 0, a == b && a == c && a == d, a};
+  return {(a | b | c | d) < kNone, a == b && a == c && a == d, a};
 }
 
 // Rows of a tile's labels from shared memory to (rows, columns) of `out`.
