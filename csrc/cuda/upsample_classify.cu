@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kColumns = 256;  // of a tile
 constexpr int kRows = 8;       // that a thread has at a time
+constexpr int kNone = 256;     // no label: one more than the last
 constexpr int kMostLow = 128;  // low columns of a tile whose labels are looked at
 
 template <int Output>
@@ -100,7 +101,7 @@ __device__ __forceinline__ bool is_larger(float v, float largest) {
   return v > largest || (v != v && largest == largest);
 }
 
-// The label of one low pixel; -1 where a logit is infinite or NaN.
+// The label of one low pixel; kNone where a logit is infinite or NaN.
 template <class T>
 __device__ __forceinline__ int label_of(const T* x, int classes, int64_t x_class) {
   float largest = -INFINITY, zero = 0;
@@ -111,7 +112,7 @@ __device__ __forceinline__ int label_of(const T* x, int classes, int64_t x_class
     zero = fmaf(v, 0, zero);
     if (v > largest) largest = v, label = k;
   }
-  return zero == 0 ? label : -1;
+  return zero == 0 ? label : kNone;
 }
 
 // The labels of the low pixels of a tile, and what they say of the thread's column, which samples
@@ -135,7 +136,7 @@ __device__ __forceinline__ Around look_around(Labels& shared, const Sample& at, 
   __syncthreads();
   const int a = shared.label[0][at.low - first], b = shared.label[0][at.high - first];
   const int c = shared.label[1][at.low - first], d = shared.label[1][at.high - first];
-  return {(a | b | c | d) >= 0, a == b && a == c && a == d, a};
+  return {(a | b | c | d) < kNone, a == b && a == c && a == d, a};
 }
 
 // Rows of a tile's labels from shared memory to (rows, columns) of `out`.
@@ -297,14 +298,14 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlock
 
 template <class T, class Y, int Output>
 void run(const fastscnn_upsample_classify& op, fastscnn_stream stream) {
-  const Resize y = resize_of(op.low_height, op.height, op.align_corners);
-  const Resize x = resize_of(op.low_width, op.width, op.align_corners);
+  const auto [y_scale, y_shift, y_divisor] = resize_of(op.low_height, op.height, op.align_corners);
+  const auto [x_scale, x_shift, x_divisor] = resize_of(op.low_width, op.width, op.align_corners);
   const int64_t tiles_across = divided_up(op.width, kColumns);
   const Shape shape{op.images * op.low_height * tiles_across, Sizes<Output>::kThreads,
                     Sizes<Output>::kLabels ? sizeof(Labels) : sizeof(Rows)};
   FASTSCNN_LAUNCH((upsample_classify_kernel<T, Y, Output>), shape, stream, op.x, op.out, op.classes,
-                  op.low_height, op.low_width, op.height, op.width, tiles_across, y.scale, y.shift,
-                  y.divisor, x.scale, x.shift, x.divisor, op.x_image, op.x_class, op.x_row,
+                  op.low_height, op.low_width, op.height, op.width, tiles_across, y_scale, y_shift,
+                  y_divisor, x_scale, x_shift, x_divisor, op.x_image, op.x_class, op.x_row,
                   op.x_column);
 }
 
