@@ -1,192 +1,231 @@
-// A 1x1 or 3x3 convolution + bias + act as one product over K = taps x channels, to which small
-// grids may add.
+// x -> act(conv(x) + bias), 1x1 or 3x3 at stride 1; and, tap by tap, of what grids of pooled cells
+// would be after a bilinear resize, from their shares: grids times weights, in cells.
 //
-// Concatenating resized grids to x and convolving commutes tap by tap: what a grid cell contributes
-// to a tap's outputs (its share) is computed on the grid, and interpolating is a product with a
-// matrix of hat functions, made in shared memory. So K grows by taps x cells, and neither a resized
-// grid nor a concatenation exists.
+// A block owns 64 consecutive pixels of an image and 64 output channels: the pictures are small,
+// and more blocks end sooner than larger ones. It walks one product of depth
+// taps (channels + cells), 64 bytes of each pixel a step: x as it lies, zeros outside the image;
+// then each cell's weight in the resize. The operands arrive kStages - 1 steps ahead, one 16-byte
+// vector of either a thread and step.
 #pragma once
 
 #include "product.cuh"
 
 namespace fastscnn::cuda {
 
+// `kernel` x `kernel`, 1 or 3, over x (images, height, width, channels). With cells, `bins` has a
+// byte for each branch, whose grid has bins^2 cells, and `shares` are (images, taps, cells,
+// padded_columns(out_channels)).
 struct Convolution {
-  const void *x, *weight, *bias,
-      *shares;  // shares: (images, taps, cells, columns), if there are cells
-  void* out;
-  int in_channels, out_channels, side;  // of the kernel: 1 or 3
-  Bounds bounds;
+  int in_channels, out_channels, kernel, activation;
   int64_t images, height, width, x_image, x_pixel, out_image, out_pixel;
-  int cells;
-  int64_t bins;  // of each branch a byte, the first lowest: its grid is bins x bins
-  int align_corners;
+  const void *x, *weight, *bias;
+  void* out;
+  int64_t bins = 0, cells = 0;
+  const void* shares = nullptr;
+  bool align_corners = false;
+};
+
+// One of the cells of all branches' grids, which follow each other.
+struct Cell {
+  int branch, bins, row, column;
+  int row_cell;  // of those of one row of all grids, sum(bins)
+
+  __device__ Cell(int64_t all_bins, int cell) : branch(0), bins(int(all_bins & 255)), row_cell(0) {
+    while (cell >= bins * bins) {
+      cell -= bins * bins;
+      row_cell += bins;
+      bins = int(all_bins >> 8 * ++branch & 255);
+    }
+    row = cell / bins;
+    column = cell % bins;
+    row_cell += column;
+  }
+
+  __device__ __forceinline__ void advance(int64_t all_bins) {
+    if (++column < bins) return;
+    column = 0;
+    if (++row < bins) return;
+    row = 0;
+    if (++branch < FASTSCNN_MOST_BINS) bins = int(all_bins >> 8 * branch & 255);
+  }
 };
 
 namespace {
 
 constexpr int kConvolutionThreads = 256;
+constexpr int kConvolutionPixels = 64;
+constexpr int kConvolutionColumns = 64;
+constexpr int kConvolutionStages = 4;
 
-template <class T, int Out>
+// Shared memory in elements.
+template <class T>
 struct ConvolutionSizes {
-  static constexpr int kRows = 4, kAcross = 16;
-  static constexpr int kPixels = kRows * kAcross;
-  static constexpr int kChunk = 64 / int(sizeof(T));  // channels, or cells
-  static constexpr int kColumns = Out ? padded_columns(Out) : 64;
-  static constexpr int kLeft = kPixels * pitch<T>(kChunk);
-  static constexpr int kStage = kLeft + kChunk * pitch<T>(kColumns);
-  static constexpr int kResult = kPixels * pitch<T>(kColumns);
-  static constexpr size_t kShared = (2 * kStage > kResult ? 2 * kStage : kResult) * sizeof(T);
+  static constexpr int kChunk = 64 / int(sizeof(T));  // channels or cells of a step
+  static constexpr int kLeft = kConvolutionPixels * pitch<T>(kChunk);
+  static constexpr int kRight = kChunk * pitch<T>(kConvolutionColumns);
+  static constexpr int kStage = kLeft + kRight;
+  static constexpr size_t kBytes = kConvolutionStages * kStage * sizeof(T);
+  static_assert(kConvolutionPixels * pitch<T>(kConvolutionColumns) <= kConvolutionStages * kStage);
 };
 
-// The weight with which output `i` of a resize from `bins` to `size` counts the grid's index `at`.
-__device__ __forceinline__ float hat(int64_t i, int at, int bins, int size, bool align_corners) {
-  const int64_t divisor = align_corners ? (size > 1 ? size - 1 : 1) : 2 * int64_t{size};
-  int64_t sample = align_corners ? i * (bins - 1) : (2 * i + 1) * bins - size;
-  const int64_t last = (bins - 1) * divisor;
-  sample = sample < 0 ? 0 : sample > last ? last : sample;
-  const int64_t distance = sample - at * divisor;
-  const float weight = 1 - float(distance < 0 ? -distance : distance) / float(divisor);
-  return weight > 0 ? weight : 0;
-}
+// One side of a resize, seen from the grid: the weight of index `at` of `bins` in pixel i of
+// `size`.
+struct Hats {
+  int shift, divisor;  // shift is 0 where corners are aligned
+  float inverse;
 
-// x (H, W, channels) -> out (H, W, channels), a tile of image block / (tiles down and across).
+  __device__ Hats(int size, bool align_corners)
+      : shift(align_corners ? 0 : size),
+        divisor(!align_corners ? 2 * size
+                : size > 1     ? size - 1
+                               : 1),
+        inverse(1.0f / float(divisor)) {}
+
+  __device__ __forceinline__ float weight(int i, int at, int bins) const {
+    const int last = (bins - 1) * divisor;
+    int sample = shift ? (2 * i + 1) * bins - shift : i * (bins - 1);
+    sample = sample < 0 ? 0 : sample > last ? last : sample;
+    const int distance = abs(sample - at * divisor);
+    return distance < divisor ? 1 - float(distance) * inverse : 0.0f;
+  }
+};
+
+// x (H, W, In), shares (taps, cells, Out's row) -> out (H, W, Out) of image block / tiles; 0 for
+// channels that are known only at run time.
 template <class T, int In, int Out>
 __global__ void __launch_bounds__(kConvolutionThreads, 2)
     convolution_kernel(const T* __restrict__ x, const T* __restrict__ weight,
                        const float* __restrict__ bias, const T* __restrict__ shares,
-                       T* __restrict__ out, int height, int width, int tiles_down, int tiles_across,
-                       int in_channels, int out_channels, int side, int cells, int64_t bins,
-                       int align_corners, float low, float high, int64_t x_image, int x_pixel,
-                       int64_t out_image, int out_pixel) {
-  using S = ConvolutionSizes<T, Out>;
-  using Product = Shares<S::kPixels, S::kColumns, kConvolutionThreads / 32>;
+                       T* __restrict__ out, int height, int width, int tiles, int in_channels,
+                       int out_channels, int kernel, int cells, int64_t bins, int align_corners,
+                       float low, float high, int64_t x_image, int x_pixel, int64_t out_image,
+                       int out_pixel) {
+  using S = ConvolutionSizes<T>;
+  using Product = Shares<kConvolutionPixels, kConvolutionColumns, kConvolutionThreads / 32>;
+  constexpr int kChunk = S::kChunk, kStages = kConvolutionStages;
+  constexpr int kLeftPitch = pitch<T>(kChunk), kRightPitch = pitch<T>(kConvolutionColumns);
+  constexpr int kVectors = kConvolutionColumns / kPerVector<T>;
   if (In) in_channels = In;
   if (Out) out_channels = Out;
-  const int row_pitch = padded_columns(out_channels), taps = side * side;
+  const int row_pitch = padded_columns(out_channels);
+  const int taps = kernel * kernel;
+  const int chunks = divided_up(in_channels, kChunk);
+  const int chunks_of_tap = chunks + divided_up(cells, kChunk);
+  const int first_column = blockIdx.y * kConvolutionColumns;
   T* const memory = reinterpret_cast<T*>(shared_memory());
-  const auto left = [&](int step) { return memory + step % 2 * S::kStage; };
-  const auto right = [&](int step) { return left(step) + S::kLeft; };
 
-  const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
-  const int64_t image = blockIdx.x / tiles_across / tiles_down;
-  const int top = down * S::kRows, start = across * S::kAcross;
-  const int o = blockIdx.y * S::kColumns;
+  const int64_t image = blockIdx.x / tiles;
+  const int64_t first_pixel = int64_t{blockIdx.x % tiles} * kConvolutionPixels;
+  const int64_t pixels = int64_t{height} * width;
   x += image * x_image;
   out += image * out_image;
   shares += image * taps * cells * row_pitch;
-  const auto inside = [&](int y, int z) { return y >= 0 && y < height && z >= 0 && z < width; };
-  const auto row_of = [&](int pixel, int tap) {
-    return top + pixel / S::kAcross + tap / side - side / 2;
-  };
-  const auto column_of = [&](int pixel, int tap) {
-    return start + pixel % S::kAcross + tap % side - side / 2;
-  };
 
-  const int chunks = divided_up(in_channels, S::kChunk), steps = taps * chunks;
+  // What the thread copies each step: a vector of a pixel, and of a row of the right operand. Eight
+  // lanes write two pixels whose rows are four apart, and so all banks once.
+  static_assert(kConvolutionPixels * kChunk == kConvolutionThreads * kPerVector<T>);
+  static_assert(kConvolutionColumns * kChunk == kConvolutionThreads * kPerVector<T>);
+  const int lane = threadIdx.x % 32;
+  const int pixel = threadIdx.x / 32 * 8 + lane / 4 % 2 * 4 + lane / 8;
+  const int within = lane % 4 * kPerVector<T>;
+  const int right_row = threadIdx.x / kVectors;
+  const int right_column = threadIdx.x % kVectors * kPerVector<T>;
+  const bool column_exists = first_column + right_column < row_pitch;
+  const bool exists = first_pixel + pixel < pixels;
+  const int row = int((first_pixel + pixel) / width), column = int((first_pixel + pixel) % width);
+  const Hats down(height, align_corners), across(width, align_corners);
+
+  const auto left = [&](int step) { return memory + step % kStages * S::kStage; };
+  const auto right = [&](int step) { return left(step) + S::kLeft; };
   const auto queue = [&](int step) {
-    const int tap = step / chunks, c0 = step % chunks * S::kChunk;
-    constexpr int kVectors = S::kChunk / kPerVector<T>;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kConvolutionThreads) {
-      const int pixel = i / kVectors, within = i % kVectors * kPerVector<T>;
-      const int y = row_of(pixel, tap), z = column_of(pixel, tap), c = c0 + within;
-      const bool exists = inside(y, z) && c < in_channels;
-      async_copy_16(left(step) + pixel * pitch<T>(S::kChunk) + within,
-                    exists ? x + (int64_t{y} * width + z) * x_pixel + c : x, exists);
+    const int tap = step / chunks_of_tap, chunk = step % chunks_of_tap;
+    const int y = row + tap / kernel - kernel / 2, z = column + tap % kernel - kernel / 2;
+    const bool inside = exists && y >= 0 && y < height && z >= 0 && z < width;
+    T* const to = left(step) + pixel * kLeftPitch + within;
+    const T* from = weight;
+    int k = chunk * kChunk, depth = in_channels;
+    if (chunk < chunks) {
+      const bool copied = inside && k + within < in_channels;
+      async_copy_16(to, copied ? x + (int64_t{y} * width + z) * x_pixel + k + within : x, copied);
+    } else {
+      k = (chunk - chunks) * kChunk;
+      depth = cells;
+      from = shares;
+      T weights[kPerVector<T>];
+      const int first = k + within;
+      Cell cell(bins, first < cells ? first : 0);
+#pragma unroll
+      for (int i = 0; i < kPerVector<T>; ++i) {
+        float v = 0;
+        if (inside && first + i < cells) {
+          v = down.weight(y, cell.row, cell.bins) * across.weight(z, cell.column, cell.bins);
+          cell.advance(bins);
+        }
+        weights[i] = rounded<T>(v);
+      }
+      uint4 vector;
+      std::memcpy(&vector, static_cast<const void*>(weights), sizeof vector);
+      *reinterpret_cast<uint4*>(to) = vector;
     }
-    copy_matrix<S::kChunk, S::kColumns, kConvolutionThreads>(
-        right(step), pitch<T>(S::kColumns),
-        weight + (int64_t{tap} * in_channels + c0) * row_pitch + o, row_pitch, in_channels - c0,
-        row_pitch - o);
-  };
-  const auto add = [&](typename Product::Tile& total, int step) {
-    multiply<S::kChunk>(total, left(step) + Product::row() * pitch<T>(S::kChunk),
-                        pitch<T>(S::kChunk), right(step) + Product::column(),
-                        pitch<T>(S::kColumns));
+    const bool copied = column_exists && k + right_row < depth;
+    const int64_t at = (int64_t{tap} * depth + k + right_row) * row_pitch;
+    async_copy_16(right(step) + right_row * kRightPitch + right_column,
+                  copied ? from + at + first_column + right_column : weight, copied);
   };
 
   typename Product::Tile total;
-  total.start(bias + o + Product::column());
-  queue(0);
-  async_commit();
+  total.for_each([&](int, int c, float2& pair) {
+    const int o = first_column + Product::column() + c;
+    pair = o < row_pitch ? load_pair(bias + o) : float2{0, 0};
+  });
+  const int steps = taps * chunks_of_tap;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) queue(step + 1);
+  for (int step = 1 - kStages; step < steps; ++step) {
+    if (step >= 0) {
+      async_wait<kStages - 2>();
+      __syncthreads();
+    }
+    if (step + kStages - 1 < steps) queue(step + kStages - 1);
     async_commit();
-    async_wait<1>();
-    __syncthreads();
-    add(total, step);
-    __syncthreads();
+    if (step < 0) continue;
+    multiply<kChunk>(total, left(step) + Product::row() * kLeftPitch, kLeftPitch,
+                     right(step) + Product::column(), kRightPitch);
   }
 
-  // The grids: a thread has one cell of a chunk throughout.
-  const int cell_chunks = divided_up(cells, S::kChunk);
-#pragma unroll 1
-  for (int step = 0; step < taps * cell_chunks; ++step) {
-    const int tap = step / cell_chunks, first = step % cell_chunks * S::kChunk;
-    copy_matrix<S::kChunk, S::kColumns, kConvolutionThreads>(
-        right(step), pitch<T>(S::kColumns), shares + (int64_t{tap} * cells + first) * row_pitch + o,
-        row_pitch, cells - first, row_pitch - o);
-    async_commit();
-    int within = first + threadIdx.x % S::kChunk, side_of = bins & 255;
-    for (int branch = 1; within >= side_of * side_of && branch < 8; ++branch) {
-      within -= side_of * side_of;
-      side_of = bins >> (8 * branch) & 255;
-    }
-    const bool is_cell = first + int(threadIdx.x % S::kChunk) < cells;
-#pragma unroll 1
-    for (int pixel = threadIdx.x / S::kChunk; pixel < S::kPixels;
-         pixel += kConvolutionThreads / S::kChunk) {
-      const int y = row_of(pixel, tap), z = column_of(pixel, tap);
-      float value = 0;
-      if (is_cell && inside(y, z)) {
-        value = hat(y, within / side_of, side_of, height, align_corners) *
-                hat(z, within % side_of, side_of, width, align_corners);
-      }
-      left(step)[pixel * pitch<T>(S::kChunk) + threadIdx.x % S::kChunk] = rounded<T>(value);
-    }
-    async_wait<0>();
-    __syncthreads();
-    add(total, step);
-    __syncthreads();
-  }
-
-  total.for_each([&](int row, int column, float2& pair) {
-    store_pair(memory + (Product::row() + row) * pitch<T>(S::kColumns) + Product::column() + column,
+  __syncthreads();
+  total.for_each([&](int r, int c, float2& pair) {
+    store_pair(memory + (Product::row() + r) * kRightPitch + Product::column() + c,
                bounded(pair, low, high));
   });
   __syncthreads();
-  constexpr int kVectors = S::kColumns / kPerVector<T>;
-  for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kConvolutionThreads) {
-    const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
-    const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-    if (y >= height || z >= width || o + column >= out_channels) continue;
-    copy_16(out + (int64_t{y} * width + z) * out_pixel + o + column,
-            memory + pixel * pitch<T>(S::kColumns) + column);
+  for (int i = threadIdx.x; i < kConvolutionPixels * kVectors; i += kConvolutionThreads) {
+    const int p = i / kVectors, c = i % kVectors * kPerVector<T>;
+    if (first_pixel + p >= pixels || first_column + c >= out_channels) continue;
+    copy_16(out + (first_pixel + p) * out_pixel + first_column + c, memory + p * kRightPitch + c);
   }
 }
 
 template <class T, int In, int Out>
-void convolve_by(const Convolution& op, fastscnn_stream stream) {
-  using S = ConvolutionSizes<T, Out>;
+void launch_convolution(const Convolution& op, fastscnn_stream stream) {
+  const Bounds bounds = bounds_of(op.activation);
   const int in_channels = padded(op.in_channels), out_channels = padded(op.out_channels);
-  const int64_t tiles_down = divided_up(op.height, S::kRows);
-  const int64_t tiles_across = divided_up(op.width, S::kAcross);
-  const Shape shape{op.images * tiles_down * tiles_across, kConvolutionThreads, S::kShared,
-                    divided_up(out_channels, S::kColumns)};
+  const int64_t tiles = divided_up(op.height * op.width, kConvolutionPixels);
+  const Shape shape{op.images * tiles, kConvolutionThreads, ConvolutionSizes<T>::kBytes,
+                    divided_up(out_channels, kConvolutionColumns)};
   FASTSCNN_LAUNCH((convolution_kernel<T, In, Out>), shape, stream, op.x, op.weight, op.bias,
-                  op.shares, op.out, op.height, op.width, tiles_down, tiles_across, in_channels,
-                  out_channels, op.side, op.cells, op.bins, op.align_corners, op.bounds.low,
-                  op.bounds.high, op.x_image, op.x_pixel, op.out_image, op.out_pixel);
+                  op.shares, op.out, op.height, op.width, tiles, in_channels, out_channels,
+                  op.kernel, op.cells, op.bins, op.align_corners, bounds.low, bounds.high,
+                  op.x_image, op.x_pixel, op.out_image, op.out_pixel);
 }
 
+// The instantiation for these channels, the general one for others.
 template <class T>
 void convolve(const Convolution& op, fastscnn_stream stream) {
+  require(op.kernel == 1 || op.kernel == 3, "kernel must be 1 or 3", op.kernel);
   if (padded(op.in_channels) == 128 && padded(op.out_channels) == 128) {
-    return convolve_by<T, 128, 128>(op, stream);
+    return launch_convolution<T, 128, 128>(op, stream);
   }
-  convolve_by<T, 0, 0>(op, stream);
+  launch_convolution<T, 0, 0>(op, stream);
 }
 
 }  // namespace

@@ -1,173 +1,174 @@
 // pyramid_pooling: adaptive average pools, a 1x1 + ReLU each, resize, concat, out-convolution +
 // act.
 //
-// Three launches without atomics, so that a result never depends on the order of blocks: sums of
-// each row over every bin's columns; of each grid cell the sum over its rows, the mean, the 1x1 and
-// the cell's shares of the out-convolution; and that convolution itself, convolution.cuh.
+// Neither the concatenation nor a resized grid exists: the out-convolution commutes with the resize
+// tap by tap, so each branch's share of a tap is computed on its grid, and the resize is one more
+// operand of the out-convolution (convolution.cuh). Three launches, every sum in a fixed order:
+// 1. a thread has a vector of channels of one row and bin: sums over the bin's columns;
+// 2. a block has a cell and a tap: sums over the cell's rows, mean, 1x1 + ReLU, share of the tap;
+// 3. a block has a tile of pixels: out-convolution of x and of the grids.
+// The first two are small, and short of threads rather than of arithmetic: no tensor cores.
 #include "convolution.cuh"
 
 namespace fastscnn::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
-// The bins of a branch: bytes of one integer, the first branch's lowest.
-__device__ __forceinline__ int bins_of(int64_t bins, int branch) {
-  return int(bins >> (8 * branch) & 255);
+// Where bin `at` of `bins` begins; it ends where the next would, rounded up.
+__device__ __forceinline__ int begin_of(int at, int bins, int size) {
+  return int(int64_t{at} * size / bins);
+}
+__device__ __forceinline__ int end_of(int at, int bins, int size) {
+  return int(divided_up((int64_t{at} + 1) * size, bins));
 }
 
-// x (H, W, channels) -> sums (H, bins of all branches, channels) over each bin's columns. A block
-// owns 64 bytes of channels of a row; its threads take columns in turns, and their sums are added
-// in a fixed order.
+// x (H, W, channels) -> sums (H, cells of one row of all grids, channels) over each cell's columns,
+// row block % H of image block / H.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     row_sums_kernel(const T* __restrict__ x, float* __restrict__ sums, int height, int width,
-                    int channels, int branches, int64_t bins, int row_cells, int64_t x_image,
-                    int x_pixel) {
-  constexpr int kPairs = 32 / int(sizeof(T)), kGroups = kThreads / kPairs;
-  float2* const partial = reinterpret_cast<float2*>(shared_memory());
-  const int64_t image = blockIdx.x / height;
-  const int row = blockIdx.x % height;
-  const int pair = threadIdx.x % kPairs, group = threadIdx.x / kPairs;
-  const int c = blockIdx.y * 2 * kPairs + 2 * pair;
-  const bool exists = c < channels;
-  x += image * x_image + int64_t{row} * width * x_pixel + c;
-  sums += (image * height + row) * row_cells * channels + c;
-  for (int branch = 0, cell = 0; branch < branches; ++branch) {
-    const int count = bins_of(bins, branch);
-    for (int bin = 0; bin < count; ++bin, ++cell) {
-      const int begin = int(int64_t{bin} * width / count);
-      const int end = int(divided_up(int64_t{bin + 1} * width, count));
-      float2 sum{0, 0};
-      if (exists) {
-#pragma unroll 4
-        for (int column = begin + group; column < end; column += kGroups) {
-          const float2 value = load_pair(x + int64_t{column} * x_pixel);
-          sum = {sum.x + value.x, sum.y + value.y};
-        }
-      }
-      partial[threadIdx.x] = sum;
-      __syncthreads();
-      if (group == 0 && exists) {
-        for (int other = 1; other < kGroups; ++other) {
-          const float2 value = partial[other * kPairs + pair];
-          sum = {sum.x + value.x, sum.y + value.y};
-        }
-        store_pair(sums + int64_t{cell} * channels, sum);
-      }
-      __syncthreads();
+                    int channels, int row_cells, int64_t bins, int64_t x_image, int x_pixel) {
+  const int vectors = channels / kPerVector<T>;
+  const int item = blockIdx.y * kThreads + threadIdx.x;
+  if (item >= row_cells * vectors) return;
+  const int c = item % vectors * kPerVector<T>;
+  int column = item / vectors, branch = 0, all = int(bins & 255);
+  while (column >= all) {
+    column -= all;
+    all = int(bins >> 8 * ++branch & 255);
+  }
+  x += int64_t{blockIdx.x / height} * x_image + int64_t{blockIdx.x % height} * width * x_pixel + c;
+  sums += (int64_t{blockIdx.x} * row_cells + item / vectors) * channels + c;
+  float2 total[kPerVector<T> / 2] = {};
+  const int end = end_of(column, all, width);
+#pragma unroll 8
+  for (int z = begin_of(column, all, width); z < end; ++z) {
+    const uint4 vector = *reinterpret_cast<const uint4*>(x + int64_t{z} * x_pixel);
+    T values[kPerVector<T>];
+    std::memcpy(static_cast<void*>(values), &vector, sizeof vector);
+#pragma unroll
+    for (int i = 0; i < kPerVector<T> / 2; ++i) {
+      const float2 value = load_pair(values + 2 * i);
+      total[i] = {total[i].x + value.x, total[i].y + value.y};
     }
+  }
+#pragma unroll
+  for (int i = 0; i < kPerVector<T> / 2; i += 2) {
+    *reinterpret_cast<float4*>(sums + 2 * i) =
+        make_float4(total[i].x, total[i].y, total[i + 1].x, total[i + 1].y);
   }
 }
 
-// sums -> shares (taps, cells, columns) of the out-convolution. A block owns a cell: its mean,
-// rounded to T, its 1x1 (threads share the terms of each sum, whose parts are added in a fixed
-// order), and its product with every tap.
+// sums (H, row_cells, channels) -> shares (taps, cells, row) of cell block % cells of image
+// block / cells, one tap.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     grids_kernel(const float* __restrict__ sums, const T* __restrict__ branch_weight,
                  const float* __restrict__ branch_bias, const T* __restrict__ grid_weight,
-                 T* __restrict__ shares, int height, int width, int channels, int mid_columns,
-                 int columns, int taps, int cells, int64_t bins, int row_cells) {
-  float* const pooled = reinterpret_cast<float*>(shared_memory());
-  float* const mid = pooled + channels;
-  float* const partial = mid + mid_columns;
+                 T* __restrict__ shares, int height, int width, int channels, int mid, int columns,
+                 int taps, int cells, int row_cells, int64_t bins) {
+  // Shared memory: the cell's means, the 1x1's partial sums, its result.
+  float* const means = reinterpret_cast<float*>(shared_memory());
+  const int parts = mid < kThreads ? kThreads / mid : 1;
+  float* const partial = means + channels;
+  float* const result = partial + parts * mid;
   const int64_t image = blockIdx.x / cells;
-  const int cell = blockIdx.x % cells;
-  int branch = 0, within = cell, row_cell = 0, count = bins_of(bins, 0);
-  while (within >= count * count) {
-    within -= count * count;
-    row_cell += count;
-    count = bins_of(bins, ++branch);
-  }
-  const int i = within / count, j = within % count;
-  const int top = int(int64_t{i} * height / count);
-  const int bottom = int(divided_up(int64_t{i + 1} * height, count));
-  const int across = int(divided_up(int64_t{j + 1} * width, count) - int64_t{j} * width / count);
-  const float area = float(bottom - top) * float(across);
-  sums += (image * height * row_cells + row_cell + j) * channels;
+  const int number = blockIdx.x % cells, tap = blockIdx.y;
+  const Cell cell(bins, number);
+  const int top = begin_of(cell.row, cell.bins, height);
+  const int rows = end_of(cell.row, cell.bins, height) - top;
+  const int across =
+      end_of(cell.column, cell.bins, width) - begin_of(cell.column, cell.bins, width);
+  const float area = float(rows) * float(across);
+
+#pragma unroll 1
   for (int c = threadIdx.x; c < channels; c += kThreads) {
-    float sum = 0;
-#pragma unroll 4
-    for (int y = top; y < bottom; ++y) sum += sums[int64_t{y} * row_cells * channels + c];
-    pooled[c] = to_float(rounded<T>(sum / area));
+    const float* from = sums + ((image * height + top) * row_cells + cell.row_cell) * channels + c;
+    float total = 0;
+#pragma unroll 8
+    for (int y = 0; y < rows; ++y) total += from[int64_t{y} * row_cells * channels];
+    means[c] = to_float(rounded<T>(total / area));
   }
   __syncthreads();
 
-  branch_weight += int64_t{branch} * channels * mid_columns;
-  const int side = mid_columns < kThreads ? mid_columns : kThreads, parts = kThreads / side;
-  const int part = threadIdx.x / side;
-  for (int m = threadIdx.x % side; m < mid_columns; m += side) {
-    float sum = 0;
-#pragma unroll 4
-    for (int c = part; c < channels; c += parts) {
-      sum = fmaf(pooled[c], to_float(branch_weight[int64_t{c} * mid_columns + m]), sum);
+  branch_weight += int64_t{cell.branch} * channels * mid;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < parts * mid; i += kThreads) {
+    const int m = i % mid;
+    float total = 0;
+#pragma unroll 8
+    for (int k = i / mid; k < channels; k += parts) {
+      total = fmaf(means[k], to_float(branch_weight[int64_t{k} * mid + m]), total);
     }
-    partial[part * mid_columns + m] = sum;
+    partial[i] = total;
   }
   __syncthreads();
-  for (int m = threadIdx.x; m < mid_columns; m += kThreads) {
-    float sum = branch_bias[branch * mid_columns + m];
-    for (int other = 0; other < parts; ++other) sum += partial[other * mid_columns + m];
-    mid[m] = to_float(rounded<T>(bounded(sum, 0, INFINITY)));
+#pragma unroll 1
+  for (int m = threadIdx.x; m < mid; m += kThreads) {
+    float total = branch_bias[cell.branch * mid + m];
+    for (int part = 0; part < parts; ++part) total += partial[part * mid + m];
+    result[m] = to_float(rounded<T>(bounded(total, 0, INFINITY)));
   }
   __syncthreads();
 
-  grid_weight += int64_t{branch} * taps * mid_columns * columns;
-  shares += (image * taps * cells + cell) * columns;
-  for (int i = threadIdx.x; i < taps * columns; i += kThreads) {
-    const int tap = i / columns, o = i % columns;
-    const T* const weight = grid_weight + int64_t{tap} * mid_columns * columns + o;
-    float sum = 0;
-#pragma unroll 4
-    for (int m = 0; m < mid_columns; ++m) {
-      sum = fmaf(mid[m], to_float(weight[int64_t{m} * columns]), sum);
+  grid_weight += (int64_t{cell.branch} * taps + tap) * mid * columns;
+  shares += ((image * taps + tap) * cells + number) * columns;
+#pragma unroll 1
+  for (int o = threadIdx.x; o < columns; o += kThreads) {
+    float total = 0;
+#pragma unroll 8
+    for (int m = 0; m < mid; ++m) {
+      total = fmaf(result[m], to_float(grid_weight[int64_t{m} * columns + o]), total);
     }
-    shares[int64_t{tap} * cells * columns + o] = rounded<T>(sum);
+    shares[o] = rounded<T>(total);
   }
 }
 
-// What depends on the bins.
 struct Grids {
-  int64_t bins = 0;
-  int row_cells = 0, cells = 0;
+  int64_t bins = 0;  // a byte each
+  int row_cells = 0, cells = 0, taps;
 
-  explicit Grids(const fastscnn_pyramid_pooling& op) {
-    require(op.branches >= 1 && op.branches <= FASTSCNN_MOST_BINS, "branches must be 1 to 8",
-            op.branches);
+  explicit Grids(const fastscnn_pyramid_pooling& op) : taps(op.kernel * op.kernel) {
+    require(op.branches >= 0 && op.branches <= FASTSCNN_MOST_BINS,
+            "there must be at most 8 branches", op.branches);
+    uint64_t packed = 0;
     for (int branch = 0; branch < op.branches; ++branch) {
-      const int count = op.bins[branch];
-      require(count >= 1 && count <= 255, "bins must be from 1 to 255", count);
-      bins |= int64_t{count} << (8 * branch);
-      row_cells += count;
-      cells += count * count;
+      const int b = op.bins[branch];
+      require(b >= 1 && b <= 255, "bins must be from 1 to 255", b);
+      packed |= uint64_t(b) << 8 * branch;
+      row_cells += b;
+      cells += b * b;
     }
+    bins = int64_t(packed);
   }
 };
-
-int taps_of(const fastscnn_pyramid_pooling& op) { return op.kernel * op.kernel; }
 
 template <class T>
 void run(const fastscnn_pyramid_pooling& op, fastscnn_stream stream) {
   const Grids grids(op);
-  const int channels = padded(op.in_channels), taps = taps_of(op);
-  const int mid_columns = power_of_two(padded(op.mid_channels));
-  const int columns = padded_columns(op.out_channels);
-  constexpr int kChannels = 64 / int(sizeof(T));  // of a block
-  const Shape rows{op.images * op.height, kThreads, kThreads * sizeof(float2),
-                   divided_up(channels, kChannels)};
-  FASTSCNN_LAUNCH((row_sums_kernel<T>), rows, stream, op.x, op.sums, op.height, op.width, channels,
-                  op.branches, grids.bins, grids.row_cells, op.x_image, op.x_pixel);
-  const int most = mid_columns < kThreads ? kThreads : mid_columns;
-  const Shape cells{op.images * grids.cells, kThreads,
-                    (channels + mid_columns + most) * sizeof(float)};
-  FASTSCNN_LAUNCH((grids_kernel<T>), cells, stream, op.sums, op.branch_weight, op.branch_bias,
-                  op.grid_weight, op.shares, op.height, op.width, channels, mid_columns, columns,
-                  taps, grids.cells, grids.bins, grids.row_cells);
-  convolve<T>({op.x, op.out_weight, op.out_bias, op.shares, op.out, op.in_channels, op.out_channels,
-               op.kernel, bounds_of(op.activation), op.images, op.height, op.width, op.x_image,
-               op.x_pixel, op.out_image, op.out_pixel, grids.cells, grids.bins, op.align_corners},
-              stream);
+  const int channels = padded(op.in_channels), columns = padded_columns(op.out_channels);
+  const int mid = power_of_two(padded(op.mid_channels));
+  if (grids.cells) {
+    const int64_t items = int64_t{grids.row_cells} * (channels / kPerVector<T>);
+    const Shape rows{op.images * op.height, kThreads, 0, divided_up(items, kThreads)};
+    FASTSCNN_LAUNCH((row_sums_kernel<T>), rows, stream, op.x, op.sums, op.height, op.width,
+                    channels, grids.row_cells, grids.bins, op.x_image, op.x_pixel);
+    const size_t floats = channels + (mid < kThreads ? kThreads : mid) + mid;
+    const Shape blocks{op.images * grids.cells, kThreads, floats * sizeof(float), grids.taps};
+    FASTSCNN_LAUNCH((grids_kernel<T>), blocks, stream, op.sums, op.branch_weight, op.branch_bias,
+                    op.grid_weight, op.shares, op.height, op.width, channels, mid, columns,
+                    grids.taps, grids.cells, grids.row_cells, grids.bins);
+  }
+  Convolution out{op.in_channels, op.out_channels, op.kernel,    op.activation,
+                  op.images,      op.height,       op.width,     op.x_image,
+                  op.x_pixel,     op.out_image,    op.out_pixel, op.x,
+                  op.out_weight,  op.out_bias,     op.out};
+  out.bins = grids.bins;
+  out.cells = grids.cells;
+  out.shares = op.shares;
+  out.align_corners = op.align_corners;
+  convolve<T>(out, stream);
 }
 
 }  // namespace
@@ -177,6 +178,10 @@ int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_s
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
     fc::require(op->kernel == 1 || op->kernel == 3, "kernel must be 1 or 3", op->kernel);
+    // Twice a side times its bins is an int in the kernels.
+    const int64_t most = 1 << 21;
+    fc::require(op->height >= 1 && op->height <= most, "height must be from 1 to 2^21", op->height);
+    fc::require(op->width >= 1 && op->width <= most, "width must be from 1 to 2^21", op->width);
     fc::with_type(op->type, [&](auto element) { fc::run<decltype(element)>(*op, stream); });
   });
 }
@@ -184,13 +189,11 @@ int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_s
 void fastscnn_cuda_pyramid_pooling_scratch(const fastscnn_pyramid_pooling* op, size_t* sums,
                                            size_t* shares) {
   namespace fc = fastscnn::cuda;
-  size_t row_cells = 0, cells = 0;
-  for (int branch = 0; branch < op->branches && branch < FASTSCNN_MOST_BINS; ++branch) {
-    row_cells += size_t(op->bins[branch]);
-    cells += size_t(op->bins[branch]) * size_t(op->bins[branch]);
-  }
-  const size_t element = op->type == FASTSCNN_FLOAT32 ? 4 : 2;
-  *sums = size_t(op->images * op->height) * row_cells * fc::padded(op->in_channels) * sizeof(float);
-  *shares = size_t(op->images) * fc::taps_of(*op) * cells * fc::padded_columns(op->out_channels) *
-            element;
+  *sums = *shares = 0;
+  fc::status_of([&] {  // the op says what is wrong
+    const fc::Grids grids(*op);
+    const size_t element = op->type == FASTSCNN_FLOAT32 ? 4 : 2, images = op->images;
+    *sums = images * op->height * grids.row_cells * fc::padded(op->in_channels) * sizeof(float);
+    *shares = images * grids.taps * grids.cells * fc::padded_columns(op->out_channels) * element;
+  });
 }
