@@ -1,4 +1,4 @@
-"""The Triton kernels by architecture: what their machine code uses, what they move, how long that should take.
+"""The GPU kernels, Triton's and CUDA's, by architecture: what their machine code uses, what they move, how long that should take.
 
 Nothing here was measured on a GPU: kernels are compiled without one, and every time is predicted.
 
@@ -20,11 +20,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastscnn_fast import FastSCNN
+from fastscnn_fast import FastSCNN, backends
 from fastscnn_fast.config import PRESETS, preset
-from fastscnn_fast.kernels import aot
+from fastscnn_fast.kernels import aot, nvcc
+from fastscnn_fast.kernels.cuda import CudaStep, Described, described
 from fastscnn_fast.kernels.launch import Launch, cdiv, rounded_up
+from fastscnn_fast.kernels.machine import MULTIPROCESSORS, PRODUCTS, WIDE_LOADS, count
 from fastscnn_fast.kernels.tiles import Architecture
+from fastscnn_fast.plan import Step, plan
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ((1024, 2048), (512, 1024), (256, 512))
@@ -37,22 +40,29 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Device:
-    """Published bytes and dense fp16 operations (fp32 sums) a second; T4's without tensor cores.
+    """Published bytes and dense fp16 operations (fp32 sums) a second.
 
-    Triton has no products for Turing's tensor cores: there the rate is that of fp32 arithmetic.
+    Triton has no products for Turing's tensor cores: there its rate is that of fp32 arithmetic.
     """
 
     architecture: int
     bandwidth: float
     rate: float
+    triton_rate: float = 0.0  # where it is another
 
     def seconds(self, launch: Launch) -> float:
-        """The roofline: memory or arithmetic, whichever takes longer, and the launch."""
-        return max(launch.bytes / self.bandwidth, work(launch).flops / self.rate) + LAUNCH
+        """The roofline of a Triton launch: memory or arithmetic, whichever takes longer, and the launch."""
+        rate = self.triton_rate or self.rate
+        return max(launch.bytes / self.bandwidth, work(launch).flops / rate) + LAUNCH
+
+    def seconds_of(self, launches: Sequence[Described], flops: int) -> float:
+        """The same of a CUDA step: each launch's memory, or ``flops``, those of the fused algorithm."""
+        moved = sum(one.bytes for one in launches)
+        return max(moved / self.bandwidth, flops / self.rate) + LAUNCH * len(launches)
 
 
 DEVICES = {
-    "T4": Device(75, 320e9, 8.1e12),
+    "T4": Device(75, 320e9, 65e12, triton_rate=8.1e12),
     "A10": Device(86, 600e9, 125e12),
     "A100": Device(80, 2039e9, 312e12),
     "H100": Device(90, 3350e9, 989e12),
@@ -219,6 +229,70 @@ def kernels(name: str, size: tuple[int, int]) -> Iterator[Row]:
                 yield row
 
 
+def cuda_steps(
+    name: str, size: tuple[int, int], output: str
+) -> Iterator[tuple[Step, list[Described]]]:
+    """The network's layers with their launches in CUDA C++, none where that is not built."""
+    if backends._cuda_module is None:
+        return
+    steps = aot.network(preset(name), size, DTYPE, 80, output, backend="cuda").steps
+    for layer, step in zip(plan(preset(name), *size), steps, strict=True):
+        assert isinstance(step, CudaStep)
+        yield layer, described(step)
+
+
+def cuda_kernels(name: str, size: tuple[int, int]) -> Iterator[Row]:
+    """A row a distinct CUDA kernel and architecture."""
+    for architecture, multiprocessor in MULTIPROCESSORS.items():
+        seen = set()
+        for output in ("logits", "labels"):
+            for layer, launches in cuda_steps(name, size, output):
+                for one in launches:
+                    if (one.kernel, one.grid) in seen:
+                        continue
+                    seen.add((one.kernel, one.grid))
+                    code = nvcc.compiled(layer.layer.op, architecture)[one.kernel]
+                    warps = one.threads // 32
+                    yield {
+                        "kernel": one.kernel,
+                        "layer": layer.layer.name,
+                        "architecture": f"sm_{architecture}",
+                        "programs": str(prod(one.grid)),
+                        "warps": str(warps),
+                        "registers": str(code.registers),
+                        "spills": str(code.spills),
+                        "shared": str(one.shared),
+                        "tensor-core instructions": str(count(code.instructions, PRODUCTS)),
+                        "16-byte loads": str(count(code.instructions, WIDE_LOADS)),
+                        "resident warps": str(
+                            multiprocessor.resident_warps(warps, code.registers, one.shared)
+                        ),
+                        "MB moved": f"{one.bytes / 1e6:.2f}",
+                    }
+
+
+def cuda_forwards(name: str) -> Iterator[Row]:
+    """A row a size and output: the whole network in CUDA C++."""
+    for size in SIZES:
+        for output in ("logits", "labels"):
+            steps = list(cuda_steps(name, size, output))
+            if not steps:
+                return
+            moved = sum(one.bytes for _, launches in steps for one in launches)
+            must = aot.necessary_bytes(preset(name), size, DTYPE, output)
+            row = {
+                "size": f"{size[0]}x{size[1]}",
+                "output": output,
+                "launches": str(sum(len(launches) for _, launches in steps)),
+                "MB moved": f"{moved / 1e6:.1f}",
+                "MB necessary": f"{must / 1e6:.1f}",
+            }
+            for device, what in DEVICES.items():
+                seconds = sum(what.seconds_of(launches, step.flops) for step, launches in steps)
+                row[f"predicted us {device}"] = f"{seconds * 1e6:.0f}"
+            yield row
+
+
 def forwards(name: str) -> Iterator[Row]:
     """A row a size and output: the whole network, fused and eager."""
     for size in SIZES:
@@ -250,30 +324,46 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown(name: str, whole: Sequence[Row], each: Sequence[Row]) -> str:
+def markdown(
+    name: str,
+    whole: Sequence[Row],
+    each: Sequence[Row],
+    cuda_whole: Sequence[Row],
+    cuda_each: Sequence[Row],
+) -> str:
     devices = ", ".join(
         f"{device} sm_{d.architecture} {d.bandwidth / 1e9:g} GB/s {d.rate / 1e12:g} TFLOP/s"
         for device, d in DEVICES.items()
     )
     parts = [
-        f"# The Triton kernels' machine code, preset {name}, {str(DTYPE)[6:]}",
+        f"# The GPU kernels' machine code, preset {name}, {str(DTYPE)[6:]}",
         "Not measured on a GPU. Registers, spills, shared memory and instructions are those of the compiled"
         " code; resident warps follow from NVIDIA's occupancy arithmetic. Times are predicted: per launch"
         " max(bytes moved / bandwidth, operations / rate) +"
         f" {LAUNCH * 1e6:g} us, an assumed cost of a launch; latencies and unused multiprocessors, which"
         " decide on small planes, are left out.",
-        f"Devices, as published: {devices}. T4's rate is that of fp32 arithmetic: Triton has no products for"
-        " its tensor cores.",
+        f"Devices, as published: {devices}. Triton's rate on T4 is that of fp32 arithmetic, 8.1 TFLOP/s: it has"
+        " no products for its tensor cores.",
         "MB moved: every buffer once a launch. MB necessary: each of the six ops' inputs, weights and outputs"
         " once. MB loaded: activations that programs ask for, halos included;"
         " what exceeds MB moved comes from the caches.",
-        "## A forward",
+        "## A forward in Triton",
         table(whole),
-        f"## Each kernel at {SIZES[0][0]}x{SIZES[0][1]}",
+        "## A forward in CUDA C++",
+        "Operations are those of the fused algorithm, without what is computed twice."
+        if cuda_whole
+        else "Not built on the machine that made this report.",
+        *([table(cuda_whole)] if cuda_whole else []),
+        f"## Each Triton kernel at {SIZES[0][0]}x{SIZES[0][1]}",
     ]
     for architecture in dict.fromkeys(row["architecture"] for row in each):
         rows = [row for row in each if row["architecture"] == architecture]
         parts += [f"### {architecture}", table(rows)]
+    if cuda_each:
+        parts.append(f"## Each CUDA kernel at {SIZES[0][0]}x{SIZES[0][1]}")
+    for architecture in dict.fromkeys(row["architecture"] for row in cuda_each):
+        rows = [row for row in cuda_each if row["architecture"] == architecture]
+        parts += [f"### {architecture}, CUDA", table(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -286,12 +376,21 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, default=RESULTS / "aot_report.md")
     args = parser.parse_args()
     whole, each = list(forwards(args.preset)), list(kernels(args.preset, SIZES[0]))
+    cuda_whole, cuda_each = (
+        list(cuda_forwards(args.preset)),
+        list(cuda_kernels(args.preset, SIZES[0])),
+    )
+    rows = [{"backend": "triton", **row} for row in each]
+    rows += [{"backend": "cuda", **row} for row in cuda_each]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(each[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(each)
-    args.markdown.write_text(markdown(args.preset, whole, each))
+        writer.writerows(rows)
+    args.markdown.write_text(markdown(args.preset, whole, each, cuda_whole, cuda_each))
     print(table(whole))
+    if cuda_whole:
+        print(table(cuda_whole))
     print(f"wrote {args.csv} and {args.markdown}")
 
 

@@ -192,15 +192,16 @@ def network(
     architecture: Architecture,
     output: str = "logits",
     raw: bool = False,
+    backend: str = "triton",
 ) -> Plan:
-    """The launches for one contiguous picture of ``size`` (height, width): uint8 pixels if ``raw``, else dtype."""
+    """The steps for one contiguous picture of ``size`` (height, width): uint8 pixels if ``raw``, else dtype."""
     layers = program(config)
     pieces, _ = weights.layout(layers, dtype, TAG.size)
     picture = Buffer.dense("x", torch.uint8 if raw else dtype, (1, config.in_channels, *size))
     labels = output == "labels"
     shape = (1, *size) if labels else (1, config.num_classes, *size)
     out = Buffer.dense("out", torch.uint8 if labels else dtype, shape)
-    return network_plan(layers, picture, out, pieces, dtype, architecture, output)
+    return network_plan(layers, picture, out, pieces, dtype, architecture, output, backend=backend)
 
 
 def necessary_bytes(

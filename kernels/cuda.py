@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastscnn_fast import backends
 from fastscnn_fast.plan import ACTIVATIONS, Layer
 
+from . import nvcc
 from .launch import Buffer
 
 # As csrc/cuda/fastscnn_cuda.h numbers them.
@@ -64,6 +66,50 @@ class CudaStep:
             setattr(filled, name, values[name].data_ptr())
         stream = 0 if module.on_host else torch.cuda.current_stream().cuda_stream
         getattr(module, self.op)(filled, stream)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A launch of a step: ``kernel`` as nvcc.kernel_of names it, parameters in order with buffers for pointers."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    parameters: tuple[tuple[str, str, Any], ...]  # name, type, Buffer (None: null) or number
+
+    @property
+    def bytes(self) -> int:
+        """Of device memory that must move: the extent of every region, each once."""
+        buffers = [value for _, _, value in self.parameters if isinstance(value, Buffer)]
+        return sum({(b.memory, b.offset): b.bytes for b in buffers}.values())
+
+
+def described(made: CudaStep) -> list[Described]:
+    """The launches of a step; no GPU is needed."""
+    arguments = made.struct()
+    buffers = [None, *made.arguments.values()]
+    for number, name in enumerate(made.arguments, start=1):
+        setattr(arguments, name, number)  # in place of an address
+    return [
+        Described(
+            nvcc.kernel_of(one.kernel),
+            tuple(one.grid),
+            one.threads,
+            one.shared,
+            tuple((p.name, p.type, _argument(p.type, p.value, buffers)) for p in one.parameters),
+        )
+        for one in backends.cuda_module().describe(arguments)
+    ]
+
+
+def _argument(type_: str, bits: int, buffers: Sequence[Buffer | None]) -> Any:
+    if type_ == "pointer":
+        return buffers[bits]
+    (value,) = struct.unpack(
+        {"int32": "<i4x", "int64": "<q", "float32": "<f4x"}[type_], bits.to_bytes(8, "little")
+    )
+    return value
 
 
 def step(

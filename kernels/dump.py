@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastscnn_fast import backends
 from fastscnn_fast.config import Config
 from fastscnn_fast.packed import TAG
 from fastscnn_fast.plan import Layer, Step, plan, program
 
-from . import nvcc, weights
+from . import cuda, nvcc, weights
 from .cuda import CudaStep
 from .engine import Place, Plan, activation, op_plan, planes
 from .launch import Buffer, Launch
@@ -284,39 +282,31 @@ def describe(code: aot.Code, step: Step, index: int, count: int) -> dict[str, An
 
 
 def _cuda_parameter(
-    parameter: Any, launched: CudaStep, layer: Layer, kernel: str
+    name: str, type_: str, value: Any, launched: CudaStep, layer: Layer, kernel: str
 ) -> dict[str, Any]:
-    """``parameter`` of the C++ launch's description, whose pointers are the numbers of buffers."""
-    if parameter.type == "pointer":
-        if parameter.value == 0:
-            return _null(parameter.name, _UNUSED)
-        name, buffer = list(launched.arguments.items())[parameter.value - 1]
-        return _pointer(parameter.name, buffer, _holds(kernel, layer, name, buffer))
-    bits = parameter.value.to_bytes(8, "little")
-    form = {"int32": "<i4x", "int64": "<q", "float32": "<f4x"}[parameter.type]
-    (value,) = struct.unpack(form, bits)
-    return {"name": parameter.name, "kind": "scalar", "dtype": parameter.type, "value": value}
+    if value is None:
+        return _null(name, _UNUSED)
+    if not isinstance(value, Buffer):
+        return {"name": name, "kind": "scalar", "dtype": type_, "value": value}
+    field = next(field for field, buffer in launched.arguments.items() if buffer is value)
+    return _pointer(name, value, _holds(kernel, layer, field, value))
 
 
 def _cuda_code(
     step: Step, launched: CudaStep, architecture: int
 ) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
     """Description, PTX and machine code of each launch of the step."""
-    arguments = launched.struct()
-    for number, name in enumerate(launched.arguments, start=1):
-        setattr(arguments, name, number)  # in place of an address
-    described = backends.cuda_module().describe(arguments)
-    for index, one in enumerate(described):
-        name = nvcc.kernel_of(one.kernel)
-        code = nvcc.compiled(step.layer.op, architecture)[name]
-        kernel = name.partition("<")[0]
+    launches = cuda.described(launched)
+    for index, one in enumerate(launches):
+        code = nvcc.compiled(step.layer.op, architecture)[one.kernel]
+        kernel = one.kernel.partition("<")[0]
         about = {
             "op": step.layer.op,
             "layer": step.layer.name,
             "launch": index,
-            "launches": len(described),
+            "launches": len(launches),
             "architecture": f"sm_{architecture}",
-            "kernel": name,
+            "kernel": one.kernel,
             "entry": code.entry,
             "grid": list(one.grid),
             "programs": prod(one.grid),
@@ -325,7 +315,7 @@ def _cuda_code(
             "dynamic_shared_bytes": one.shared,
             "registers": code.registers,
             "parameters": [
-                _cuda_parameter(parameter, launched, step.layer, kernel)
+                _cuda_parameter(*parameter, launched, step.layer, kernel)
                 for parameter in one.parameters
             ],
             "constants": {},

@@ -82,8 +82,8 @@ def demangled(name: str) -> str:
 
 def kernel_of(symbol: str) -> str:
     """The template-id in a demangled or pretty name of a kernel, without namespaces."""
-    text = re.sub(r"\{anonymous\}|\(anonymous namespace\)|<unnamed>", "", symbol)
-    text = text.removeprefix("void ").replace("fastscnn::cuda::", "").lstrip(":")
+    anonymous = r"\{anonymous\}|\(anonymous namespace\)|<unnamed>|_GLOBAL__N_\w*"
+    text = re.sub(rf"^void |fastscnn::cuda::|({anonymous})::", "", symbol)
     depth = 0
     for at, character in enumerate(text):  # the template's end, or the parameters' begin
         depth += (character == "<") - (character == ">")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastscnn_fast import backends
 from fastscnn_fast.cli import main
 from fastscnn_fast.config import PRESETS
 from fastscnn_fast.kernels import dump, nvcc
-from fastscnn_fast.kernels.cuda import CudaStep
+from fastscnn_fast.kernels.cuda import CudaStep, Described, described
 from fastscnn_fast.kernels.machine import MULTIPROCESSORS, PRODUCTS, count
 from fastscnn_fast.plan import OPS, plan
 
@@ -63,14 +62,7 @@ def test_every_instantiation(op: str, architecture: int) -> None:
             assert count(code.instructions, "LDGSTS") > 0, name
 
 
-@dataclass(frozen=True)
-class Launched:
-    name: str
-    threads: int
-    shared: int
-
-
-def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Launched]:
+def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Described]:
     """The launches of the preset's layers of ``op`` at full size, in every output."""
     for index, step in enumerate(plan(PRESETS[name], 1024, 2048)):
         if step.layer.op != op:
@@ -78,8 +70,7 @@ def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Launched]:
         for output in ("logits", "probabilities", "labels"):
             (first,) = dump.launches(step, dtype, 80, output, backend="cuda").steps
             assert isinstance(first, CudaStep), index
-            for one in backends.cuda_module().describe(first.struct()):
-                yield Launched(nvcc.kernel_of(one.kernel), one.threads, one.shared)
+            yield from described(first)
 
 
 @pytest.mark.parametrize(("op", "architecture"), list(cases()))
@@ -91,7 +82,7 @@ def test_resident_warps_of_the_network(op: str, architecture: int) -> None:
         for dtype in dtypes:
             for one in launched(name, dtype, op):
                 assert one.shared <= multiprocessor.shared_of_block, one
-                registers = codes[one.name].registers
+                registers = codes[one.kernel].registers
                 warps = one.threads // 32
                 assert multiprocessor.resident_warps(warps, registers, one.shared) >= 8, one
 
@@ -141,6 +132,8 @@ def test_names_of_kernels() -> None:
     assert (
         nvcc.kernel_of("fastscnn::cuda::{anonymous}::k<__half, 48, true>") == "k<__half, 48, true>"
     )
+    by_nvcc = "fastscnn::cuda::_GLOBAL__N__0e1_9_dsconv_cu_8363::k<float, 0>"
+    assert nvcc.kernel_of(by_nvcc) == "k<float, 0>"
     mangled = "void fastscnn::cuda::(anonymous namespace)::k<float, 0>(float const*, (x)1)"
     assert nvcc.kernel_of(mangled) == "k<float, 0>"
     assert nvcc.demangled("_ZN1a1bIfEEvi") == "void a::b<float>(int)"

@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: every case of the interpreter's, and what only a device shows.
+"""The GPU backends on a GPU: every case of the interpreter's and the emulation's, and what only a device shows.
 
 python -m pytest tests/test_gpu.py -m gpu
 """
@@ -16,11 +16,23 @@ from gpu_parity import DEVICE, INTERPRETED, fused
 from helpers import noise
 from triton_parity import *  # noqa: F403
 
+from fastscnn_fast import backends
+from fastscnn_fast.config import Config
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 runs kernels on the cpu"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    why_not = backends.BACKENDS[name].why_not(Config(), DEVICE, torch.float32)
+    if why_not is not None:
+        pytest.skip(f"{name}: {why_not}")
+    return name
 
 
 @pytest.fixture
