@@ -9,12 +9,12 @@ import gpu_parity
 import pytest
 import torch
 from gpu_parity import (
-    ARITHMETICS,
     BOUNDS,
     ONE_OF_EACH,
     GpuCase,
     fused,
     poisoned_arenas as poisoned_arenas,
+    slow_unless,
     small_model,
 )
 from helpers import err, noise
@@ -23,7 +23,9 @@ from test_ops import Case
 from fastscnn_fast import backends
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
-TYPES = [name for name in ARITHMETICS if name != "high"]
+TYPES = [
+    slow_unless(name == "float16", name, id=name) for name in ("float32", "float16", "bfloat16")
+]
 
 
 @pytest.fixture
