@@ -40,7 +40,7 @@ def why_not() -> str:
 
 
 @cache
-def _includes() -> tuple[str, ...]:
+def includes() -> tuple[str, ...]:
     """Of CUDA, as nvcc itself finds them, pybind11 and Python."""
     command = ["nvcc", "--dryrun", "-c", "nothing.cu"]
     told = subprocess.run(command, capture_output=True, text=True).stderr
@@ -78,7 +78,7 @@ def _object(name: str, text: str, flags: Sequence[str]) -> Path:
         source = made.with_suffix(".cpp")
         source.write_text(text)
         unfinished = made.with_suffix(f".{os.getpid()}")
-        folders = ("-iquote", str(place), *_includes())
+        folders = ("-iquote", str(place), *includes())
         _run([COMPILER, *flags, *WARNINGS, *folders, "-c", str(source), "-o", str(unfinished)])
         unfinished.replace(made)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,67 @@ def test_names_of_kernels() -> None:
     assert nvcc.kernel_of(mangled) == "k<float, 0>"
     assert nvcc.demangled("_ZN1a1bIfEEvi") == "void a::b<float>(int)"
     assert nvcc.demangled("no_symbol") == "no_symbol"
+
+
+# ---------------------------------------------------------------- occupancy
+
+OCCUPANCY = r"""
+#include <cstdio>
+#include <cuda_occupancy.h>
+// A line in: compute capability times 10, threads and blocks and shared bytes of a multiprocessor, reserved shared
+// bytes; threads, registers and shared bytes of a kernel. A line out: blocks at once.
+int main() {
+  int cc, warps, blocks, shared, reserved, threads, registers, dynamic;
+  while (scanf("%d %d %d %d %d %d %d %d", &cc, &warps, &blocks, &shared, &reserved, &threads, &registers, &dynamic) == 8) {
+    cudaOccDeviceProp device;
+    device.computeMajor = cc / 10;
+    device.computeMinor = cc % 10;
+    device.maxThreadsPerBlock = 1024;
+    device.maxThreadsPerMultiprocessor = 32 * warps;
+    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+    device.warpSize = 32;
+    device.sharedMemPerBlock = 48 * 1024;
+    device.sharedMemPerMultiprocessor = shared;
+    device.numSms = 1;
+    device.sharedMemPerBlockOptin = shared - reserved;
+    device.reservedSharedMemPerBlock = reserved;
+    cudaOccFuncAttributes kernel;
+    kernel.maxThreadsPerBlock = 1024;
+    kernel.numRegs = registers;
+    kernel.sharedSizeBytes = 0;
+    kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
+    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxDynamicSharedSizeBytes = shared - reserved;
+    kernel.numBlockBarriers = 1;
+    cudaOccDeviceState state;
+    cudaOccResult result;
+    const cudaOccError error =
+        cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, dynamic);
+    printf("%d\n", error == CUDA_OCC_SUCCESS ? result.activeBlocksPerMultiprocessor : -int(error));
+  }
+}
+"""
+
+
+def test_occupancy_is_that_of_cuda_occupancy_h(tmp_path: Path) -> None:
+    """The arithmetic of machine.py against NVIDIA's own header."""
+    (tmp_path / "occupancy.cpp").write_text(OCCUPANCY)
+    program = str(tmp_path / "occupancy")
+    command = [cuda_host.COMPILER, *cuda_host.includes(), str(tmp_path / "occupancy.cpp")]
+    subprocess.run([*command, "-o", program], check=True)
+    lines, ours = [], []
+    for architecture in ARCHITECTURES:
+        held = MULTIPROCESSORS[architecture]
+        whole = (architecture, held.warps, held.blocks, held.shared, held.reserved)
+        for warps in (2, 4, 8, 16):
+            for registers in (*range(16, 129, 7), 40, 64, 96, 128, 255):
+                if registers * warps * 32 > 65536:
+                    continue
+                for shared in (0, 1, 1000, 4096, 29704, 48 * 1024, 53632, 64896 - 1024):
+                    lines.append(" ".join(map(str, (*whole, 32 * warps, registers, shared))))
+                    ours.append(held.resident_warps(warps, registers, shared) // warps)
+    done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True)
+    nvidias = list(map(int, done.stdout.split()))
+    assert len(nvidias) == len(lines)
+    wrong = [(line, a, b) for line, a, b in zip(lines, ours, nvidias) if a != b]
+    assert not wrong, wrong[:10]
