@@ -90,7 +90,8 @@ def compile_cuda(output: Path, folder: Path, jobs: int) -> None:
     codes += [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
     host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter"
     flags = ["-std=c++17", "-O3", f"-Xcompiler={host}", *codes]
-    flags += [f"-DFASTSCNN_CUDA_ARCHITECTURES={','.join(map(str, built))}"]
+    # One word: nvcc takes a comma for the end of a definition.
+    flags += [f"-DFASTSCNN_CUDA_ARCHITECTURES=sm_{'_'.join(map(str, built))}"]
     flags += [f"-DFASTSCNN_CUDA_PTX={ptx}"]
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags += [f"-I{path}" for path in includes]

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <sstream>
 
 #include "cuda/launch.h"
 
@@ -11,14 +12,26 @@
 #define FASTSCNN_CUDA_MODULE _cuda
 #endif
 #ifndef FASTSCNN_CUDA_ARCHITECTURES
-#define FASTSCNN_CUDA_ARCHITECTURES
+#define FASTSCNN_CUDA_ARCHITECTURES sm
 #define FASTSCNN_CUDA_PTX 0
 #endif
 
 namespace py = pybind11;
 namespace fc = fastscnn::cuda;
 
+#define TEXT_OF(WORD) #WORD
+#define TEXT(MACRO) TEXT_OF(MACRO)
+
 namespace {
+
+// "sm_80_90" -> {80, 90}
+std::vector<int> numbers(std::istringstream&& word) {
+  std::vector<int> all;
+  std::string part;
+  std::getline(word, part, '_');
+  while (std::getline(word, part, '_')) all.push_back(std::stoi(part));
+  return all;
+}
 
 // A field as Python sees it: pointers are addresses.
 template <class Arguments, class Field>
@@ -66,7 +79,7 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
 #else
   m.attr("on_host") = false;
 #endif
-  m.attr("architectures") = std::vector<int>{FASTSCNN_CUDA_ARCHITECTURES};
+  m.attr("architectures") = numbers(std::istringstream(TEXT(FASTSCNN_CUDA_ARCHITECTURES)));
   m.attr("ptx") = FASTSCNN_CUDA_PTX;  // of the architecture that is compiled as PTX too, 0 for none
 
   py::class_<fc::Parameter>(m, "Parameter", py::module_local())
