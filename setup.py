@@ -80,6 +80,12 @@ def architectures(nvcc: str) -> tuple[list[int], int]:
     return sorted(set(found)), ptx
 
 
+def definitions(built: Sequence[int], ptx: int) -> list[str]:
+    """What the extension says that it was built for; without commas, at which nvcc ends a definition."""
+    names = "_".join(map(str, built))
+    return [f"-DFASTSCNN_CUDA_ARCHITECTURES=sm_{names}", f"-DFASTSCNN_CUDA_PTX={ptx}"]
+
+
 def compile_cuda(output: Path, folder: Path, jobs: int) -> None:
     """Compiles what changed and links it with CUDA's runtime, statically: no driver is needed to import it."""
     nvcc = find_nvcc()
@@ -90,9 +96,7 @@ def compile_cuda(output: Path, folder: Path, jobs: int) -> None:
     codes += [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
     host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter"
     flags = ["-std=c++17", "-O3", f"-Xcompiler={host}", *codes]
-    # One word: nvcc takes a comma for the end of a definition.
-    flags += [f"-DFASTSCNN_CUDA_ARCHITECTURES=sm_{'_'.join(map(str, built))}"]
-    flags += [f"-DFASTSCNN_CUDA_PTX={ptx}"]
+    flags += definitions(built, ptx)
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags += [f"-I{path}" for path in includes]
     folder = folder / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]

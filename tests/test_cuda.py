@@ -126,7 +126,9 @@ def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyP
     """TORCH_CUDA_ARCH_LIST as torch reads it, names apart; what cannot be read names itself."""
     monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
     monkeypatch.chdir(ROOT)
-    read = runpy.run_path("setup.py", run_name="setup")["architectures"]
+    setup = runpy.run_path("setup.py", run_name="setup")
+    assert not any("," in flag for flag in setup["definitions"]([75, 80], 80))
+    read = setup["architectures"]
     told = SimpleNamespace(stdout="compute_75\ncompute_80\ncompute_86\ncompute_90\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: told)
     for asked, expected in {
