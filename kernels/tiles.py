@@ -57,8 +57,8 @@ _TURING = {
 }
 # Tensor memory holds sm_100's sums: four warps do not spill there, eight do.
 _BLACKWELL = {"dsconv": Tile(64, block=32, stages=1)}
-# Where warps multiply on their own, 64 pixels of channels that come by 16 spill under Triton 3.6, and so do
-# 32 channels at a time with a last 1x1.
+# Where warps multiply on their own, 64 pixels of channels that come by 16 spill under Triton 3.6; so do, on
+# sm_80, 32 channels at a time with a last 1x1.
 _BY_WARPS = (80, 86, 87, 89, 120)
 _NARROW = Tile(32, block=16, stages=1)
 _WITH_LAST = Tile(64, block=16, warps=8, stages=1)
@@ -129,7 +129,7 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     if layer.op == "dsconv" and table is _HALF and architecture in _BY_WARPS:
         if chunk(layer.in_channels) == 16:
             return _NARROW
-        if layer.last_channels:
+        if layer.last_channels and architecture == 80:
             return _WITH_LAST
     if layer.op != "inverted_residual":
         return chosen
