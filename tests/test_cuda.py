@@ -257,3 +257,25 @@ def test_a_buffer_moves_once() -> None:
     buffer = Buffer.dense("x", torch.float16, (1, 4, 4, 16))
     step = CudaStep("dsconv", {}, {"x": buffer, "out": buffer})
     assert step.bytes == 512
+
+
+@emulated
+def test_tuning_tries_the_kernels_and_checks_them(host: Any) -> None:
+    """Every layer's candidate passes parity, and wins where it is the fastest."""
+    tune = pytest.importorskip("fastscnn_fast.kernels.tune", reason="triton is not installed")
+
+    def clock(runs: Any) -> list[float]:
+        for run in runs:
+            run()
+        return [next(times)]
+
+    times = iter(range(1000, 0, -1))  # each faster than the one before
+    sizes = [(32, 48)]
+    found = list(
+        tune.tune(small_network(), sizes, 1, torch.float16, "highest", CPU, clock, lambda *_: [])
+    )
+    assert len(found) >= len(OPS)
+    for layer in found:
+        assert [trial.choice for trial in layer.trials] == [choices.TORCH, choices.CUDA]
+        assert not any(trial.problem for trial in layer.trials), layer.name
+        assert layer.best is not None and layer.best.choice == choices.CUDA
