@@ -21,7 +21,7 @@ from test_ops import Case
 
 from fastscnn_fast import backends
 from fastscnn_fast.config import PRESETS
-from fastscnn_fast.plan import OPS, plan
+from fastscnn_fast.plan import OPS, Layer, plan
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
 
@@ -70,6 +70,23 @@ def test_real_layers(case: GpuCase, module: ModuleType) -> None:
             gpu_parity.test_upsampling(case)  # every output
         else:
             check_odd(case)
+
+
+#: More output channels than a block has, with all that follows them; the network's widths in float32.
+WIDE = [
+    Layer("dsconv", "", 20, 136, last_channels=40),
+    Layer("inverted_residual", "", 72, 136, mid_channels=80),
+    Layer("inverted_residual", "", 64, 64, mid_channels=128, residual=True),
+    Layer("inverted_residual", "", 128, 128, mid_channels=64, residual=True),
+]
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "float16"])
+@pytest.mark.parametrize("layer", WIDE, ids=lambda layer: str(Case(layer, ())))
+def test_wide_layers(layer: Layer, arithmetic: str, module: ModuleType) -> None:
+    for order in (0, 1):
+        module.set_warp_order(order)
+        check_odd(GpuCase.of(Case(layer, ((9, 18),)), arithmetic))
 
 
 # ---------------------------------------------------------------- mutants: kernels that are wrong on purpose
@@ -126,7 +143,11 @@ def test_mutants_are_found(mutant: Mutant) -> None:
     built = cuda_host.build(changed={f"{mutant.op}.cu": mutant.text()})
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
-        [*command, "-k", f"{mutant.op} and (real_layers or small_size or upsampling)"],
+        [
+            *command,
+            "-k",
+            f"{mutant.op} and (real_layers or small_size or upsampling or wide_layers)",
+        ],
         env={**os.environ, cuda_host.VARIABLE: str(built)},
         cwd=cuda_host.ROOT,
         capture_output=True,

@@ -114,7 +114,7 @@ def test_what_cannot_be_packed(backend: str) -> None:
 def test_what_no_backend_packs() -> None:
     weights = random_weights(LAYER)
     with pytest.raises(
-        ValueError, match="backend must be one of reference, cpu, triton, got 'tpu'"
+        ValueError, match="backend must be one of reference, cpu, triton, cuda, got 'tpu'"
     ):
         ops.pack([LAYER], [weights], "tpu")
     for dtype in (torch.float64, torch.float16):

@@ -504,7 +504,9 @@ def test_what_cannot_be_fused(model, fast):
             fuse(other)
     with pytest.raises(ValueError, match="backend must be auto or one of cuda, .*, got 'gpu'"):
         fuse(model, "gpu")
-    with pytest.raises(RuntimeError, match="backend cuda cannot run: this version has no CUDA"):
+    with pytest.raises(
+        RuntimeError, match="backend cuda cannot run: (device must be cuda|the extension)"
+    ):
         fuse(model, "cuda")
     with pytest.raises(RuntimeError, match="backend triton cannot run: (device must be|the pack)"):
         fuse(model, "triton")

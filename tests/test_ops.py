@@ -547,7 +547,7 @@ PACKED = ops.pack([DSCONV[1]], [WEIGHTS], "cpu") if backends.isas() else None
         (
             {"backend": "tpu"},
             ValueError,
-            "backend must be one of reference, cpu, triton, got 'tpu'",
+            "backend must be one of reference, cpu, triton, cuda, got 'tpu'",
         ),
         ({"layer": DSCONV[0]}, ValueError, r"x must be \(N, 32, H, W\), got shape"),
         ({"layer": INVERTED_RESIDUAL[0]}, ValueError, "layer must be one encoded dsconv"),

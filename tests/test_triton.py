@@ -119,6 +119,7 @@ def test_forced_it_says_why_not(forced: str, monkeypatch: pytest.MonkeyPatch) ->
 @built
 def test_it_is_chosen_by_itself_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "architecture", lambda device: 80)
+    monkeypatch.setattr(backends, "_cuda_module", None)  # which would be preferred
     for dtype in (torch.float32, *HALF):
         assert backends.choose("auto", Config(), GPU, dtype) == "triton"
     assert backends.choose("auto", Config(), GPU, torch.float64) == "reference"

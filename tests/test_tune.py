@@ -121,6 +121,7 @@ def plan(model: FastSCNN) -> Plan:
         INTERPRETER,
         "highest",
         choices.load(CPU),
+        "triton",
     )
 
 
@@ -175,12 +176,12 @@ def test_keys_tell_layers_and_all_their_shapes_apart(model: FastSCNN) -> None:
     ("content", "reason"),
     [
         ("{", "it is damaged"),
-        ("[]", "schema must be 1, got None"),
-        ('{"schema": 0, "choices": {}}', "schema must be 1, got 0"),
-        ('{"schema": 1}', "it is damaged"),
-        ('{"schema": 1, "choices": {"HERE": {"a": "cuda"}}}', "it is damaged"),
-        ('{"schema": 1, "choices": {"HERE": {"a": {"tile": {"pixels": 0}}}}}', "tile must have"),
-        ('{"schema": 1, "choices": {"another GPU": {}}}', "it has no choices for interpreter"),
+        ("[]", "schema must be 2, got None"),
+        ('{"schema": 0, "choices": {}}', "schema must be 2, got 0"),
+        ('{"schema": 2}', "it is damaged"),
+        ('{"schema": 2, "choices": {"HERE": {"a": "opencl"}}}', "it is damaged"),
+        ('{"schema": 2, "choices": {"HERE": {"a": {"tile": {"pixels": 0}}}}}', "tile must have"),
+        ('{"schema": 2, "choices": {"another GPU": {}}}', "it has no choices for interpreter"),
     ],
 )
 def test_damaged_and_foreign_files_are_ignored_with_a_reason(
