@@ -55,9 +55,10 @@ py::class_<Arguments> bind(py::module_& m, const char* name, const char* functio
       function,
       [call, function](const Arguments& arguments, uintptr_t stream) {
         const int status = call(&arguments, reinterpret_cast<fastscnn_stream>(stream));
-        if (status != 0) {
-          throw std::runtime_error(std::string(function) + ": " + fastscnn_cuda_message(status));
-        }
+        if (status == 0) return;
+        const std::string what = std::string(function) + ": " + fastscnn_cuda_message(status);
+        if (status == FASTSCNN_REFUSED) throw std::invalid_argument(what);
+        throw std::runtime_error(what);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("describe", [call](const Arguments& arguments) {

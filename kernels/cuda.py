@@ -19,6 +19,8 @@ from .launch import Buffer
 # As csrc/cuda/fastscnn_cuda.h numbers them.
 _TYPES = {dtype: i for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.uint8))}  # fmt: skip
 _OUTPUTS = ("logits", "probabilities", "labels")
+#: Bytes of which the address of every plane and piece of weights is a multiple.
+ALIGNMENT = 16
 #: The struct of each op's arguments.
 STRUCTS = {
     "stem_conv": "StemConv",
@@ -90,7 +92,7 @@ def described(made: CudaStep) -> list[Described]:
     arguments = made.struct()
     buffers = [None, *made.arguments.values()]
     for number, name in enumerate(made.arguments, start=1):
-        setattr(arguments, name, number)  # in place of an address
+        setattr(arguments, name, number * ALIGNMENT)  # in place of an address
     return [
         Described(
             nvcc.kernel_of(one.kernel),
@@ -105,7 +107,7 @@ def described(made: CudaStep) -> list[Described]:
 
 def _argument(type_: str, bits: int, buffers: Sequence[Buffer | None]) -> Any:
     if type_ == "pointer":
-        return buffers[bits]
+        return buffers[bits // ALIGNMENT]
     (value,) = struct.unpack(
         {"int32": "<i4x", "int64": "<q", "float32": "<f4x"}[type_], bits.to_bytes(8, "little")
     )

@@ -439,6 +439,17 @@ def test_networks(name: str, arithmetic: str, size: Size, raw: bool, output: str
         assert_parity(y, owns, ref64, factor, max(floor, FLOOR))
 
 
+@torch.no_grad()
+def test_a_batch_of_pictures_whose_logits_are_one_pixel() -> None:
+    """Their planes of 1x1 have the strides of a pixel's channels, whose padding would be the next image's."""
+    model, fast, x = small_model("paper"), fused("paper"), noise(3, 3, 8, 8)
+    arguments = (x.to(DEVICE), fast.weights, fast.program, fast.dtype, "logits")
+    y = run_poisoned("network", *arguments, backend=BACKEND).cpu()
+    factor, floor = BOUNDS["float32"]
+    ref64 = copy.deepcopy(model).double().reference(x.double())
+    assert_parity(y, model.reference(x), ref64, factor, max(floor, FLOOR))
+
+
 def test_calls_of_a_network() -> None:
     """In a batch, compiled, into out=, in two threads at once: the same bits."""
     fast, x = fused("paper", "float16"), noise(2, 3, 32, 32).half().to(DEVICE)

@@ -187,7 +187,7 @@ def plan_of(name: str, chosen: choices.Choices = choices.NONE, backend: str = "c
 def test_a_plan_is_a_step_a_layer_and_at_most_twenty_launches(name: str, host: Any) -> None:
     steps = plan_of(name).steps
     assert [step.op for step in steps] == [layer.op for layer in program(PRESETS[name])]
-    launches = [one for step in steps for one in host.describe(step.struct())]
+    launches = [one for step in steps for one in cuda.described(step)]
     assert len(launches) <= 20
     assert all(one.threads % 32 == 0 and one.grid[2] == 1 for one in launches)
 
@@ -243,14 +243,55 @@ def test_no_triton_is_needed() -> None:
 @emulated
 def test_bad_arguments_are_named(host: Any) -> None:
     arguments = host.DSConv()
-    with pytest.raises(RuntimeError, match="dsconv: stride must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="dsconv: in_channels must be at least 1, got 0"):
         host.dsconv(arguments, 0)
-    arguments.stride = arguments.dilation = 1
-    arguments.type = arguments.out_type = 7
-    with pytest.raises(RuntimeError, match="a type must be float32, bfloat16 or float16, got 7"):
-        host.dsconv(arguments, 0)
-    with pytest.raises(Exception, match="bins must be at most 8, got 9"):
+    with pytest.raises(ValueError, match="bins must be at most 8, got 9"):
         host.PyramidPooling().bins = list(range(9))
+
+
+def rules() -> Iterator[Any]:
+    """By op: a field, a value that breaks its rule in the paper's network, and what is then said."""
+    plane = {
+        "pixel": [(8, "at least"), (1001, "a multiple of 8")],
+        "image": [(1001, "a multiple of 8")],
+    }
+    convolution = [("height", 0, "at least 1"), ("out_width", 7, " for these sizes"), ("stride", 0, "")]
+    broken: dict[str, list[tuple[str, Any, str]]] = {
+        "stem_conv": [*convolution, ("padding", -1, "at least 0"), ("x_type", 0, "type or uint8")],
+        "dsconv": [*convolution, ("dilation", 0, "at least 1"), ("mid_activation", 3, "none, relu")],
+        "inverted_residual": [*convolution, ("mid_channels", 0, "at least 1")],
+        "pyramid_pooling": [("kernel", 2, "1 or 3"), ("width", 2**21 + 1, "2^21"), ("bins", [256], "255")],
+        "feature_fusion": [("low_height", 0, "at least 1"), ("dilation", 0, "at least 1")],
+        "upsample_classify": [("classes", 257, "at most 256"), ("low_width", 0, "at least 1")],
+    }  # fmt: skip
+    planes = {"stem_conv": ["out"], "feature_fusion": ["high", "low", "out"], "upsample_classify": []}
+    for op, own in broken.items():
+        for name in planes.get(op, ["x", "out"]):
+            own += [(f"{name}_{part}", *rule) for part, rules in plane.items() for rule in rules]
+            own += [(name, 24, "aligned to 16 bytes"), (name, 0, "an address")]
+        own += [("type", 3, "float32, bfloat16 or float16"), ("images", -1, "at least 0")]
+        own += [("images", 2**40, "2^31 - 1 blocks")]
+        for field, value, says in own:
+            yield pytest.param(op, field, value, says, id=f"{op}-{field}-{value}")
+
+
+@emulated
+@pytest.mark.parametrize(("op", "field", "value", "says"), list(rules()))
+def test_arguments_that_break_a_rule_are_refused(
+    op: str, field: str, value: Any, says: str, host: Any
+) -> None:
+    """Before anything is launched, by whoever calls the C interface."""
+    step = next(step for step in plan_of("paper").steps if step.op == op)
+    arguments = step.struct()
+    for name in step.arguments:
+        setattr(arguments, name, 16)
+    assert host.describe(arguments)
+    setattr(arguments, field, value)
+    with pytest.raises(ValueError) as caught:
+        host.describe(arguments)
+    assert says in str(caught.value), caught.value
+    got = value[0] if isinstance(value, list) else value
+    assert str(caught.value).endswith(f"got {got}") or field == "images", caught.value
 
 
 def test_a_buffer_moves_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import re
 import subprocess
@@ -87,6 +89,44 @@ def test_wide_layers(layer: Layer, arithmetic: str, module: ModuleType) -> None:
     for order in (0, 1):
         module.set_warp_order(order)
         check_odd(GpuCase.of(Case(layer, ((9, 18),)), arithmetic))
+
+
+def fenced(packed: torch.Tensor) -> torch.Tensor:
+    """The same at the very end of memory whose next page may not be read."""
+    page, size = mmap.PAGESIZE, packed.numel()
+    whole = -(-size // page) * page
+    memory = mmap.mmap(-1, whole + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + whole), ctypes.c_size_t(page), 0) == 0
+    inside = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=whole - size)
+    return inside.copy_(packed)
+
+
+@pytest.mark.parametrize("out_channels", [16, 48])
+def test_nothing_is_read_past_the_weights(
+    out_channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process that a read past them ends."""
+    packed = GpuCase.packed
+    monkeypatch.setattr(GpuCase, "packed", lambda *arguments: fenced(packed(*arguments)))
+    cases = [
+        GpuCase.of(replace(case, layer=replace(case.layer, out_channels=out_channels)), "float32")
+        for case in gpu_parity.ONE_OF_EACH
+        if case.layer.op != "upsample_classify" and not case.layer.residual
+    ]
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # a pool of threads does not survive a fork
+            for case in cases:
+                case.run(case.inputs(), case.weights())
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 # ---------------------------------------------------------------- mutants: kernels that are wrong on purpose

@@ -174,10 +174,8 @@ __global__ void __launch_bounds__(kConvolutionThreads, 2)
   };
 
   typename Product::Tile total;
-  total.for_each([&](int, int c, float2& pair) {
-    const int o = first_column + Product::column() + c;
-    pair = o < row_pitch ? load_pair(bias + o) : float2{0, 0};
-  });
+  const int own_column = first_column + Product::column();
+  total.start(bias + own_column, row_pitch - own_column);
   const int steps = taps * chunks_of_tap;
 #pragma unroll 1
   for (int step = 1 - kStages; step < steps; ++step) {

@@ -4,6 +4,7 @@
 // A block owns a tile of pixels with all their output channels. Chunk by chunk of input channels,
 // 64 bytes of each pixel, the tile's halo and the chunk's rows of the 1x1 arrive asynchronously
 // while the chunk before is computed.
+#include "arguments.cuh"
 #include "depthwise.cuh"
 #include "product.cuh"
 
@@ -205,13 +206,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// Whether the classes of a pixel lie next to each other, padded with zeros, as channels do. Planes
+// of one pixel have an out_channel of 1 too, but an out_pixel that holds no padding.
+bool is_interleaved(const fastscnn_dsconv& op) {
+  return op.out_channel == 1 && op.out_pixel >= padded(op.last_channels);
+}
+
 template <class T, class Y, int In, int Out, int Stride, bool Last>
 void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
   using S = Sizes<T, In, Out, Stride>;
   const Bounds mid = bounds_of(op.mid_activation), end = bounds_of(op.activation);
   const int in_channels = padded(op.in_channels), out_channels = padded(op.out_channels);
-  // Next to each other in memory, the classes are padded with zeros, as channels are.
-  const int last_channels = op.out_channel == 1 ? padded(op.last_channels) : op.last_channels;
+  const int last_channels = is_interleaved(op) ? padded(op.last_channels) : op.last_channels;
   const int last_columns = Last ? power_of_two(padded(op.last_channels)) : 0;
   const int64_t tiles_down = divided_up(op.out_height, S::kRows);
   const int64_t tiles_across = divided_up(op.out_width, S::kAcross);
@@ -254,10 +260,34 @@ void select(const fastscnn_dsconv& op, fastscnn_stream stream) {
 int fastscnn_cuda_dsconv(const fastscnn_dsconv* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    fc::require(op->stride >= 1, "stride must be at least 1", op->stride);
-    fc::require(op->dilation >= 1, "dilation must be at least 1", op->dilation);
+    const fc::Arguments rules(op->type, op->images);
+    rules.at_least(1, "in_channels", op->in_channels);
+    rules.at_least(1, "out_channels", op->out_channels);
+    rules.at_least(0, "last_channels", op->last_channels);
+    rules.at_least(1, "stride", op->stride);
+    rules.at_least(1, "dilation", op->dilation);
+    rules.at_least(1, "height", op->height);
+    rules.at_least(1, "width", op->width);
+    rules.side("out_height", op->out_height, op->height, op->stride, op->dilation, op->dilation);
+    rules.side("out_width", op->out_width, op->width, op->stride, op->dilation, op->dilation);
+    rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
+    rules.aligned("depthwise_weight", op->depthwise_weight);
+    rules.aligned("depthwise_bias", op->depthwise_bias);
+    rules.aligned("pointwise_weight", op->pointwise_weight);
+    rules.aligned("pointwise_bias", op->pointwise_bias);
+    if (op->last_channels) {
+      rules.aligned("last_weight", op->last_weight);
+      rules.aligned("last_bias", op->last_bias);
+    }
     fc::require(op->out_type == op->type || (op->last_channels && op->out_type == FASTSCNN_FLOAT32),
                 "out_type must be type, or float32 with last_channels", op->out_type);
+    if (op->last_channels) {
+      rules.at_least(1, "out_channel", op->out_channel);
+      rules.at_least(1, "out_pixel", op->out_pixel);
+      rules.present("out", op->out);
+    } else {
+      rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
+    }
     fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
   });
 }

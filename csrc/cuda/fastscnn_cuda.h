@@ -3,9 +3,11 @@
  *
  * Activations are channels-last: `pixel` elements from a pixel to the next, of which a multiple of
  * 16 channels is computed (what pads them is zero); rows follow each other without gaps, images lie
- * `image` elements apart. Packed weights are laid out by kernels/weights.py. Every function checks
- * its arguments, queues its launches on `stream`, does not wait for them and returns 0, else a
- * status that fastscnn_cuda_message() explains.
+ * `image` elements apart; addresses, pixels and images are whole vectors of 16 bytes. Packed
+ * weights are laid out by kernels/weights.py, aligned in the same way. Every function checks sizes,
+ * strides and alignment (not how much memory there is), queues its launches on `stream`, does not
+ * wait for them and returns 0, else a status that fastscnn_cuda_message() explains:
+ * FASTSCNN_REFUSED for an argument that breaks a rule, or CUDA's own error.
  */
 #ifndef FASTSCNN_CUDA_H
 #define FASTSCNN_CUDA_H
@@ -26,6 +28,7 @@ enum {
 enum { FASTSCNN_NONE, FASTSCNN_RELU, FASTSCNN_RELU6 };             /* activations */
 enum { FASTSCNN_LOGITS, FASTSCNN_PROBABILITIES, FASTSCNN_LABELS }; /* outputs */
 enum { FASTSCNN_MOST_BINS = 8 };
+enum { FASTSCNN_REFUSED = -1 }; /* status */
 
 /* 3x3 + bias + act from a picture of any strides, in elements: of `type`, or uint8 to be
  * normalised. */
@@ -38,8 +41,9 @@ typedef struct {
 } fastscnn_stem_conv;
 
 /* Depthwise 3x3 + bias + act -> 1x1 + bias + act [-> 1x1 + bias of last_channels, where those are
- * not 0]. `out_type` may differ from `type` with last_channels only; `out_channel` is 1, or a
- * plane's size. */
+ * not 0]. `out_type` may differ from `type` with last_channels only. `out_channel` is 1 where an
+ * out_pixel holds the padded channels, else a plane's size; without last_channels it is not looked
+ * at. */
 typedef struct {
   int type, out_type, in_channels, out_channels, last_channels, stride, dilation, mid_activation,
       activation;

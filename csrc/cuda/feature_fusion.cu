@@ -5,6 +5,7 @@
 // over the channels of low and then of high, chunk by chunk: low's are resized and refined by the
 // threads, high's and the rows of the weights arrive asynchronously while the chunk before is
 // computed.
+#include "arguments.cuh"
 #include "product.cuh"
 #include "resize.cuh"
 
@@ -210,7 +211,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   queue(0);
   typename Product::Tile total;
-  total.start(bias + first_column + Product::column());
+  const int own_column = first_column + Product::column();
+  total.start(bias + own_column, row_pitch - own_column);
   samples.fill(top, start, dilation, height, width, low_height, low_width,
                {y_scale, y_shift, y_divisor}, {x_scale, x_shift, x_divisor});
   __syncthreads();
@@ -301,15 +303,24 @@ void run_dense(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
 int fastscnn_cuda_feature_fusion(const fastscnn_feature_fusion* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    fc::require(op->dilation >= 1, "dilation must be at least 1", op->dilation);
-    fc::require(op->low_height >= 1, "low_height must be at least 1", op->low_height);
-    fc::require(op->low_width >= 1, "low_width must be at least 1", op->low_width);
-    const auto require_pixel = [](const char* rule, int64_t pixel, int channels) {
-      fc::require(pixel >= fc::padded(channels), rule, pixel);
-    };
-    require_pixel("low_pixel must hold low's padded channels", op->low_pixel, op->low_channels);
-    require_pixel("high_pixel must hold high's padded channels", op->high_pixel, op->high_channels);
-    require_pixel("out_pixel must hold the padded out_channels", op->out_pixel, op->out_channels);
+    const fc::Arguments rules(op->type, op->images);
+    rules.at_least(1, "low_channels", op->low_channels);
+    rules.at_least(1, "high_channels", op->high_channels);
+    rules.at_least(1, "out_channels", op->out_channels);
+    rules.at_least(1, "dilation", op->dilation);
+    rules.at_least(1, "height", op->height);
+    rules.at_least(1, "width", op->width);
+    rules.at_least(1, "low_height", op->low_height);
+    rules.at_least(1, "low_width", op->low_width);
+    rules.plane("high", op->high, op->high_channels, op->high_image, op->high_pixel);
+    rules.plane("low", op->low, op->low_channels, op->low_image, op->low_pixel);
+    rules.aligned("refine_weight", op->refine_weight);
+    rules.aligned("refine_bias", op->refine_bias);
+    rules.aligned("low_weight", op->low_weight);
+    rules.aligned("high_weight", op->high_weight);
+    rules.aligned("bias", op->bias);
+    if (op->dense) rules.aligned("refined", op->refined);
+    rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
     fc::with_type(op->type, [&](auto element) {
       using T = decltype(element);
       op->dense ? fc::run_dense<T>(*op, stream) : fc::select<T, 9>(*op, stream);

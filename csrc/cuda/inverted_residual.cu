@@ -6,6 +6,7 @@
 // up by the depthwise and projected onto sums that stay in registers. Of the weights, the next
 // chunk's expanding columns arrive during the depthwise and the projection, the chunk's projecting
 // rows during the expansion and the depthwise, so that one buffer of each is enough.
+#include "arguments.cuh"
 #include "depthwise.cuh"
 #include "product.cuh"
 
@@ -277,7 +278,22 @@ int fastscnn_cuda_inverted_residual(const fastscnn_inverted_residual* op, fastsc
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
     fc::require(op->stride == 1 || op->stride == 2, "stride must be 1 or 2", op->stride);
-    fc::require(op->mid_channels >= 1, "mid_channels must be at least 1", op->mid_channels);
+    const fc::Arguments rules(op->type, op->images);
+    rules.at_least(1, "in_channels", op->in_channels);
+    rules.at_least(1, "mid_channels", op->mid_channels);
+    rules.at_least(1, "out_channels", op->out_channels);
+    rules.at_least(1, "height", op->height);
+    rules.at_least(1, "width", op->width);
+    rules.side("out_height", op->out_height, op->height, op->stride, 1, 1);
+    rules.side("out_width", op->out_width, op->width, op->stride, 1, 1);
+    rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
+    rules.aligned("expand_weight", op->expand_weight);
+    rules.aligned("expand_bias", op->expand_bias);
+    rules.aligned("depthwise_weight", op->depthwise_weight);
+    rules.aligned("depthwise_bias", op->depthwise_bias);
+    rules.aligned("project_weight", op->project_weight);
+    rules.aligned("project_bias", op->project_bias);
+    rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
     fc::require(!op->residual || op->stride == 1, "stride must be 1 with residual", op->stride);
     fc::require(!op->residual || op->in_channels == op->out_channels,
                 "out_channels must be in_channels with residual", op->out_channels);

@@ -5,8 +5,6 @@
 namespace fastscnn::cuda {
 namespace {
 
-constexpr int kRefused = -1;
-
 thread_local std::string message;
 thread_local std::vector<Described>* list = nullptr;
 
@@ -22,7 +20,7 @@ int status_of(const std::function<void()>& call) noexcept {
     return error.code;
   } catch (const std::exception& error) {
     message = error.what();
-    return kRefused;
+    return FASTSCNN_REFUSED;
   }
 }
 
@@ -40,8 +38,10 @@ namespace detail {
 std::vector<Described>* recording() { return list; }
 
 void check(const Shape& shape) {
-  require(shape.blocks < int64_t{1} << 31, "a grid must have fewer than 2^31 blocks", shape.blocks);
-  require(shape.rows < 65536, "a grid must have fewer than 65,536 rows", shape.rows);
+  require(shape.blocks >= 0 && shape.blocks < int64_t{1} << 31,
+          "a grid must have from 0 to 2^31 - 1 blocks", shape.blocks);
+  require(shape.rows >= 0 && shape.rows < 65536, "a grid must have from 0 to 65,535 rows",
+          shape.rows);
 }
 
 // "... [with auto Kernel = NAME; ...]" or "... [auto Kernel = NAME]" -> NAME, without the & that
@@ -74,7 +74,7 @@ std::vector<std::string> split(const char* names) {
 
 const char* fastscnn_cuda_message(int status) {
   namespace fc = fastscnn::cuda;
-  if (status == fc::kRefused) return fc::message.c_str();
+  if (status == FASTSCNN_REFUSED) return fc::message.c_str();
 #ifdef FASTSCNN_CUDA_ON_HOST
   return status == 0 ? "no error" : "an error of CUDA";
 #else

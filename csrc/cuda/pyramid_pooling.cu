@@ -8,6 +8,7 @@
 // 2. a block has a cell and a tap: sums over the cell's rows, mean, 1x1 + ReLU, share of the tap;
 // 3. a block has a tile of pixels: out-convolution of x and of the grids.
 // The first two are small, and short of threads rather than of arithmetic: no tensor cores.
+#include "arguments.cuh"
 #include "convolution.cuh"
 
 namespace fastscnn::cuda {
@@ -177,11 +178,26 @@ void run(const fastscnn_pyramid_pooling& op, fastscnn_stream stream) {
 int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
+    const fc::Arguments rules(op->type, op->images);
     fc::require(op->kernel == 1 || op->kernel == 3, "kernel must be 1 or 3", op->kernel);
+    rules.at_least(1, "in_channels", op->in_channels);
+    rules.at_least(1, "out_channels", op->out_channels);
     // Twice a side times its bins is an int in the kernels.
     const int64_t most = 1 << 21;
     fc::require(op->height >= 1 && op->height <= most, "height must be from 1 to 2^21", op->height);
     fc::require(op->width >= 1 && op->width <= most, "width must be from 1 to 2^21", op->width);
+    rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
+    if (op->branches) {
+      rules.at_least(1, "mid_channels", op->mid_channels);
+      rules.aligned("branch_weight", op->branch_weight);
+      rules.aligned("branch_bias", op->branch_bias);
+      rules.aligned("grid_weight", op->grid_weight);
+      rules.aligned("sums", op->sums);
+      rules.aligned("shares", op->shares);
+    }
+    rules.aligned("out_weight", op->out_weight);
+    rules.aligned("out_bias", op->out_bias);
+    rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
     fc::with_type(op->type, [&](auto element) { fc::run<decltype(element)>(*op, stream); });
   });
 }
@@ -191,6 +207,10 @@ void fastscnn_cuda_pyramid_pooling_scratch(const fastscnn_pyramid_pooling* op, s
   namespace fc = fastscnn::cuda;
   *sums = *shares = 0;
   fc::status_of([&] {  // the op says what is wrong
+    const fc::Arguments rules(op->type, op->images);
+    rules.at_least(1, "in_channels", op->in_channels);
+    rules.at_least(1, "out_channels", op->out_channels);
+    rules.at_least(1, "height", op->height);
     const fc::Grids grids(*op);
     const size_t element = op->type == FASTSCNN_FLOAT32 ? 4 : 2, images = op->images;
     *sums = images * op->height * grids.row_cells * fc::padded(op->in_channels) * sizeof(float);

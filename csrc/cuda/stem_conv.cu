@@ -4,6 +4,7 @@
 // A block owns a tile of pixels and 32 output channels. It reads the tile's halo once, along
 // whichever axis is contiguous, and keeps it as (rows, columns, channels): a pixel's terms are then
 // three runs of 9, which a thread joins to a row of the product's left matrix.
+#include "arguments.cuh"
 #include "product.cuh"
 
 namespace fastscnn::cuda {
@@ -175,10 +176,8 @@ __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
 
   typename Product::Tile total;
   const auto start_total = [&] {
-    total.for_each([&](int, int column, float2& pair) {
-      const int o = first + Product::column() + column;
-      pair = o < row_pitch ? load_pair(bias + o) : float2{0, 0};
-    });
+    const int own = first + Product::column();
+    total.start(bias + own, row_pitch - own);
   };
   const auto queue = [&](int chunk) {
     copy_matrix<kChunk, kColumns, kThreads>(right, pitch<T>(kColumns),
@@ -263,13 +262,27 @@ void select(const fastscnn_stem_conv& op, fastscnn_stream stream) {
 int fastscnn_cuda_stem_conv(const fastscnn_stem_conv* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    fc::require(op->channels >= 1, "channels must be at least 1", op->channels);
-    fc::require(op->stride >= 1, "stride must be at least 1", op->stride);
-    fc::require(op->padding >= 0, "padding must be at least 0", op->padding);
+    const fc::Arguments rules(op->type, op->images);
+    rules.at_least(1, "channels", op->channels);
+    rules.at_least(1, "out_channels", op->out_channels);
+    rules.at_least(1, "stride", op->stride);
+    rules.at_least(0, "padding", op->padding);
+    rules.at_least(1, "height", op->height);
+    rules.at_least(1, "width", op->width);
+    rules.side("out_height", op->out_height, op->height, op->stride, op->padding, 1);
+    rules.side("out_width", op->out_width, op->width, op->stride, op->padding, 1);
+    rules.present("x", op->x);
+    rules.aligned("weight", op->weight);
+    rules.aligned("bias", op->bias);
+    rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
     fc::require(op->x_type == op->type || op->x_type == FASTSCNN_UINT8,
                 "x_type must be type or uint8", op->x_type);
-    fc::require(op->x_type != FASTSCNN_UINT8 || op->channels <= fc::kMostNormalised,
-                "channels of uint8 must be at most 4", op->channels);
+    if (op->x_type == FASTSCNN_UINT8) {
+      fc::require(op->channels <= fc::kMostNormalised, "channels of uint8 must be at most 4",
+                  op->channels);
+      rules.present("scale", op->scale);
+      rules.present("shift", op->shift);
+    }
     fc::with_type(op->type, [&](auto element) {
       using T = decltype(element);
       if (op->x_type == FASTSCNN_UINT8) return fc::select<T, uint8_t>(*op, stream);

@@ -6,6 +6,7 @@
 // more. Maxima, sums and labels stay in registers: full-size logits exist only where asked for.
 #include <cfloat>
 
+#include "arguments.cuh"
 #include "resize.cuh"
 
 namespace fastscnn::cuda {
@@ -330,11 +331,16 @@ int fastscnn_cuda_upsample_classify(const fastscnn_upsample_classify* op, fastsc
     const bool labels = op->output == FASTSCNN_LABELS;
     fc::require(op->output >= FASTSCNN_LOGITS && op->output <= FASTSCNN_LABELS,
                 "an output must be logits, probabilities or labels", op->output);
-    fc::require(op->classes >= 1, "classes must be at least 1", op->classes);
+    const fc::Arguments rules(op->type, op->images);
+    rules.at_least(1, "classes", op->classes);
     fc::require(!labels || op->classes <= 256, "classes of labels must be at most 256",
                 op->classes);
-    fc::require(op->low_height >= 1, "low_height must be at least 1", op->low_height);
-    fc::require(op->low_width >= 1, "low_width must be at least 1", op->low_width);
+    rules.at_least(1, "low_height", op->low_height);
+    rules.at_least(1, "low_width", op->low_width);
+    rules.at_least(1, "height", op->height);
+    rules.at_least(1, "width", op->width);
+    rules.present("x", op->x);
+    rules.present("out", op->out);
     fc::require(labels || op->out_type == op->type || op->type == FASTSCNN_FLOAT32,
                 "out_type must be type where that is not float32", op->out_type);
     fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
