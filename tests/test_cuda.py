@@ -255,7 +255,11 @@ def rules() -> Iterator[Any]:
         "pixel": [(8, "at least"), (1001, "a multiple of 8")],
         "image": [(1001, "a multiple of 8")],
     }
-    convolution = [("height", 0, "at least 1"), ("out_width", 7, " for these sizes"), ("stride", 0, "")]
+    convolution = [
+        ("height", 0, "at least 1"),
+        ("out_width", 7, " for these sizes"),
+        ("stride", 0, ""),
+    ]
     broken: dict[str, list[tuple[str, Any, str]]] = {
         "stem_conv": [*convolution, ("padding", -1, "at least 0"), ("x_type", 0, "type or uint8")],
         "dsconv": [*convolution, ("dilation", 0, "at least 1"), ("mid_activation", 3, "none, relu")],
@@ -264,7 +268,11 @@ def rules() -> Iterator[Any]:
         "feature_fusion": [("low_height", 0, "at least 1"), ("dilation", 0, "at least 1")],
         "upsample_classify": [("classes", 257, "at most 256"), ("low_width", 0, "at least 1")],
     }  # fmt: skip
-    planes = {"stem_conv": ["out"], "feature_fusion": ["high", "low", "out"], "upsample_classify": []}
+    planes = {
+        "stem_conv": ["out"],
+        "feature_fusion": ["high", "low", "out"],
+        "upsample_classify": [],
+    }
     for op, own in broken.items():
         for name in planes.get(op, ["x", "out"]):
             own += [(f"{name}_{part}", *rule) for part, rules in plane.items() for rule in rules]

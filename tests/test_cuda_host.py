@@ -132,11 +132,19 @@ def test_nothing_is_read_past_the_weights(
 # ---------------------------------------------------------------- mutants: kernels that are wrong on purpose
 
 
+def source_of(name: str) -> str:
+    """An op's source, or "convolution": the header that pyramid_pooling is written around."""
+    if name != "convolution":
+        return (cuda_host.CUDA / f"{name}.cu").read_text()
+    header = (cuda_host.CUDA / "convolution.cuh").read_text()
+    return header.replace("#pragma once", "")
+
+
 @dataclass(frozen=True)
 class Mutant:
     """The ``n``-th match of ``pattern`` in an op's source becomes ``replacement``; a test must then say ``says``."""
 
-    op: str
+    source: str  # without its ending
     what: str
     pattern: str
     replacement: str
@@ -144,12 +152,19 @@ class Mutant:
     n: int = 0
 
     def __str__(self) -> str:
-        return f"{self.op} {self.what} {self.n}"
+        return f"{self.source} {self.what} {self.n}"
+
+    @property
+    def op(self) -> str:
+        return "pyramid_pooling" if self.source == "convolution" else self.source
 
     def text(self) -> str:
-        text = cuda_host.units()[f"{self.op}.cu"].read_text()
+        text = source_of(self.source)
         found = list(re.finditer(self.pattern, text))[self.n]
-        return text[: found.start()] + found.expand(self.replacement) + text[found.end() :]
+        changed = text[: found.start()] + found.expand(self.replacement) + text[found.end() :]
+        if self.source == self.op:
+            return changed
+        return source_of(self.op).replace(f'#include "{self.source}.cuh"\n', changed)
 
 
 BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
@@ -157,22 +172,31 @@ KINDS = (
     ("without a barrier", BARRIER, ";", ""),
     ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", "barrier"),
     ("copies not waited for", LAST_WAIT, ";", ""),
-    ("copies waited for too late", r"async_wait<1>\(\);", "async_wait<2>();", ""),
-    ("an index shifted", r"Product::column\(\) \+ column\b", r"\g<0> + 2", ""),
+    (
+        "copies waited for too late",
+        r"async_wait<(1|kStages - 2)>\(\);",
+        r"async_wait<\1 + 1>();",
+        "",
+    ),
+    ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", ""),
     ("reads past the edge", r"(?<=z >= 0 && z) < width|(?<=pixel\.y) < width", " <= width", ""),
-    ("writes past the edge", r"z >= (out_)?width\b|column >= width\b", r"(\g<0>) && false", ""),
+    (
+        "writes past the edge",
+        r"z >= (out_)?width\b|column >= width\b",
+        r"(\g<0>) && false",
+        "",
+    ),
+    ("a write past the end", r"p >= pixels\b", "p > pixels", ""),
     ("labels past the edge", r"if \(column < width\) to", "to", ""),
 )
 
 
 def mutants() -> Iterator[Any]:
-    for op in OPS:
-        path = cuda_host.CUDA / f"{op}.cu"
-        text = path.read_text() if path.exists() else ""
+    for source in (*OPS, "convolution"):
         for kind in KINDS:
-            for n in range(len(re.findall(kind[1], text))):
-                mutant = Mutant(op, *kind, n=n)
-                marks = [] if op == "dsconv" and n == 0 else [pytest.mark.slow]
+            for n in range(len(re.findall(kind[1], source_of(source)))):
+                mutant = Mutant(source, *kind, n=n)
+                marks = [] if source == "dsconv" and n == 0 else [pytest.mark.slow]
                 if n > 0:  # minutes
                     marks = [pytest.mark.exhaustive]
                 yield pytest.param(mutant, id=str(mutant), marks=marks)

@@ -51,6 +51,7 @@ struct Block {
   std::vector<unsigned char> memory;  // guard, shared memory, guard
   unsigned char* shared;
   size_t shared_bytes;
+  bool early;  // whether copies arrive at once, not when they are waited for
   uint3 index;
   dim3 size, grid;
   const std::function<void()>* kernel;
@@ -222,6 +223,7 @@ void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
   const uint64_t total = uint64_t{blocks} * rows;
   const unsigned workers =
       unsigned(std::min<uint64_t>(std::max(1u, std::thread::hardware_concurrency()), total));
+  const unsigned order = warp_order;
   std::vector<Block> all(workers);
   for (Block& one : all) {
     one.fibers.resize(threads);
@@ -232,6 +234,7 @@ void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
     const auto start = reinterpret_cast<uintptr_t>(one.memory.data()) + kGuard;
     one.shared = reinterpret_cast<unsigned char*>((start + 127) / 128 * 128);
     one.shared_bytes = shared;
+    one.early = order % 2;
     one.size = dim3(threads);
     one.grid = dim3(blocks, rows);
     one.kernel = &kernel;
@@ -239,7 +242,6 @@ void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
   std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};
   std::vector<std::thread> others;
-  const unsigned order = warp_order;
   for (unsigned i = 1; i < workers; ++i) {
     others.emplace_back([&, i] { run_blocks(all[i], next, total, order, failed); });
   }
@@ -267,11 +269,20 @@ void barrier(int line) {
   pause(State::at_barrier);
 }
 
+void arrive(const Copy& copy) {
+  if (copy.from) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+
 void copy_16(const Copy& copy) {
   const auto* to = static_cast<unsigned char*>(copy.to);
   if (to < block->shared || to + 16 > block->shared + block->shared_bytes) {
     fail("an asynchronous copy must go to the block's shared memory");
   }
+  if (block->early) arrive(copy);
   block->current->open.push_back(copy);
 }
 
@@ -283,12 +294,8 @@ void commit() {
 void wait(int pending) {
   auto& groups = block->current->groups;
   while (groups.size() > size_t(pending)) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.from) {
-        std::memcpy(copy.to, copy.from, 16);
-      } else {
-        std::memset(copy.to, 0, 16);
-      }
+    if (!block->early) {
+      for (const Copy& copy : groups.front()) arrive(copy);
     }
     groups.erase(groups.begin());
   }

@@ -2,9 +2,9 @@
 // processor.
 //
 // What a GPU would forgive by chance fails here: shared memory is poisoned with NaN and lies
-// between guard zones, asynchronous copies arrive no earlier than they are waited for, warps run in
-// an order of one's choice, and a barrier or a collective of the warp that not all threads reach is
-// an error. See README.md.
+// between guard zones, asynchronous copies arrive as late or as early as they may, warps run in an
+// order of one's choice, and a barrier or a collective of the warp that not all threads reach is an
+// error. See README.md.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,7 +42,8 @@ void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
             const std::function<void()>& kernel);
 
 // Of the launches that follow. 0: each warp runs until it must wait for others, in order; 1: in
-// reverse; 2 and above: a step of each warp in turns, in other orders.
+// reverse; 2 and above: a step of each warp in turns, in other orders. Asynchronous copies arrive
+// when they are waited for in even orders, at once in odd ones.
 void set_warp_order(unsigned order);
 
 // What follows is called by kernels.
