@@ -126,23 +126,28 @@ def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> s
     wanted = "cpu" if _cuda_module.on_host else "cuda"  # tests run the kernels on the host
     if device.type != wanted:
         return f"device must be {wanted}, got {device}"
-    if len(config.pyramid_bins) > 8:
-        return f"pyramid_bins must be at most 8, got {len(config.pyramid_bins)}"
+    if len(config.pyramid_bins) > 8 or max(config.pyramid_bins, default=0) > 255:
+        return f"pyramid_bins must be at most 8, of at most 255 each, got {config.pyramid_bins}"
     found = architecture(device)
     if not isinstance(found, int):
         return None if _cuda_module.on_host else f"the GPU must be NVIDIA's, got {found}"
-    if dtype == torch.bfloat16 and found < 80:
-        return f"{dtype} needs a newer GPU than one of compute capability {found / 10}"
-    if not _runs_on(found):
+    code = _cuda_code(found, _cuda_module)
+    if code == 0:
         built = ", ".join(f"sm_{a}" for a in _cuda_module.architectures)
         return f"fastscnn_fast._cuda must be built for sm_{found}, it is for {built}"
+    if code < 80 and dtype != torch.float16:
+        # No bfloat16 there, and 64 KiB of shared memory, which float32's tiles exceed.
+        return f"{dtype} needs code for a GPU of compute capability 8.0 or newer, got sm_{code}"
     return None
 
 
-def _runs_on(found: int) -> bool:
-    """Machine code runs on its own and on later minor versions, PTX on all later ones."""
-    built, ptx = _cuda_module.architectures, _cuda_module.ptx  # type: ignore[union-attr]
-    return any(a // 10 == found // 10 and a <= found for a in built) or 0 < ptx <= found
+def _cuda_code(found: int, module: ModuleType) -> int:
+    """The architecture whose code in ``module`` runs on that one, 0 for none.
+
+    Machine code runs on its own and on later minor versions, PTX on all later ones.
+    """
+    machine = [a for a in module.architectures if a // 10 == found // 10 and a <= found]
+    return max(machine, default=module.ptx if module.ptx <= found else 0)
 
 
 #: In the order of preference.
@@ -177,8 +182,9 @@ def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) 
         if chosen is None:
             raise CannotRun(f"no backend can run: {reasons}")
         if chosen == "reference":
-            better = "cpu" if device.type == "cpu" else "triton"
-            log_once(f"running on the reference backend: {better}: {reasons[better]}")
+            better = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
+            why = "; ".join(f"{name}: {reasons[name]}" for name in better)
+            log_once(f"running on the reference backend: {why}")
         return chosen
     if name not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastscnn_fast import backends
 from fastscnn_fast.plan import ACTIVATIONS, Layer
@@ -57,17 +56,16 @@ class CudaStep:
             setattr(filled, name, value)
         return filled
 
-    def run(self, values: Mapping[str, Tensor]) -> None:
-        """On the current device and stream; ``values`` has a tensor for every buffer.
+    def run(self, arguments: Any) -> None:
+        """On the current device and stream; ``arguments`` is a :meth:`struct` with an address for every buffer.
 
         Raises:
+            ValueError: an argument breaks a rule, which is named.
             RuntimeError: the launch failed, with CUDA's own text.
         """
-        module, filled = backends.cuda_module(), self.struct()
-        for name in self.arguments:
-            setattr(filled, name, values[name].data_ptr())
+        module = backends.cuda_module()
         stream = 0 if module.on_host else torch.cuda.current_stream().cuda_stream
-        getattr(module, self.op)(filled, stream)
+        getattr(module, self.op)(arguments, stream)
 
 
 @dataclass(frozen=True)

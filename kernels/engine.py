@@ -275,6 +275,78 @@ def _plain_of(step: TorchStep, weights: Tensor, pieces: Mapping[str, Tensor]) ->
     return known[1][key]
 
 
+class _Call:
+    """A step with what it is run on: scratch from the start, weights once bound, other tensors at each call."""
+
+    def __init__(self, step: Any, scratch: Mapping[str, Tensor]) -> None:
+        self._step = step
+        self._values: dict[str, Any] = {}
+        self._own: dict[str, Buffer] = {}  # pieces of the weights
+        self._given: list[tuple[str, str]] = []  # name and memory
+        for name, value in step.arguments.items():
+            if not isinstance(value, Buffer):
+                self._values[name] = value
+            elif value.memory == "weights":
+                self._own[name] = value
+            elif value.memory in EXTERNAL:
+                self._given.append((name, value.memory))
+            else:
+                self._values[name] = value.view(scratch[value.memory])
+
+    def pieces(self, weights: Tensor) -> dict[str, Tensor]:
+        return {name: buffer.view(weights) for name, buffer in self._own.items()}
+
+    def given(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensors[memory] for name, memory in self._given}
+
+    def bind(self, weights: Tensor) -> None:
+        self._values |= self.pieces(weights)
+
+    def forget(self) -> None:
+        """Views would keep the memory of weights that are gone."""
+        for name in self._own:
+            self._values.pop(name, None)
+
+    def run(self, tensors: Mapping[str, Tensor]) -> None:
+        self._step.run({**self._values, **self.given(tensors)})
+
+
+class _CudaCall(_Call):
+    """Its struct is filled as the tensors become known, so that a call sets few addresses."""
+
+    def __init__(self, step: CudaStep, scratch: Mapping[str, Tensor]) -> None:
+        super().__init__(step, scratch)
+        self._arguments = step.struct()
+        self._set(self._values)
+
+    def _set(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self._arguments, name, tensor.data_ptr())
+
+    def bind(self, weights: Tensor) -> None:
+        self._set(self.pieces(weights))
+
+    def run(self, tensors: Mapping[str, Tensor]) -> None:
+        self._set(self.given(tensors))
+        self._step.run(self._arguments)
+
+
+class _TorchCall(_Call):
+    """Its weights are unpacked when they are bound."""
+
+    def bind(self, weights: Tensor) -> None:
+        self._plain = _plain_of(self._step, weights, self.pieces(weights))
+
+    def forget(self) -> None:
+        self._plain = None
+
+    def run(self, tensors: Mapping[str, Tensor]) -> None:
+        self._step.run({**self._values, **self.given(tensors)}, self._plain)
+
+
+_CALLS: dict[type, type[_Call]] = {Launch: _Call, CudaStep: _CudaCall, TorchStep: _TorchCall}
+
+
 class _Bound:
     """A plan with its arena, ready for one call at a time on one stream."""
 
@@ -282,26 +354,10 @@ class _Bound:
         self._one_at_a_time = _INTERPRETER if device.type == "cpu" else nullcontext()
         self._weights: weakref.ref[Tensor] | None = None
         self._bound_to = (0, 0)
-        self._calls: list[
-            tuple[Step, dict[str, Any], list[tuple[str, str]], dict[str, Buffer]]
-        ] = []
-        self._plain: list[Any] = []
         with torch.inference_mode(False):  # a later call may be outside of it
             self._arena = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
-            for step in plan.steps:
-                fixed: dict[str, Any] = {}
-                given, own = [], {}
-                for name, value in step.arguments.items():
-                    if not isinstance(value, Buffer):
-                        fixed[name] = value
-                    elif value.memory == "weights":
-                        own[name] = value
-                    elif value.memory in EXTERNAL:
-                        given.append((name, value.memory))
-                    else:
-                        begin = plan.offsets[value.memory]
-                        fixed[name] = value.view(self._arena[begin:])
-                self._calls.append((step, fixed, given, own))
+            scratch = {memory: self._arena[begin:] for memory, begin in plan.offsets.items()}
+            self._calls = [_CALLS[type(step)](step, scratch) for step in plan.steps]
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
         weights = tensors["weights"]
@@ -312,32 +368,19 @@ class _Bound:
         ):
             self._bind(weights)
         with self._one_at_a_time:
-            for (step, fixed, given, _), plain in zip(self._calls, self._plain):
-                values = {**fixed, **{name: tensors[memory] for name, memory in given}}
-                if isinstance(step, TorchStep):
-                    step.run(values, plain)
-                else:
-                    step.run(values)
+            for call in self._calls:
+                call.run(tensors)
 
     def _bind(self, weights: Tensor) -> None:
-        self._plain = []
         with torch.inference_mode(False):
-            for step, fixed, _, own in self._calls:
-                pieces = {name: buffer.view(weights) for name, buffer in own.items()}
-                if isinstance(step, TorchStep):
-                    self._plain.append(_plain_of(step, weights, pieces))
-                else:
-                    fixed.update(pieces)
-                    self._plain.append(None)
+            for call in self._calls:
+                call.bind(weights)
         self._weights = weakref.ref(weights, lambda _: self._forget())
         self._bound_to = (weights.data_ptr(), counted(weights))
 
     def _forget(self) -> None:
-        """Views would keep the memory of weights that are gone."""
-        self._plain = []
-        for _, fixed, _, own in self._calls:
-            for name in own:
-                fixed.pop(name, None)
+        for call in self._calls:
+            call.forget()
 
 
 class Pool:

@@ -78,10 +78,27 @@ def test_devices_dtypes_and_architectures(
     assert why_not() is None
     monkeypatch.setattr(backends, "architecture", lambda device: 75)
     assert why_not() == "fastscnn_fast._cuda must be built for sm_75, it is for sm_80, sm_90"
-    newer = "torch.bfloat16 needs a newer GPU than one of compute capability 7.5"
-    assert why_not(dtype=torch.bfloat16) == newer
     monkeypatch.setattr(backends, "architecture", lambda device: "gfx942")
     assert why_not() == "the GPU must be NVIDIA's, got gfx942"
+
+
+@pytest.mark.parametrize("found", [75, 86])
+def test_code_for_7_5_is_of_float16_alone(
+    found: int, pretended: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a newer GPU too, where it would be compiled from PTX."""
+    pretended.architectures, pretended.ptx = [75], 75
+    monkeypatch.setattr(backends, "architecture", lambda device: found)
+    assert why_not(dtype=torch.float16) is None
+    for dtype in (torch.float32, torch.bfloat16):
+        needs = f"{dtype} needs code for a GPU of compute capability 8.0 or newer, got sm_75"
+        assert why_not(dtype=dtype) == needs
+
+
+@pytest.mark.parametrize("bins", [(1,) * 16, (1, 256)])
+def test_bins_that_the_kernels_cannot_count(bins: Any, pretended: SimpleNamespace) -> None:
+    reason = backends.BACKENDS["cuda"].why_not(Config(pyramid_bins=bins), GPU, torch.float32)
+    assert reason == f"pyramid_bins must be at most 8, of at most 255 each, got {bins}"
 
 
 def test_high_precision_is_tritons(pretended: SimpleNamespace) -> None:
@@ -114,6 +131,8 @@ def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
         "low_width": 1,
         "height": 8,
         "width": 8,
+        "x": 16,
+        "out": 16,
     }.items():
         setattr(arguments, name, value)
     with pytest.raises(
