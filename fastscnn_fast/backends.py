@@ -167,8 +167,16 @@ def forced() -> str:
     return os.environ.get("FASTSCNN_BACKEND") or "auto"
 
 
-def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    name: str,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str = "highest",
+) -> str:
     """The backend to use for ``name``; "auto" is FASTSCNN_BACKEND where set, else the first that can run.
+
+    With ``precision`` "high" those come first that have arithmetic for it.
 
     Raises:
         ValueError: unknown name.
@@ -178,9 +186,11 @@ def choose(name: str, config: Config, device: torch.device, dtype: torch.dtype) 
         name = forced()
     if name == "auto":
         reasons = {b.name: b.why_not(config, device, dtype) for b in BACKENDS.values()}
-        chosen = next((n for n, reason in reasons.items() if reason is None), None)
-        if chosen is None:
+        able = [n for n, reason in reasons.items() if reason is None]
+        if not able:
             raise CannotRun(f"no backend can run: {reasons}")
+        high = (n for n in able if precision == "high" and not _why_not_high(n, device, dtype))
+        chosen = next(high, able[0])
         if chosen == "reference":
             better = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
             why = "; ".join(f"{name}: {reasons[name]}" for name in better)
@@ -215,7 +225,7 @@ def choose_precision(
 
     Raises:
         ValueError: unknown precision.
-        CannotRun: the cpu or triton backend was asked for by name, and cannot; the message says why.
+        CannotRun: a backend with kernels was asked for by name, and cannot; the message says why.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -224,7 +234,7 @@ def choose_precision(
     reason = _why_not_high(backend, device, dtype)
     if reason is None:
         return precision
-    if backend in _HIGH and backend in (name, forced()):
+    if backend != "reference" and backend in (name, forced()):
         raise CannotRun(f"backend {backend} cannot run in precision high: {reason}")
     log_once(f"running in precision highest: {reason}")
     return "highest"

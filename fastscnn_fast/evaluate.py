@@ -223,7 +223,7 @@ def main(args: argparse.Namespace) -> int:
     runs = {"plain torch, float32": labeller(model, "plain", torch.float32, args.size)}
     for name in args.dtype:
         dtype = options.DTYPES[name]
-        backend = backends.choose("auto", model.config, device, dtype)
+        backend = backends.choose("auto", model.config, device, dtype, precision)
         precision = args.precision if dtype == torch.float32 else "highest"
         precision = backends.choose_precision(precision, "auto", backend, device, dtype)
         shown = name if precision == "highest" else f"{name}, {precision}"

@@ -133,7 +133,7 @@ def fuse(
     structure.check(model)
     weight = model.classifier.conv.weight
     dtype = weight.dtype if dtype is None else dtype
-    chosen = backends.choose(backend, model.config, weight.device, dtype)
+    chosen = backends.choose(backend, model.config, weight.device, dtype, precision)
     precision = backends.choose_precision(precision, backend, chosen, weight.device, dtype)
     Graphs(cuda_graph).check(weight.device)
     with torch.inference_mode(False):  # the copy outlives the caller's mode

@@ -280,6 +280,15 @@ def test_activations_of_any_strides(case: Case, layout: str) -> None:
     check_odd(GpuCase.of(replace(case, layout=layout), "float32"))
 
 
+def test_activations_at_any_address() -> None:
+    case = GpuCase.of(Case(Layer("dsconv", "", 32, 16), ((6, 9),)), "float32")
+    (x,), weights = case.inputs(), case.weights()
+    memory = torch.empty(x.numel() + 1, device=DEVICE)
+    shifted = memory[1:].view(1, 6, 9, 32).permute(0, 3, 1, 2).copy_(x)
+    y = run_poisoned("dsconv", *case.arguments((shifted,), weights), backend=BACKEND)
+    assert torch.equal(y.cpu(), case.run((x,), weights))
+
+
 # ---------------------------------------------------------------- upsample_classify
 
 QUICK = {  # sizes and align_corners

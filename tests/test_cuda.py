@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +102,23 @@ def test_bins_that_the_kernels_cannot_count(bins: Any, pretended: SimpleNamespac
     assert reason == f"pyramid_bins must be at most 8, of at most 255 each, got {bins}"
 
 
-def test_high_precision_is_tritons(pretended: SimpleNamespace) -> None:
+def test_high_precision_is_tritons(
+    pretended: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken where both can run, and the cuda backend says that it has none where that was asked for."""
+
+    def choose(name: str, precision: str) -> str:
+        return backends.choose(name, Config(), GPU, torch.float32, precision)
+
+    if find_spec("triton") is not None:
+        assert choose("auto", "highest") == "cuda" and choose("auto", "high") == "triton"
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert choose("auto", "high") == "cuda"
+    precision = partial(backends.choose_precision, "high", device=GPU, dtype=torch.float32)
+    assert precision("auto", "cuda") == "highest"
+    says = "cuda cannot run in precision high: backend must be cpu or triton, got cuda"
+    with pytest.raises(backends.CannotRun, match=says):
+        precision("cuda", "cuda")
     with pytest.raises(ValueError, match="precision must be 'highest' for backend cuda"):
         layers = program(Config())
         ops.pack(layers, [{}] * len(layers), "cuda", torch.float32, "high")

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import backends
 from ..kernels import choices, weights as layout
 from ..kernels.choices import Choices
+from ..kernels.cuda import ALIGNMENT
 from ..kernels.engine import Place, Plan, Pool, activation, input_names, network_plan, op_plan
 from ..kernels.launch import Buffer
 from ..kernels.tiles import INTERPRETER, Architecture
@@ -129,6 +130,12 @@ def _precision(weights: Tensor, text: str, dtype: torch.dtype, backend: str) -> 
     return precision
 
 
+def _dense(x: Tensor) -> Tensor:
+    """memory.dense, at an address that CUDA C++ takes."""
+    x = dense(x)
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
 class _Engine:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -156,12 +163,12 @@ class _Engine:
         self._op(out, {"x": x}, weights, layer, dtype)
 
     def plane(self, op: str, out: Tensor, x: Tensor, weights: Tensor, layer: str) -> None:
-        self._op(out, {"x": dense(x)}, weights, layer, x.dtype)
+        self._op(out, {"x": _dense(x)}, weights, layer, x.dtype)
 
     def feature_fusion(
         self, out: Tensor, high: Tensor, low: Tensor, weights: Tensor, layer: str
     ) -> None:
-        self._op(out, {"high": dense(high), "low": dense(low)}, weights, layer, high.dtype)
+        self._op(out, {"high": _dense(high), "low": _dense(low)}, weights, layer, high.dtype)
 
     def upsample_classify(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, output: str
