@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -29,6 +29,9 @@ ARITHMETICS = {
     "high": (torch.float32, "high"),
 }
 CPU_DTYPES = tuple(dtype for dtype, precision in ARITHMETICS.values() if precision == "highest")
+
+#: Which share plans and packed weights.
+GPU_BACKENDS = ("cuda", "triton")
 
 logger = logging.getLogger("fastscnn_fast")
 
@@ -106,9 +109,15 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
 def architecture(device: torch.device) -> int | str:
     """10 times the compute capability of an NVIDIA GPU, AMD's name of one, "interpreter" for the cpu."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _architecture(device)
+
+
+@cache
+def _architecture(device: torch.device) -> int | str:
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip:
@@ -150,6 +159,14 @@ def _cuda_code(found: int, module: ModuleType) -> int:
     return max(machine, default=module.ptx if module.ptx <= found else 0)
 
 
+def cuda_code() -> str:
+    """What the extension ``_cuda`` has code for, "none" where it is not built."""
+    if _cuda_module is None:
+        return "none"
+    code = [f"sm_{a}" for a in _cuda_module.architectures]
+    return " ".join(code + [f"compute_{_cuda_module.ptx}"] * (_cuda_module.ptx > 0)) or "host"
+
+
 #: In the order of preference.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -160,6 +177,21 @@ BACKENDS: dict[str, Backend] = {
         Backend("reference", _reference_why_not),
     )
 }
+
+
+def able(
+    config: Config, device: torch.device, dtype: torch.dtype, precision: str = "highest"
+) -> list[str]:
+    """The backends that can run, the preferred first: with precision "high" those that have arithmetic for it."""
+    names = [name for name, b in BACKENDS.items() if b.why_not(config, device, dtype) is None]
+    if precision == "high":
+        names.sort(key=lambda name: _why_not_high(name, device, dtype) is not None)
+    return names
+
+
+def why_not(names: Iterable[str], config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Why these backends cannot run."""
+    return "; ".join(f"{n}: {BACKENDS[n].why_not(config, device, dtype)}" for n in names)
 
 
 def forced() -> str:
@@ -174,9 +206,7 @@ def choose(
     dtype: torch.dtype,
     precision: str = "highest",
 ) -> str:
-    """The backend to use for ``name``; "auto" is FASTSCNN_BACKEND where set, else the first that can run.
-
-    With ``precision`` "high" those come first that have arithmetic for it.
+    """The backend to use for ``name``; "auto" is FASTSCNN_BACKEND where set, else the first of :func:`able`.
 
     Raises:
         ValueError: unknown name.
@@ -185,17 +215,14 @@ def choose(
     if name == "auto":
         name = forced()
     if name == "auto":
-        reasons = {b.name: b.why_not(config, device, dtype) for b in BACKENDS.values()}
-        able = [n for n, reason in reasons.items() if reason is None]
-        if not able:
-            raise CannotRun(f"no backend can run: {reasons}")
-        high = (n for n in able if precision == "high" and not _why_not_high(n, device, dtype))
-        chosen = next(high, able[0])
-        if chosen == "reference":
-            better = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-            why = "; ".join(f"{name}: {reasons[name]}" for name in better)
+        names = able(config, device, dtype, precision)
+        if not names:
+            raise CannotRun(f"no backend can run: {why_not(BACKENDS, config, device, dtype)}")
+        if names[0] == "reference":
+            better = ("cpu",) if device.type == "cpu" else GPU_BACKENDS
+            why = why_not(better, config, device, dtype)
             log_once(f"running on the reference backend: {why}")
-        return chosen
+        return names[0]
     if name not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
     reason = BACKENDS[name].why_not(config, device, dtype)

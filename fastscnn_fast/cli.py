@@ -256,10 +256,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "tune",
         help="measure on your GPU how each layer runs fastest, and keep it",
-        description="Time each layer's kernel in several tiles, and plain torch with batch norm folded, on the"
-        " GPU in use, after parity. What is fastest is kept in ~/.cache/fastscnn_fast/tune.json, or where"
-        " FASTSCNN_TUNE_CACHE says, by GPU and versions of torch and triton; the triton backend follows it at"
-        " these sizes from then on. Not measured on a GPU yet.",
+        description="Time each layer's Triton kernel in several tiles, its CUDA kernel, and plain torch with batch"
+        " norm folded, on the GPU in use, after parity. What is fastest is kept in"
+        " ~/.cache/fastscnn_fast/tune.json, or where FASTSCNN_TUNE_CACHE says, by GPU, versions of torch and"
+        " triton and what the CUDA extension was built for; both GPU backends follow it at these sizes from"
+        " then on. Not measured on a GPU yet.",
     )
     network = command.add_mutually_exclusive_group()
     network.add_argument(
@@ -530,8 +531,7 @@ def _tune(args: argparse.Namespace) -> int:
         model = bench.untrained_model(args.preset)
     else:
         model = load_checkpoint(args.weights)
-    backends.choose("triton", model.config, device, dtype)
-    from .kernels import choices, tune  # they need triton
+    from .kernels import choices, tune
 
     layers = []
     chosen: dict[str, choices.Choice] = {}

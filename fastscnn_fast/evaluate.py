@@ -223,8 +223,8 @@ def main(args: argparse.Namespace) -> int:
     runs = {"plain torch, float32": labeller(model, "plain", torch.float32, args.size)}
     for name in args.dtype:
         dtype = options.DTYPES[name]
-        backend = backends.choose("auto", model.config, device, dtype, precision)
         precision = args.precision if dtype == torch.float32 else "highest"
+        backend = backends.choose("auto", model.config, device, dtype, precision)
         precision = backends.choose_precision(precision, "auto", backend, device, dtype)
         shown = name if precision == "highest" else f"{name}, {precision}"
         runs[f"fused, {backend}, {shown}"] = labeller(model, backend, dtype, args.size, precision)

@@ -2,7 +2,8 @@
 
     {"schema": 2, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, "torch" or "cuda"}}}
 
-ENVIRONMENT is all that a time depends on but the layer (:func:`environment`), LAYER the layer and its shapes
+ENVIRONMENT is all that a time depends on but the layer (:func:`environment`), so that what was chosen with one
+Triton or CUDA extension is not looked for with another, or without; LAYER is the layer and its shapes
 (:func:`layer_key`). A file that cannot be read, or is of another schema, is ignored with one logged reason.
 """
 
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastscnn_fast.backends import architecture, log_once
+from fastscnn_fast.backends import architecture, cuda_code, log_once
 from fastscnn_fast.packed import encode
 from fastscnn_fast.plan import Layer
 
@@ -58,14 +59,14 @@ def path() -> Path:
 
 
 def environment(device: torch.device) -> str:
-    """GPU, compute capability, versions of triton and torch."""
+    """GPU, compute capability, versions of triton and torch, what the CUDA extension was built for."""
     found = architecture(device)
     name = INTERPRETER if found == INTERPRETER else torch.cuda.get_device_name(device)
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    return f"{name} | {found} | triton {triton} | torch {torch.__version__}"
+    return f"{name} | {found} | triton {triton} | torch {torch.__version__} | cuda {cuda_code()}"
 
 
 def layer_key(

@@ -1,7 +1,7 @@
 """``fastscnn_fast tune``: the fastest way to run each layer of a network on this GPU, parity first.
 
-A layer's contestants are its Triton kernel in several tiles, the CUDA C++ kernel where it was built, and plain
-torch with batch norm folded, in channels-last memory, each as the network's plan would run it (:mod:`.engine`). Not measured on a GPU.
+A layer's contestants are its Triton kernel in several tiles where Triton is installed, the CUDA C++ kernel where
+it was built, and plain torch with batch norm folded, in channels-last memory, each as the network's plan would run it (:mod:`.engine`). Not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """A layer's trials, the tile in use without tuning first."""
+    """A layer's trials, what is in use without tuning first."""
 
     name: str
     shapes: str
@@ -138,17 +138,22 @@ def tune(
     Args:
         clock: :func:`graphs.milliseconds` by default.
         tiles: which tiles to try.
+
+    Raises:
+        CannotRun: no GPU backend can run, and why.
     """
+    on = (model.config, device, dtype)
+    able = [name for name in backends.able(*on, precision) if name in backends.GPU_BACKENDS]
+    if not able:
+        whys = backends.why_not(backends.GPU_BACKENDS, *on)
+        raise backends.CannotRun(f"no GPU backend can run: {whys}")
     clock = graphs.milliseconds if clock is None else clock
     folded = fold(model)
-    packed = ops.pack(folded.layers, folded.tensors, "triton", dtype, precision).to(device)
+    packed = ops.pack(folded.layers, folded.tensors, able[0], dtype, precision).to(device)
     exact = [{k: w.to(device) for k, w in tensors.items()} for tensors in folded.tensors]
     pieces, _ = layout.layout(folded.layers, dtype, TAG.size)
     architecture = backends.architecture(device)
     how = _How(packed, dtype, architecture, products(precision, architecture), clock)
-    others: list[Choice] = []
-    if backends.BACKENDS["cuda"].why_not(model.config, device, dtype) is None:
-        others = [CUDA]
     done = set()
     for places_, output in _networks(folded, sizes, batch, dtype, pieces):
         for place, tensors in zip(places_, exact):
@@ -156,7 +161,10 @@ def tune(
             if key in done:
                 continue
             done.add(key)
-            options: list[Choice] = [*tiles(place, dtype, architecture), TORCH, *others]
+            options: list[Choice] = []
+            for backend in able:
+                options += [CUDA] if backend == "cuda" else tiles(place, dtype, architecture)
+            options.append(TORCH)
             name = place.layer.name
             if place.layer.op == "upsample_classify":
                 name += f" {output}"

@@ -5,6 +5,7 @@ Its numerics are test_cuda_host.py and test_gpu.py, its machine code test_cuda_c
 
 from __future__ import annotations
 
+import itertools
 import re
 import runpy
 import subprocess
@@ -14,7 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import cuda_host
 import pytest
@@ -25,7 +26,7 @@ from fastscnn_fast import backends, fuse, ops
 from fastscnn_fast.config import PRESETS, Config
 from fastscnn_fast.engines import gpu as engine
 from fastscnn_fast.fold import fold
-from fastscnn_fast.kernels import choices, cuda
+from fastscnn_fast.kernels import choices, cuda, tune
 from fastscnn_fast.kernels.cuda import CudaStep
 from fastscnn_fast.kernels.engine import TorchStep
 from fastscnn_fast.kernels.launch import Buffer
@@ -346,21 +347,46 @@ def test_a_buffer_moves_once() -> None:
 
 @emulated
 def test_tuning_tries_the_kernels_and_checks_them(host: Any) -> None:
-    """Every layer's candidate passes parity, and wins where it is the fastest."""
-    tune = pytest.importorskip("fastscnn_fast.kernels.tune", reason="triton is not installed")
+    """Without Triton: every layer's candidate passes parity, and wins where it is the fastest."""
+
+    def no_tiles(*_: Any) -> NoReturn:
+        raise AssertionError("Triton cannot run")
 
     def clock(runs: Any) -> list[float]:
         for run in runs:
             run()
         return [next(times)]
 
-    times = iter(range(1000, 0, -1))  # each faster than the one before
+    times = itertools.count()  # the first is the fastest
     sizes = [(32, 48)]
     found = list(
-        tune.tune(small_network(), sizes, 1, torch.float16, "highest", CPU, clock, lambda *_: [])
+        tune.tune(small_network(), sizes, 1, torch.float16, "highest", CPU, clock, no_tiles)
     )
     assert len(found) >= len(OPS)
     for layer in found:
-        assert [trial.choice for trial in layer.trials] == [choices.TORCH, choices.CUDA]
+        assert [trial.choice for trial in layer.trials] == [choices.CUDA, choices.TORCH]
         assert not any(trial.problem for trial in layer.trials), layer.name
         assert layer.best is not None and layer.best.choice == choices.CUDA
+
+
+def test_tuning_needs_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_cuda_module", None)
+    says = "no GPU backend can run: cuda: .*; triton: "
+    with pytest.raises(backends.CannotRun, match=says):
+        list(tune.tune(small_network(), [(32, 48)], 1, torch.float64, "highest", CPU))
+
+
+def test_choices_are_of_the_extension_as_built(
+    pretended: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where another one is there, or none, "cuda" is not chosen for a layer any more, and nothing fails."""
+    monkeypatch.setenv(choices.VARIABLE, str(tmp_path / "tune.json"))
+    monkeypatch.setattr(choices, "architecture", lambda device: 86)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A10")
+    choices.save({"layer": choices.CUDA}, GPU)
+    assert choices.load(GPU).get("layer") == choices.CUDA
+    for module in (SimpleNamespace(architectures=[90], ptx=90), None):
+        monkeypatch.setattr(backends, "_cuda_module", module)
+        choices._load.cache_clear()
+        assert choices.load(GPU).get("layer") is None
+    assert choices.environment(GPU).endswith("| cuda none")
