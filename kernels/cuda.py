@@ -14,6 +14,7 @@ from fastscnn_fast.plan import ACTIVATIONS, Layer
 
 from . import nvcc
 from .launch import Buffer
+from .weights import padded
 
 # As csrc/cuda/fastscnn_cuda.h numbers them.
 _TYPES = {dtype: i for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.uint8))}  # fmt: skip
@@ -211,7 +212,15 @@ def _pyramid_pooling(
     layer: Layer, inputs: Sequence[Buffer], out: Buffer, weights: Mapping[str, Buffer], _: str
 ) -> CudaStep:
     (x,) = inputs
-    images, height, width, _c = x.shape
+    images, height, width, channels = x.shape
+    cells = sum(bins**2 for bins in layer.bins)
+    # Sums over the columns of each bin of a row; of each cell of all grids, its share of each tap.
+    sums = (images, height, sum(layer.bins), padded(channels))
+    shares = (images, layer.kernel**2, cells, weights["grid_weight"].shape[-1])
+    scratch = {
+        "sums": Buffer.dense("pyramid_sums", torch.float32, sums),
+        "shares": Buffer.dense("pyramid_shares", x.dtype, shares),
+    }
     sizes = {
         "in_channels": layer.in_channels,
         "mid_channels": layer.mid_channels,
@@ -227,14 +236,7 @@ def _pyramid_pooling(
         **_planes("x", x),
         **_planes("out", out),
     }
-    made = CudaStep("pyramid_pooling", sizes, {"x": x, **weights, "out": out})
-    typed = replace(made, sizes={"type": _TYPES[x.dtype], **sizes})
-    scratch = backends.cuda_module().pyramid_pooling_scratch(typed.struct())
-    memories = {
-        name: Buffer.dense(f"pyramid_{name}", torch.uint8, (bytes_,))
-        for name, bytes_ in zip(("sums", "shares"), scratch)
-    }
-    return replace(made, arguments={**made.arguments, **memories})
+    return CudaStep("pyramid_pooling", sizes, {"x": x, **weights, **scratch, "out": out})
 
 
 def _feature_fusion(

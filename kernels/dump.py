@@ -70,7 +70,7 @@ _HOLDS = {
         "row_sums_kernel",
         "sums",
     ): "sums over the columns of each bin: row of x, bin (the branches' bins one"
-    " after the other, padded), channel",
+    " after the other; Triton's kernels pad them), channel",
     ("grids_kernel", "sums"): "what row_sums_kernel wrote",
     ("grids_kernel", "branch_weight"): "(branch, C, M) row-major 1x1 weights, padded with zeros",
     ("grids_kernel", "branch_bias"): "(branch, M) row-major, padded with zeros",
@@ -84,9 +84,15 @@ _HOLDS = {
         "shares",
     ): "what each grid cell (1, 4, 9, 36 of bins 1, 2, 3, 6, one after the other)"
     " adds to the output: tap, cell, output channel",
-    ("out_convolution_kernel", "shares"): "what grids_kernel wrote",
-    ("out_convolution_kernel", "weight"): f"(tap, K, N) row-major, {_MATRIX}",
-    ("out_convolution_kernel", "bias"): _VECTOR,
+    **{
+        (kernel, name): held
+        for kernel in ("out_convolution_kernel", "convolution_kernel")  # Triton's and CUDA's
+        for name, held in {
+            "shares": "what grids_kernel wrote",
+            "weight": f"(tap, K, N) row-major, {_MATRIX}",
+            "bias": _VECTOR,
+        }.items()
+    },
     ("feature_fusion_kernel", "refine_weight"): _TAPS,
     ("feature_fusion_kernel", "refine_bias"): _VECTOR,
     (
@@ -281,15 +287,28 @@ def describe(code: aot.Code, step: Step, index: int, count: int) -> dict[str, An
     }
 
 
+def _cuda_unused(launch: cuda.Described) -> tuple[str, ...]:
+    """Pointers that the launch does not read, whatever they hold."""
+    kernel, _, template = launch.kernel.partition("<")
+    values = {name: value for name, _, value in launch.parameters}
+    if (
+        kernel == "feature_fusion_kernel"
+    ):  # a dense refinement is a launch of its own, without a low branch
+        refine = ("refine_weight", "refine_bias") if template.endswith(", 1>") else ()
+        return (*refine, *(() if values["low_channels"] else ("low", "low_weight")))
+    return ("shares",) if kernel == "convolution_kernel" and not values["cells"] else ()
+
+
 def _cuda_parameter(
-    name: str, type_: str, value: Any, launched: CudaStep, layer: Layer, kernel: str
+    name: str, type_: str, value: Any, launch: cuda.Described, layer: Layer
 ) -> dict[str, Any]:
     if value is None:
         return _null(name, _UNUSED)
     if not isinstance(value, Buffer):
         return {"name": name, "kind": "scalar", "dtype": type_, "value": value}
-    field = next(field for field, buffer in launched.arguments.items() if buffer is value)
-    return _pointer(name, value, _holds(kernel, layer, field, value))
+    kernel = launch.kernel.partition("<")[0]
+    unused = name in _cuda_unused(launch)
+    return _pointer(name, value, _UNUSED if unused else _holds(kernel, layer, name, value))
 
 
 def _cuda_code(
@@ -299,7 +318,6 @@ def _cuda_code(
     launches = cuda.described(launched)
     for index, one in enumerate(launches):
         code = nvcc.compiled(step.layer.op, architecture)[one.kernel]
-        kernel = one.kernel.partition("<")[0]
         about = {
             "op": step.layer.op,
             "layer": step.layer.name,
@@ -315,8 +333,7 @@ def _cuda_code(
             "dynamic_shared_bytes": one.shared,
             "registers": code.registers,
             "parameters": [
-                _cuda_parameter(*parameter, launched, step.layer, kernel)
-                for parameter in one.parameters
+                _cuda_parameter(*parameter, one, step.layer) for parameter in one.parameters
             ],
             "constants": {},
         }

@@ -230,6 +230,14 @@ def test_a_plan_is_a_step_a_layer_and_at_most_twenty_launches(name: str, host: A
 
 
 @emulated
+@pytest.mark.parametrize("name", PRESETS)
+def test_scratch_is_as_large_as_the_header_says(name: str, host: Any) -> None:
+    (step,) = (step for step in plan_of(name).steps if step.op == "pyramid_pooling")
+    scratch = [step.arguments[field].bytes for field in ("sums", "shares")]
+    assert tuple(scratch) == host.pyramid_pooling_scratch(step.struct())
+
+
+@emulated
 def test_both_backends_follow_what_tuning_chose(host: Any) -> None:
     layers = program(PRESETS["paper"])
     every = {step.op: step for step in plan_of("paper").steps}

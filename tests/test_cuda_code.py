@@ -129,6 +129,33 @@ def test_dump(op: str, options: tuple[str, ...], tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.cubin").read_bytes()[:4] == b"\x7fELF"
 
 
+def test_dump_says_what_memory_holds(tmp_path: Path) -> None:
+    """Of each launch by itself, also where a pointer has another role there than the layer's field of that name."""
+
+    def holds(about: dict[str, Any]) -> dict[str, str]:
+        return {p["name"]: p["holds"] for p in about["parameters"] if p["kind"] == "pointer"}
+
+    size = ("--arch", "80", "--size", "256x512")
+    sums, grids, out = _dump(tmp_path / "pooling", "--op", "pyramid_pooling", *size)
+    assert holds(sums)["x"] == holds(out)["out"] == dump._PLANE
+    assert holds(grids)["sums"] == "what row_sums_kernel wrote"
+    assert holds(out)["shares"] == "what grids_kernel wrote"
+    assert holds(out)["weight"].startswith("(tap, K, N)") and holds(out)["bias"] == dump._VECTOR
+    dtypes = {p["name"]: (p["dtype"], p["shape"]) for p in grids["parameters"] if "shape" in p}
+    assert dtypes["sums"] == ("float32", [1, 8, 12, 128])
+    assert dtypes["shares"] == ("float16", [1, 1, 50, 128])
+
+    refine, fuse = _dump(
+        tmp_path / "fusion", "--op", "feature_fusion", "--preset", "segmentron", *size
+    )
+    unused = {"low", "low_weight", "refine_weight", "refine_bias"}
+    assert {name for name, held in holds(refine).items() if held == dump._UNUSED} == unused
+    assert holds(refine)["high_weight"].endswith("row channel of high, column output channel")
+    unused = {"refine_weight", "refine_bias"}
+    assert {name for name, held in holds(fuse).items() if held == dump._UNUSED} == unused
+    assert holds(fuse)["low"] == dump._PLANE
+
+
 def test_names_of_kernels() -> None:
     assert (
         nvcc.kernel_of("fastscnn::cuda::{anonymous}::k<__half, 48, true>") == "k<__half, 48, true>"
