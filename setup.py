@@ -40,6 +40,7 @@ SOURCES.remove(CUDA_SOURCES[0])
 HEADERS = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.[hi]*")]))
 CUDA_HEADERS = sorted(map(str, [*Path("csrc/cuda").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")]))
 CUDA = "fastscnn_fast._cuda"
+NVCC_FLAGS = ("-std=c++17", "-O3")  # kernels/nvcc.py has the same
 ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 # GCC 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for mistakes.
@@ -58,11 +59,13 @@ def architectures(nvcc: str) -> tuple[list[int], int]:
     """Compute capabilities, times 10, to compile for, and the one to keep PTX of (0: none).
 
     Raises:
-        CompileError: TORCH_CUDA_ARCH_LIST cannot be read, or nvcc does not know what it names.
+        CompileError: TORCH_CUDA_ARCH_LIST cannot be read, nvcc does not know what it names, or knows nothing.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    told = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    known = {int(number) for number in re.findall(r"compute_(\d+)", told)}
+    told = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = {int(number) for number in re.findall(r"compute_(\d+)", told.stdout)}
+    if not known:
+        raise CompileError(f"{nvcc} --list-gpu-arch must list architectures, got {told}")
     found, ptx = [], 0
     for entry in re.split(r"[;,\s]+", (asked or ARCHITECTURES).strip()):
         match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", entry)
@@ -95,11 +98,12 @@ def compile_cuda(output: Path, folder: Path, jobs: int) -> None:
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in built]
     codes += [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
     host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter"
-    flags = ["-std=c++17", "-O3", f"-Xcompiler={host}", *codes]
+    flags = [*NVCC_FLAGS, f"-Xcompiler={host}", *codes]
     flags += definitions(built, ptx)
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags += [f"-I{path}" for path in includes]
-    folder = folder / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    folder = folder / hashlib.sha256(" ".join([version, *flags]).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
 
     def run(command: Sequence[str]) -> None:

@@ -1,5 +1,5 @@
 // fastscnn_fast._cuda: the C interface of csrc/cuda to Python, nothing of torch. Arguments are
-// structs, which are filled once, by name, and called many times.
+// structs, which are filled by name and called many times.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -19,6 +19,8 @@ from types import ModuleType
 
 import pybind11
 
+from fastscnn_fast.kernels.machine import nvidia_program
+
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 BUILT = ROOT / "build" / "cuda_host"
@@ -34,7 +36,7 @@ SANITIZED = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefi
 @cache
 def why_not() -> str:
     """Why there is nothing to build with, "" where there is."""
-    if shutil.which("nvcc") is None:
+    if nvidia_program("nvcc") is None:
         return "CUDA's headers are not installed (there is no nvcc)"
     return "" if shutil.which(COMPILER) else f"there is no {COMPILER}"
 
@@ -42,7 +44,7 @@ def why_not() -> str:
 @cache
 def includes() -> tuple[str, ...]:
     """Of CUDA, as nvcc itself finds them, pybind11 and Python."""
-    command = ["nvcc", "--dryrun", "-c", "nothing.cu"]
+    command = [str(nvidia_program("nvcc")), "--dryrun", "-c", "nothing.cu"]
     told = subprocess.run(command, capture_output=True, text=True).stderr
     line = next(line for line in told.splitlines() if line.startswith("#$ INCLUDES="))
     cuda = line.partition("=")[2].strip().strip('"').removeprefix("-I")

@@ -191,7 +191,6 @@ def odd_cases(layer: Layer, arithmetic: str, sizes: Sequence[Size]) -> Iterator[
         for low in lows if layer.op == "feature_fusion" else [()]:
             case = Case(layer, (size, low) if low else (size,), batch=3 if size == (6, 5) else 1)
             case = case.enlarged(64 if arithmetic == "float32" else 1024)
-            print(case)
             yield GpuCase.of(case, arithmetic)
 
 

@@ -26,7 +26,7 @@ from fastscnn_fast import backends, fuse, ops
 from fastscnn_fast.config import PRESETS, Config
 from fastscnn_fast.engines import gpu as engine
 from fastscnn_fast.fold import fold
-from fastscnn_fast.kernels import choices, cuda, tune
+from fastscnn_fast.kernels import choices, cuda, nvcc, tune
 from fastscnn_fast.kernels.cuda import CudaStep
 from fastscnn_fast.kernels.engine import TorchStep
 from fastscnn_fast.kernels.launch import Buffer
@@ -165,8 +165,15 @@ def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)
     setup = runpy.run_path("setup.py", run_name="setup")
     assert not any("," in flag for flag in setup["definitions"]([75, 80], 80))
+    assert setup["NVCC_FLAGS"] == nvcc.FLAGS
     read = setup["architectures"]
     told = SimpleNamespace(stdout="compute_75\ncompute_80\ncompute_86\ncompute_90\n")
+    nothing = SimpleNamespace(stdout="", stderr="broken")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: nothing)
+    with pytest.raises(
+        Exception, match="nvcc --list-gpu-arch must list architectures, got .*broken"
+    ):
+        read("nvcc")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: told)
     for asked, expected in {
         "8.0": ([80], 0),
@@ -179,7 +186,7 @@ def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyP
         else:
             monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
         assert read("nvcc") == expected
-    for wrong in ("Ampere", "7.0", "12.0", "8.0;", "80"):
+    for wrong in ("Ampere", "7.0", "12.0", "8.0;", "80", "9.0a"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
         with pytest.raises(Exception, match=r"TORCH_CUDA_ARCH_LIST must .*, got '"):
             read("nvcc")
