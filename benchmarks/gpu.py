@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,8 @@ LAYER_BOUNDS = {
     "float16": Bounds(0.0, 1.0, 1.5),
 }
 _WARM_UPS = 3
+
+Function = Callable[[Tensor], Tensor]
 
 
 class Rotating:
@@ -142,7 +143,7 @@ class Given:
 # ---------------------------------------------------------------- contestants
 
 
-def graphed(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+def graphed(function: Function, x: Tensor) -> Function:
     """``function`` as a CUDA graph with its input copied in and its result copied out, as ours."""
     captured = graphs.Captured(function, x)
 
@@ -154,34 +155,39 @@ def graphed(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor
     return run
 
 
-def compiled(function: Any, x: Tensor, mode: str) -> Callable[[Tensor], Tensor] | None:
-    """``function`` by torch.compile for inputs like x; None, with a word, where that fails."""
-    torch.compiler.reset()
-    made: Callable[[Tensor], Tensor] = torch.compile(function, mode=mode, dynamic=False)
+def attempt(name: str, make: Callable[[], Function]) -> Function | None:
+    """What ``make`` makes; None, with a word, where that fails."""
     try:
+        return make()
+    except Exception as error:  # whatever inductor, TensorRT or CUDA meets
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        print(f"{name} is left out: {reason}")
+        return None
+
+
+def compiled(function: Any, x: Tensor, mode: str) -> Function | None:
+    """``function`` by torch.compile for inputs like x."""
+
+    def make() -> Function:
+        torch.compiler.reset()
+        made: Function = torch.compile(function, mode=mode, dynamic=False)
         made(x)
-    except Exception as error:  # whatever inductor meets
-        print(f"{COMPILED} is left out: {str(error).strip().splitlines()[0]}")
-        return None
-    return made
+        return made
+
+    return attempt(COMPILED, make)
 
 
-def tensorrt(plain: Plain, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The network by torch_tensorrt; None, with a word, where it is missing or fails."""
-    if find_spec("torch_tensorrt") is None:
-        print(f"{TENSORRT} is left out: torch_tensorrt is not installed")
-        return None
-    import torch_tensorrt
+def tensorrt(plain: torch.nn.Module, x: Tensor) -> Function | None:
+    """``plain`` by torch_tensorrt, where that is installed."""
 
-    try:
-        made: Callable[[Tensor], Tensor] = torch_tensorrt.compile(
-            plain, inputs=[x], enabled_precisions={x.dtype}
-        )
+    def make() -> Function:
+        import torch_tensorrt
+
+        made: Function = torch_tensorrt.compile(plain, inputs=[x], enabled_precisions={x.dtype})
         made(x)
-    except Exception as error:  # its own, and CUDA's
-        print(f"{TENSORRT} is left out: {str(error).strip().splitlines()[0]}")
-        return None
-    return made
+        return made
+
+    return attempt(TENSORRT, make)
 
 
 def network_contestants(
@@ -192,7 +198,7 @@ def network_contestants(
     x = given.x.to(dtype)
     last = x.contiguous(memory_format=torch.channels_last)
     plain, plain_last = (Plain(given.model, task, dtype, last) for last in (False, True))
-    functions: dict[str, tuple[Callable[[Tensor], Tensor] | None, Tensor]] = {
+    functions: dict[str, tuple[Function | None, Tensor]] = {
         bench.EAGER: (plain, x),
         bench.EAGER_LAST: (plain_last, last),
     }
@@ -200,7 +206,11 @@ def network_contestants(
         functions[bench.EAGER_LAST + GRAPHED] = (graphed(plain_last, last), last)
         if compile_:
             functions[COMPILED] = (compiled(plain_last, last, "max-autotune"), last)
-        functions[TENSORRT] = (tensorrt(plain, x), x)
+        by_tensorrt = tensorrt(plain, x)
+        if by_tensorrt is not None:
+            functions[TENSORRT] = (by_tensorrt, x)
+            name = TENSORRT + GRAPHED
+            functions[name] = (attempt(name, partial(graphed, by_tensorrt, x)), x)
     for backend in ours:
         kinds = {"": "off", GRAPHED: "on"} if x.is_cuda else {"": "off"}
         for ending, policy in kinds.items():
@@ -246,18 +256,43 @@ def places(given: Given, dtype: torch.dtype) -> list[Place]:
     return list(found.values())
 
 
+class PlainLayer(torch.nn.Module):
+    """A layer in plain torch, in a dtype and memory format: a function of its first input."""
+
+    def __init__(self, place: Place, dtype: torch.dtype, format: torch.memory_format) -> None:
+        super().__init__()
+        self._layer, self._size = place.layer, place.size
+        self._rest = [x.contiguous(memory_format=format) for x in place.inputs[1:]]
+        for name, w in place.tensors.items():
+            w = w.to(dtype)
+            self.register_buffer(name, w.contiguous(memory_format=format) if w.dim() == 4 else w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.run(self._layer, (x, *self._rest), dict(self.named_buffers()), self._size)
+
+
 def layer_contestants(
     place: Place, arithmetic: str, ours: Sequence[str], compile_: bool
 ) -> Iterator[Contestant]:
+    """Peers first. torch.compile and TensorRT on GPUs only."""
     dtype, layer, (x, *rest) = DTYPES[arithmetic], place.layer, place.inputs
-    weights = {name: w.to(dtype) for name, w in place.tensors.items()}
-
-    def plain(x: Tensor) -> Tensor:
-        return reference.run(layer, (x, *rest), weights, place.size)
-
-    functions: dict[str, Callable[[Tensor], Tensor] | None] = {bench.EAGER_LAST: plain}
-    if x.is_cuda and compile_:  # a CUDA graph of its own could not be part of the timer's
-        functions[COMPILED] = compiled(plain, x, "max-autotune-no-cudagraphs")
+    plain, plain_last = (
+        PlainLayer(place, dtype, format)
+        for format in (torch.contiguous_format, torch.channels_last)
+    )
+    functions: dict[str, tuple[Function | None, Function]] = {
+        bench.EAGER: (plain, Tensor.contiguous),
+        bench.EAGER_LAST: (plain_last, as_it_is),
+    }
+    if x.is_cuda:  # a CUDA graph of its own could not be part of the timer's
+        if compile_:
+            mode = "max-autotune-no-cudagraphs"
+            functions[COMPILED] = (compiled(plain_last, x, mode), as_it_is)
+        by_tensorrt = tensorrt(plain, x.contiguous())
+        if by_tensorrt is not None and attempt(
+            TENSORRT, partial(graphed, by_tensorrt, x.contiguous())
+        ):
+            functions[TENSORRT] = (by_tensorrt, Tensor.contiguous)
     # As the network keeps activations; pictures and logits lie otherwise.
     own = as_it_is if layer.op in ("stem_conv", "upsample_classify") else memory.dense
     for backend in ours:
@@ -269,11 +304,10 @@ def layer_contestants(
         if layer.op == "stem_conv":
             arguments.append(dtype)
         op: Callable[..., Tensor] = getattr(ops, layer.op)
-        functions[f"{OURS} {backend}"] = partial(_call, op, tuple(arguments))
-    for name, function in functions.items():
+        functions[f"{OURS} {backend}"] = (partial(_call, op, tuple(arguments)), own)
+    for name, (function, laid) in functions.items():
         if function is not None:
-            place_ = own if name.startswith(OURS) else as_it_is
-            yield Contestant(name, Rotating(function, x, place_), arithmetic)
+            yield Contestant(name, Rotating(function, x, laid), arithmetic)
 
 
 def _call(op: Callable[..., Tensor], arguments: tuple[Any, ...], x: Tensor) -> Tensor:

@@ -104,7 +104,6 @@ class Code:
             names = {
                 "registers": r"\.vgpr_count",
                 "spills": r"\.vgpr_spill_count",
-                "scalar_spills": r"\.sgpr_spill_count",
                 "stack": r"\.private_segment_fixed_size",
             }
             found = {name: re.search(rf"{key}:\s*(\d+)", text) for name, key in names.items()}
@@ -125,8 +124,8 @@ class Code:
 
     @property
     def spills(self) -> int:
-        """Instructions that reach local memory (AMD: registers spilled)."""
-        return self._usage["spills"] + self._usage.get("scalar_spills", 0)
+        """Instructions that reach local memory (AMD: vector registers spilled; scalar ones spill into those)."""
+        return self._usage["spills"]
 
     @property
     def stack(self) -> int:

@@ -17,7 +17,7 @@ from fastscnn_fast.plan import Layer
 from .common import activate, cast, offset, product
 from .launch import Buffer, Launch, cdiv, rounded_up, wide
 from .tiles import Tile
-from .weights import chunk, columns, padded
+from .weights import chunks, columns, padded
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def inverted_residual_kernel(
     BLOCK_PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    BLOCKS_IN: tl.constexpr,
     BLOCK_MID: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
@@ -65,7 +65,6 @@ def inverted_residual_kernel(
     o0 = tl.program_id(1) * BLOCK_OUT
     o = o0 + tl.arange(0, BLOCK_OUT)
     OUT_ROW: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT * BLOCK_OUT
-    i = tl.arange(0, BLOCK_IN)
     results = ()
     for _ in tl.static_range(ROWS * COLUMNS):
         start = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(project_bias + o)
@@ -86,10 +85,13 @@ def inverted_residual_kernel(
                 inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
                 expanded = tl.zeros((BLOCK_PIXELS, BLOCK_MID), tl.float32)
                 expanded += tl.load(expand_bias + m)
-                for i0 in tl.static_range(0, IN, BLOCK_IN):
-                    at = x + offset(y, z, width, IN_PITCH, WIDE)[:, None] + (i0 + i)
+                i0 = 0
+                for block in tl.static_range(len(BLOCKS_IN)):
+                    i = i0 + tl.arange(0, BLOCKS_IN[block])
+                    at = x + offset(y, z, width, IN_PITCH, WIDE)[:, None] + i
                     left = tl.load(at, mask=inside[:, None], other=0.0)
-                    right = tl.load(expand_weight + (i0 + i)[:, None] * MID + m)
+                    right = tl.load(expand_weight + i[:, None] * MID + m)
+                    i0 += BLOCKS_IN[block]
                     expanded = product(left, right, expanded, PRECISION)
                 # Outside the image it is the expanded value that is zero, not x.
                 expanded = tl.where(inside[:, None], activate(expanded, ACTIVATION), 0.0)
@@ -164,7 +166,7 @@ def launches(
                 "BLOCK_PIXELS": tile.pixels,
                 "ROWS": tile.rows,
                 "COLUMNS": tile.columns,
-                "BLOCK_IN": chunk(layer.in_channels),
+                "BLOCKS_IN": chunks(layer.in_channels),
                 "BLOCK_MID": min(mid & -mid, tile.block),
                 "BLOCK_OUT": block_out,
             },

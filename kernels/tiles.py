@@ -1,8 +1,7 @@
 """How each op's work is cut into programs: a small reviewed table, and the rule for what it does not list.
 
-The table was chosen on machine code (resident warps, tensor-core instructions, and in half precision on sm_80,
-89, 90 and 100 no spills: tests/test_aot.py), not by timing: it is not measured on a GPU. ``fastscnn_fast tune``
-measures and keeps better ones.
+The table was chosen on machine code (resident warps, tensor-core instructions, no spills: tests/test_aot.py),
+not by timing: it is not measured on a GPU. ``fastscnn_fast tune`` measures and keeps better ones.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ _BY_WARPS = (80, 86, 87, 89, 120)
 _NARROW = Tile(32, block=16, stages=1)
 _WITH_LAST = Tile(64, block=16, warps=8, stages=1)
 _HALF_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {75: _TURING, 100: _BLACKWELL}
-# Products of float32 are multiply-adds on every architecture: smaller tiles on more warps.
+# NVIDIA's products of float32 are multiply-adds: smaller tiles on more warps.
 _FLOAT = {
     "stem_conv": Tile(64, stages=1),
     "dsconv": Tile(32, block=32, warps=8, stages=1),
@@ -72,9 +71,19 @@ _FLOAT = {
     "feature_fusion": Tile(16, block=32, warps=8, stages=1),
     "upsample_classify": Tile(128, rows=8),
 }
-_FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
-    75: {"inverted_residual": Tile(8, block=32, warps=8, stages=1)}
+# AMD's are matrix instructions, with 512 registers a lane for four waves and half of them for eight.
+_FLOAT_AMD = {
+    "dsconv": Tile(32, block=32, stages=1),
+    "inverted_residual": Tile(16, block=16, stages=1),
 }
+_FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
+    75: {"inverted_residual": Tile(8, block=32, warps=8, stages=1)},
+    "gfx90a": _FLOAT_AMD,
+    "gfx942": _FLOAT_AMD,
+}
+# The layers, by op and chunk of their channels, that spill by 32 channels at a time on some of NVIDIA's under
+# Triton 3.6 or 3.9; by 16 none does.
+_FLOAT_BY_16 = (("dsconv", 128), ("inverted_residual", 32))
 # One entry: numpy does as much as it is given, and tiles decide only how often Python is called.
 _INTERPRETED = {
     "stem_conv": Tile(512),
@@ -131,6 +140,9 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
             return _NARROW
         if layer.last_channels and architecture == 80:
             return _WITH_LAST
+    by_16 = table is _FLOAT and isinstance(architecture, int)
+    if by_16 and (layer.op, chunk(layer.in_channels)) in _FLOAT_BY_16:
+        chosen = replace(chosen, block=16)
     if layer.op != "inverted_residual":
         return chosen
     rows, columns = _block(layer, dtype, architecture, pixels, chosen.pixels)

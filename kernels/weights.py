@@ -33,6 +33,15 @@ def chunk(channels: int) -> int:
     return min(padded(channels) & -padded(channels), 128)
 
 
+def chunks(channels: int) -> tuple[int, ...]:
+    """The padded channels in as few powers of two up to 128 as there are, the largest first."""
+    left, sizes = padded(channels), []
+    for size in (128, 64, 32, 16):
+        sizes += [size] * (left // size)
+        left %= size
+    return tuple(sizes)
+
+
 def columns(channels: int) -> int:
     """Columns of a product that a program takes at a time."""
     return min(power_of_two(padded(channels)), _MOST_COLUMNS)

@@ -1,9 +1,22 @@
-"""The machine code of every Triton kernel, for architectures that are not at hand: compiled, never run."""
+"""The machine code of every Triton kernel, for architectures that are not at hand: compiled, never run.
+
+What holds for all: shared memory fits a block; on sm_80, 89, 90, 100 and AMD's nothing spills to memory, in any
+dtype (AMD's scalar registers spill into vector registers: up to 45 of them, in inverted_residual); every product
+is one of tensor cores, or of AMD's matrix instructions; on NVIDIA's at least 8 warps are resident, and matrices of
+half precision are loaded by 16 bytes a thread. What does not hold:
+
+- sm_75: Triton has no products for Turing's tensor cores, and some kernels spill. Float32 products are
+  multiply-adds on all of NVIDIA's ("highest" precision).
+- sm_86 and 120 may spill too.
+- AMD: inverted_residual takes so many registers that 4 waves are resident.
+- 16 bytes: where a tile has too few channels for its threads (``_by_8_bytes``).
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -31,6 +44,7 @@ AMD = ("gfx90a", "gfx942")
 NO_SPILLS = (80, 89, 90, 100)
 KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 LDS = 64 * 1024  # of AMD's compute units
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_PRODUCT = ("upsample_classify_kernel",)
 NARROW = ("stem_conv_kernel", "upsample_classify_kernel")  # three channels; a plane a class
 
@@ -61,38 +75,75 @@ def _cases(architecture: Architecture, dtype: torch.dtype, presets: tuple[str, .
 
 def _all() -> Iterator[Case]:
     for architecture in (*NVIDIA, *AMD):
-        for dtype in (torch.float16, torch.bfloat16):
-            if architecture != 75 or dtype == torch.float16:
+        for dtype in DTYPES:
+            if architecture != 75 or dtype != torch.bfloat16:
                 yield from _cases(architecture, dtype, ("tramac", "paper"))
 
 
 def _few() -> list[Case]:
-    """Every kernel of the paper's network for two architectures."""
+    """Every kernel of the paper's network for three architectures."""
     cases = {}
-    for architecture, dtype in ((80, torch.float16), (90, torch.bfloat16)):
+    few: tuple[tuple[Architecture, torch.dtype], ...] = (
+        (80, torch.float16),
+        (90, torch.bfloat16),
+        ("gfx942", torch.float32),
+    )
+    for architecture, dtype in few:
         for case in _cases(architecture, dtype, ("paper",)):
             cases[architecture, case[2].kernel.__name__] = case
     return list(cases.values())
 
 
+def _has_tensor_cores(architecture: Architecture, dtype: torch.dtype) -> bool:
+    """For this dtype, in Triton."""
+    if isinstance(architecture, int):
+        return architecture != 75 and dtype != torch.float32
+    return True
+
+
+def _by_8_bytes(architecture: Architecture, launch: Launch) -> bool:
+    """Whether some tile has fewer than 8 channels of half precision a thread.
+
+    dsconv of 48 channels, which come by 16: two warps of 32 pixels or four of 64 would load 16 bytes, but spill on
+    sm_80, 86 and 89. The last dsconv on sm_80, 16 channels at a time: 32 spill. Of 96 channels of an inverted
+    residual the last 32: its products take 16 pixels at least.
+    """
+    a, kernel = launch.arguments, launch.kernel.__name__
+    if kernel == "dsconv_kernel":
+        return a["IN"] == 48 or (a["LAST"] > 0 and architecture == 80)
+    return kernel == "inverted_residual_kernel" and a["IN"] == 96
+
+
+def _channels_a_thread(code: aot.Code) -> set[int]:
+    """Of each load of a matrix of half precision."""
+    text = code.compiled.asm["ttgir"]
+    layout = r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[(\d+), (\d+)\]"
+    layouts = {name: max(int(i), int(j)) for name, i, j in re.findall(layout, text)}
+    load = r"(?:tt\.load|ttg\.async_copy_global_to_local) .*? : tensor<\d+x\d+x!tt\.ptr<b?f16>, (#\w+)>"
+    return {layouts[name] for name in re.findall(load, text)}
+
+
 def _check(case: Case) -> None:
-    architecture, _, launch = case
+    architecture, dtype, launch = case
     code = aot.compiled(launch, architecture)
     kernel = launch.kernel.__name__
     if isinstance(architecture, int):
         assert code.shared <= KIB[architecture] * 1024
         assert code.resident_warps >= 8
         assert kernel in NARROW or code.wide_loads > 0
+        if kernel not in NARROW and architecture != 75 and dtype != torch.float32:
+            by_8 = _by_8_bytes(architecture, launch)
+            assert min(_channels_a_thread(code)) >= (4 if by_8 else 8)
     else:
         assert code.shared <= LDS
-    if architecture in NO_SPILLS:
+    if architecture in (*NO_SPILLS, *AMD):
         assert (code.spills, code.stack) == (0, 0)
     if kernel in NO_PRODUCT:
         return
-    if architecture == 75:  # this version of Triton has no products for Turing's tensor cores
-        assert code.products == 0
-    else:
-        assert code.products > 0
+    assert (code.products > 0) == _has_tensor_cores(architecture, dtype)
+    if code.products:
+        # A product that is not one of tensor cores has the layout of ordinary arithmetic.
+        assert not re.search(r"tt\.dot .*-> tensor<.*#blocked", code.compiled.asm["ttgir"])
 
 
 @pytest.mark.parametrize("case", _few(), ids=_name)
