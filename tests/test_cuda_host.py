@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -118,6 +119,7 @@ def test_nothing_is_read_past_the_weights(
     child = os.fork()
     if child == 0:
         code = 1
+        signal.alarm(120)
         try:
             torch.set_num_threads(1)  # a pool of threads does not survive a fork
             for case in cases:
