@@ -182,9 +182,9 @@ BACKENDS: dict[str, Backend] = {
 def able(
     config: Config, device: torch.device, dtype: torch.dtype, precision: str = "highest"
 ) -> list[str]:
-    """The backends that can run, the preferred first: with precision "high" those that have arithmetic for it."""
+    """The backends that can run, the preferred first: on a GPU, with precision "high", those that have that."""
     names = [name for name, b in BACKENDS.items() if b.why_not(config, device, dtype) is None]
-    if precision == "high":
+    if precision == "high" and device.type == "cuda":
         names.sort(key=lambda name: _why_not_high(name, device, dtype) is not None)
     return names
 

@@ -2,9 +2,9 @@
 
     {"schema": 2, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, "torch" or "cuda"}}}
 
-ENVIRONMENT is all that a time depends on but the layer (:func:`environment`), so that what was chosen with one
-Triton or CUDA extension is not looked for with another, or without; LAYER is the layer and its shapes
-(:func:`layer_key`). A file that cannot be read, or is of another schema, is ignored with one logged reason.
+ENVIRONMENT is what a time depends on but the layer (:func:`environment`), so that what was chosen with one Triton,
+or a CUDA extension for some architectures, is not looked for with another, or without; LAYER is the layer and its
+shapes (:func:`layer_key`). A file that cannot be read, or is of another schema, is ignored with one logged reason.
 """
 
 from __future__ import annotations

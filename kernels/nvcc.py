@@ -16,10 +16,8 @@ import fastscnn_fast
 from .machine import instructions, listing, nvidia_program
 
 SOURCES = Path(fastscnn_fast.__file__).resolve().parents[1] / "csrc" / "cuda"
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-)  # as setup.py's NVCC_FLAGS, so that what is inspected is what is built
+# As setup.py's NVCC_FLAGS, so that what is inspected is what is built.
+FLAGS = ("-std=c++17", "-O3")
 
 
 def why_not() -> str:

@@ -147,6 +147,7 @@ def tune(
     if not able:
         whys = backends.why_not(backends.GPU_BACKENDS, *on)
         raise backends.CannotRun(f"no GPU backend can run: {whys}")
+    precision = backends.choose_precision(precision, "auto", able[0], device, dtype)
     clock = graphs.milliseconds if clock is None else clock
     folded = fold(model)
     packed = ops.pack(folded.layers, folded.tensors, able[0], dtype, precision).to(device)

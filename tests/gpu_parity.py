@@ -288,6 +288,14 @@ def test_activations_at_any_address() -> None:
     assert torch.equal(y.cpu(), case.run((x,), weights))
 
 
+def test_weights_off_16_bytes_are_refused() -> None:
+    case = GpuCase.of(Case(Layer("dsconv", "", 32, 16), ((6, 9),)), "float32")
+    (x, packed, *rest) = case.arguments(case.inputs(), case.weights())
+    shifted = torch.empty(packed.numel() + 4, dtype=torch.uint8, device=DEVICE)[4:].copy_(packed)
+    with pytest.raises(ValueError, match="weights must be aligned to 16 bytes"):
+        torch.ops.fastscnn.dsconv(x.to(DEVICE), shifted, *rest, BACKEND)
+
+
 # ---------------------------------------------------------------- upsample_classify
 
 QUICK = {  # sizes and align_corners

@@ -135,6 +135,12 @@ def test_any_instruction_set_may_be_forced_for_any_dtype(monkeypatch):
 with_amx = pytest.mark.skipif(not backends.isas("high"), reason="the processor has no AMX")
 
 
+def test_high_precision_without_amx_stays_on_the_cpu(monkeypatch):
+    """Also where the interpreter could run it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.able(Config(), CPU, torch.float32, "high")[0] == "cpu"
+
+
 @with_amx
 def test_high_precision_runs_where_there_is_amx(monkeypatch, log):
     x, model = torch.randn(1, 3, 70, 90), small_network()

@@ -301,57 +301,133 @@ def test_bad_arguments_are_named(host: Any) -> None:
         host.PyramidPooling().bins = list(range(9))
 
 
-def rules() -> Iterator[Any]:
-    """By op: a field, a value that breaks its rule in the paper's network, and what is then said."""
-    plane = {
-        "pixel": [(8, "at least"), (1001, "a multiple of 8")],
-        "image": [(1001, "a multiple of 8")],
-    }
-    convolution = [
-        ("height", 0, "at least 1"),
-        ("out_width", 7, " for these sizes"),
-        ("stride", 0, ""),
-    ]
-    broken: dict[str, list[tuple[str, Any, str]]] = {
-        "stem_conv": [*convolution, ("padding", -1, "at least 0"), ("x_type", 0, "type or uint8")],
-        "dsconv": [*convolution, ("dilation", 0, "at least 1"), ("mid_activation", 3, "none, relu")],
-        "inverted_residual": [*convolution, ("mid_channels", 0, "at least 1")],
-        "pyramid_pooling": [("kernel", 2, "1 or 3"), ("width", 2**21 + 1, "2^21"), ("bins", [256], "255")],
-        "feature_fusion": [("low_height", 0, "at least 1"), ("dilation", 0, "at least 1")],
-        "upsample_classify": [("classes", 257, "at most 256"), ("low_width", 0, "at least 1")],
-    }  # fmt: skip
-    planes = {
-        "stem_conv": ["out"],
-        "feature_fusion": ["high", "low", "out"],
-        "upsample_classify": [],
-    }
-    for op, own in broken.items():
-        for name in planes.get(op, ["x", "out"]):
-            own += [(f"{name}_{part}", *rule) for part, rules in plane.items() for rule in rules]
-            own += [(name, 24, "aligned to 16 bytes"), (name, 0, "an address")]
-        own += [("type", 3, "float32, bfloat16 or float16"), ("images", -1, "at least 0")]
-        own += [("images", 2**40, "2^31 - 1 blocks")]
-        for field, value, says in own:
-            yield pytest.param(op, field, value, says, id=f"{op}-{field}-{value}")
+def steps_of_all_kinds() -> dict[str, CudaStep]:
+    """Of two pictures: each op, dsconv with the last 1x1, and the dense fusion."""
+    found: dict[str, CudaStep] = {}
+    for name in ("paper", "segmentron"):
+        for step in plan_of(name).steps:
+            kind = " last" * bool(step.sizes.get("last_channels"))
+            kind += " dense" * bool(step.sizes.get("dense"))
+            found.setdefault(step.op + kind, step)
+    return found
 
 
-@emulated
-@pytest.mark.parametrize(("op", "field", "value", "says"), list(rules()))
-def test_arguments_that_break_a_rule_are_refused(
-    op: str, field: str, value: Any, says: str, host: Any
-) -> None:
-    """Before anything is launched, by whoever calls the C interface."""
-    step = next(step for step in plan_of("paper").steps if step.op == op)
+def valid(step: CudaStep) -> Any:
     arguments = step.struct()
     for name in step.arguments:
         setattr(arguments, name, 16)
+    return arguments
+
+
+PLANE = [("pixel", 8, "at least"), ("pixel", 1001, "a multiple of 8"), ("pixel", 2**31, "at most")]
+SIDES = [("height", 0, "at least 1"), ("out_width", 7, " for these sizes")]
+CHANNELS = [("channels", 0, "at least 1"), ("channels", 2**20 + 1, "at most 1048576")]
+#: By kind of step: its planes, its channels, and fields that then break a rule, and what is said.
+RULES: dict[str, tuple[list[str], list[str], list[tuple[str, Any, str]]]] = {
+    "stem_conv": (
+        ["out"],
+        ["", "out_"],
+        [*SIDES, ("padding", -1, "at least 0"), ("stride", 0, "at least 1"), ("x_type", 0, "type or uint8"), ("channels", 5, "at most 4")],
+    ),
+    "dsconv": (
+        ["x", "out"],
+        ["in_", "out_"],
+        [*SIDES, ("dilation", 0, "at least 1"), ("stride", 0, "at least 1"), ("mid_activation", 3, "none, relu"), ("out_type", 0, "type, or float32")],
+    ),
+    "dsconv last": (
+        ["x"],
+        ["in_", "out_"],
+        [*SIDES, ("last_channels", -1, "at least 1"), ("out_pixel", 0, "at least 1"), ("out_channel", 2, "at least 12 x 20 x 1"), ("out_image", 4, "at least 19 x 1 x"), ("out_type", 1, "type, or float32")],
+    ),
+    "inverted_residual": (
+        ["x", "out"],
+        ["in_", "mid_", "out_"],
+        [*SIDES, ("stride", 3, "1 or 2"), ("residual", 1, "1 with residual")],
+    ),
+    "pyramid_pooling": (
+        ["x", "out"],
+        ["in_", "mid_", "out_"],
+        [("kernel", 2, "1 or 3"), ("width", 2**21 + 1, "2^21"), ("height", 0, "2^21"), ("bins", [256], "255"), ("branches", 9, "at most 8")],
+    ),
+    "feature_fusion": (
+        ["high", "low", "out"],
+        ["high_", "low_", "out_"],
+        [("low_height", 0, "at least 1"), ("width", 0, "at least 1"), ("dilation", 0, "at least 1")],
+    ),
+    "feature_fusion dense": (["low"], [], []),
+    "upsample_classify": (
+        [],
+        [],
+        [("classes", 257, "at most 256"), ("classes", 0, "at least 1"), ("low_width", 0, "at least 1"), ("height", 0, "at least 1"), ("output", 3, "logits, probabilities or labels")],
+    ),
+}  # fmt: skip
+
+
+def rules() -> Iterator[Any]:
+    for kind, (planes, channels, own) in RULES.items():
+        broken = [("type", 3, "float32, bfloat16 or float16"), ("images", -1, "at least 0"), *own]
+        broken.append(("images", 2**40, "2^31 - 1 blocks"))
+        broken += [(f"{name}_{part}", *rule) for name in planes for part, *rule in PLANE]
+        broken += [(f"{name}_image", 1001, "a multiple of 8") for name in planes]
+        broken += [(f"{name}{part}", *rule) for name in channels for part, *rule in CHANNELS]
+        broken += [("out_image", 0, "at least ")] * ("out" in planes)
+        broken += [("activation", 3, "none, relu")] * (kind != "upsample_classify")
+        for field, value, says in broken:
+            yield pytest.param(kind, field, value, says, id=f"{kind}-{field}-{value}")
+
+
+@emulated
+@pytest.mark.parametrize(("kind", "field", "value", "says"), list(rules()))
+def test_arguments_that_break_a_rule_are_refused(
+    kind: str, field: str, value: Any, says: str, host: Any
+) -> None:
+    """By whoever calls the C interface; the value is named."""
+    arguments = valid(steps_of_all_kinds()[kind])
     assert host.describe(arguments)
     setattr(arguments, field, value)
     with pytest.raises(ValueError) as caught:
         host.describe(arguments)
     assert says in str(caught.value), caught.value
     got = value[0] if isinstance(value, list) else value
-    assert str(caught.value).endswith(f"got {got}") or field == "images", caught.value
+    if value != 2**40 and field != "residual":  # those are told of what follows from them
+        assert str(caught.value).endswith(f"got {got}"), caught.value
+
+
+#: Bytes to which an address must be aligned, where those are not 16.
+ALIGNMENTS = {
+    "stem_conv": {"x": 1, "scale": 4, "shift": 4},
+    "dsconv last": {"out": 4},
+    "upsample_classify": {"x": 4, "out": 1},
+}
+
+
+@emulated
+@pytest.mark.parametrize("kind", RULES)
+def test_addresses_are_checked(kind: str, host: Any) -> None:
+    step = steps_of_all_kinds()[kind]
+    for name in step.arguments:
+        alignment = ALIGNMENTS.get(kind, {}).get(name, 16)
+        wrong = {0: f"{name} must be an address, got 0"}
+        if alignment > 1:
+            wrong[16 + alignment // 2] = f"{name} must be aligned to {alignment} bytes, got"
+        for address, says in wrong.items():
+            arguments = valid(step)
+            setattr(arguments, name, address)
+            with pytest.raises(ValueError, match=says):
+                host.describe(arguments)
+    nothing = step.struct()  # addresses are null
+    nothing.images = 0
+    getattr(host, step.op)(nothing, 0)
+
+
+@emulated
+@pytest.mark.parametrize("size", [(2, 2), (1, 5), (2, 7)])
+def test_a_picture_smaller_than_its_unpadded_convolution_is_refused(size: Any, host: Any) -> None:
+    arguments = valid(steps_of_all_kinds()["stem_conv"])
+    arguments.padding = arguments.out_height = arguments.out_width = 0
+    arguments.height, arguments.width = size
+    with pytest.raises(ValueError, match=f"height must be at least 3, got {size[0]}"):
+        host.describe(arguments)
 
 
 def test_a_buffer_moves_once() -> None:
@@ -382,6 +458,19 @@ def test_tuning_tries_the_kernels_and_checks_them(host: Any) -> None:
         assert [trial.choice for trial in layer.trials] == [choices.CUDA, choices.TORCH]
         assert not any(trial.problem for trial in layer.trials), layer.name
         assert layer.best is not None and layer.best.choice == choices.CUDA
+
+
+@emulated
+def test_tuning_in_high_precision_runs_what_a_call_would(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Triton there is no TF32, and "highest" with a logged reason."""
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    arguments = (small_network(), [(32, 48)], 1, torch.float32, "high", CPU)
+    found = list(tune.tune(*arguments, lambda runs: [1.0 for run in runs]))
+    for layer in found:
+        assert [trial.choice for trial in layer.trials] == [choices.CUDA, choices.TORCH]
+        assert not any(trial.problem for trial in layer.trials), layer.trials
 
 
 def test_tuning_needs_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -125,6 +126,8 @@ def test_nothing_is_read_past_the_weights(
             for case in cases:
                 case.run(case.inputs(), case.weights())
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)

@@ -1,62 +1,100 @@
 // What all ops ask of their arguments, which are named as in the C interface.
 #pragma once
 
+#include <algorithm>
+#include <climits>
+
 #include "elements.cuh"
 
 namespace fastscnn::cuda {
 
+constexpr int64_t kMostChannels = 1 << 20;
+
+inline int64_t bytes_of(int type) {
+  return type == FASTSCNN_UINT8 ? 1 : type == FASTSCNN_FLOAT32 ? 4 : 2;
+}
+
 // The rules of a call for `images` in `type`.
 class Arguments {
  public:
-  Arguments(int type, int64_t images)
-      : vector_(kVector / (type == FASTSCNN_FLOAT32 ? 4 : 2)), empty_(images == 0) {
+  Arguments(int type, int64_t images, int activation = FASTSCNN_NONE)
+      : vector_(kVector / bytes_of(type)), images_(images) {
     require(type >= FASTSCNN_FLOAT32 && type <= FASTSCNN_FLOAT16,
             "a type must be float32, bfloat16 or float16", type);
     at_least(0, "images", images);
+    bounds_of(activation);
   }
 
   static void at_least(int64_t least, const char* name, int64_t got) {
     if (got < least) refuse(name, "at least " + std::to_string(least), got);
   }
 
-  // An output's side, of a 3x3 convolution.
-  static void side(const char* name, int64_t got, int64_t size, int stride, int padding,
-                   int dilation) {
-    const int64_t expected = (size + 2 * padding - 2 * dilation - 1) / stride + 1;
-    if (got != expected) refuse(name, std::to_string(expected) + " for these sizes", got);
+  static void channels(const char* name, int64_t got) {
+    at_least(1, name, got);
+    if (got > kMostChannels) refuse(name, "at most " + std::to_string(kMostChannels), got);
   }
 
-  // Memory that is accessed; without images none is.
-  void present(const char* name, const void* address) const {
-    if (address == nullptr && !empty_) refuse(name, "an address", 0);
+  // One side of a 3x3 convolution, in and out.
+  static void side(const std::string& name, int64_t in, int64_t out, int stride, int padding,
+                   int dilation) {
+    const int64_t least = std::max<int64_t>(1, 2 * (int64_t{dilation} - padding) + 1);
+    at_least(least, name.c_str(), in);
+    const int64_t expected = (in + 2 * (int64_t{padding} - dilation) - 1) / stride + 1;
+    if (out != expected) {
+      refuse("out_" + name, std::to_string(expected) + " for these sizes", out);
+    }
+  }
+
+  // Memory that is accessed by elements of the type; without images none is.
+  void present(const char* name, const void* address, int type) const {
+    aligned_to(bytes_of(type), name, address);
   }
 
   // Memory that is accessed in whole vectors.
-  void aligned(const char* name, const void* address) const {
-    present(name, address);
-    const auto bytes = reinterpret_cast<uintptr_t>(address);
-    if (bytes % kVector) refuse(name, "aligned to 16 bytes", int64_t(bytes));
-  }
+  void aligned(const char* name, const void* address) const { aligned_to(kVector, name, address); }
 
   // An activation, with name_pixel and name_image.
-  void plane(const char* name, const void* address, int channels, int64_t image,
+  void plane(const std::string& name, const void* address, int channels, int64_t image,
              int64_t pixel) const {
     const std::string whole = "a multiple of " + std::to_string(vector_);
-    aligned(name, address);
-    if (pixel < padded(channels)) {
-      refuse(std::string(name) + "_pixel", "at least " + std::to_string(padded(channels)), pixel);
-    }
-    if (pixel % vector_) refuse(std::string(name) + "_pixel", whole, pixel);
-    if (image % vector_) refuse(std::string(name) + "_image", whole, image);
+    const int64_t least = padded(channels);
+    aligned(name.c_str(), address);
+    if (pixel < least) refuse(name + "_pixel", "at least " + std::to_string(least), pixel);
+    if (pixel > INT_MAX) refuse(name + "_pixel", "at most " + std::to_string(INT_MAX), pixel);
+    if (pixel % vector_) refuse(name + "_pixel", whole, pixel);
+    if (image % vector_) refuse(name + "_image", whole, image);
   }
+
+  // The activation that is written: its images may not share elements.
+  void result(const void* address, int channels, int64_t height, int64_t width, int64_t image,
+              int64_t pixel) const {
+    plane("out", address, channels, image, pixel);
+    if (images_ > 1) holds("out_image", image, height, width, pixel);
+  }
+
+  // A distance that is at least that of `height` rows of `width` pixels, each `pixel` elements.
+  static void holds(const char* name, int64_t got, int64_t height, int64_t width, int64_t pixel) {
+    if (got / pixel / width >= height) return;
+    refuse(name,
+           "at least " + std::to_string(height) + " x " + std::to_string(width) + " x " +
+               std::to_string(pixel),
+           got);
+  }
+
+  bool several_images() const { return images_ > 1; }
 
  private:
   [[noreturn]] static void refuse(const std::string& name, const std::string& rule, int64_t got) {
     throw Refused(name + " must be " + rule + ", got " + std::to_string(got));
   }
 
-  int vector_;
-  bool empty_;
+  void aligned_to(int64_t bytes, const char* name, const void* address) const {
+    if (address == nullptr && images_ > 0) refuse(name, "an address", 0);
+    const auto at = reinterpret_cast<uintptr_t>(address);
+    if (at % bytes) refuse(name, "aligned to " + std::to_string(bytes) + " bytes", int64_t(at));
+  }
+
+  int64_t vector_, images_;
 };
 
 }  // namespace fastscnn::cuda

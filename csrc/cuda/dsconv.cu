@@ -1,9 +1,9 @@
 // dsconv: depthwise 3x3 + bias [+ act] -> 1x1 + bias + act [-> 1x1 + bias]; the depthwise result
 // stays in shared memory.
 //
-// A block owns a tile of pixels with all their output channels. Chunk by chunk of input channels,
-// 64 bytes of each pixel, the tile's halo and the chunk's rows of the 1x1 arrive asynchronously
-// while the chunk before is computed.
+// A block owns a tile of pixels with all their output channels (at free widths 64; of the last
+// 1x1's 32). Chunk by chunk of input channels, 64 bytes of each pixel, the tile's halo and the
+// chunk's rows of the 1x1 arrive asynchronously while the chunk before is computed.
 #include "arguments.cuh"
 #include "depthwise.cuh"
 #include "product.cuh"
@@ -260,16 +260,14 @@ void select(const fastscnn_dsconv& op, fastscnn_stream stream) {
 int fastscnn_cuda_dsconv(const fastscnn_dsconv* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    const fc::Arguments rules(op->type, op->images);
-    rules.at_least(1, "in_channels", op->in_channels);
-    rules.at_least(1, "out_channels", op->out_channels);
-    rules.at_least(0, "last_channels", op->last_channels);
+    const fc::Arguments rules(op->type, op->images, op->activation);
+    rules.channels("in_channels", op->in_channels);
+    rules.channels("out_channels", op->out_channels);
+    if (op->last_channels) rules.channels("last_channels", op->last_channels);
     rules.at_least(1, "stride", op->stride);
     rules.at_least(1, "dilation", op->dilation);
-    rules.at_least(1, "height", op->height);
-    rules.at_least(1, "width", op->width);
-    rules.side("out_height", op->out_height, op->height, op->stride, op->dilation, op->dilation);
-    rules.side("out_width", op->out_width, op->width, op->stride, op->dilation, op->dilation);
+    rules.side("height", op->height, op->out_height, op->stride, op->dilation, op->dilation);
+    rules.side("width", op->width, op->out_width, op->stride, op->dilation, op->dilation);
     rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
     rules.aligned("depthwise_weight", op->depthwise_weight);
     rules.aligned("depthwise_bias", op->depthwise_bias);
@@ -281,12 +279,19 @@ int fastscnn_cuda_dsconv(const fastscnn_dsconv* op, fastscnn_stream stream) {
     }
     fc::require(op->out_type == op->type || (op->last_channels && op->out_type == FASTSCNN_FLOAT32),
                 "out_type must be type, or float32 with last_channels", op->out_type);
-    if (op->last_channels) {
-      rules.at_least(1, "out_channel", op->out_channel);
-      rules.at_least(1, "out_pixel", op->out_pixel);
-      rules.present("out", op->out);
+    const int64_t height = op->out_height, width = op->out_width;
+    if (!op->last_channels) {
+      rules.result(op->out, op->out_channels, height, width, op->out_image, op->out_pixel);
     } else {
-      rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
+      rules.present("out", op->out, op->out_type);
+      rules.at_least(1, "out_pixel", op->out_pixel);
+      const bool interleaved = fc::is_interleaved(*op);
+      if (!interleaved) rules.holds("out_channel", op->out_channel, height, width, op->out_pixel);
+      if (rules.several_images() && interleaved) {
+        rules.holds("out_image", op->out_image, height, width, op->out_pixel);
+      } else if (rules.several_images()) {
+        rules.holds("out_image", op->out_image, op->last_channels, 1, op->out_channel);
+      }
     }
     fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
   });

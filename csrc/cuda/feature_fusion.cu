@@ -303,10 +303,10 @@ void run_dense(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
 int fastscnn_cuda_feature_fusion(const fastscnn_feature_fusion* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    const fc::Arguments rules(op->type, op->images);
-    rules.at_least(1, "low_channels", op->low_channels);
-    rules.at_least(1, "high_channels", op->high_channels);
-    rules.at_least(1, "out_channels", op->out_channels);
+    const fc::Arguments rules(op->type, op->images, op->activation);
+    rules.channels("low_channels", op->low_channels);
+    rules.channels("high_channels", op->high_channels);
+    rules.channels("out_channels", op->out_channels);
     rules.at_least(1, "dilation", op->dilation);
     rules.at_least(1, "height", op->height);
     rules.at_least(1, "width", op->width);
@@ -320,7 +320,7 @@ int fastscnn_cuda_feature_fusion(const fastscnn_feature_fusion* op, fastscnn_str
     rules.aligned("high_weight", op->high_weight);
     rules.aligned("bias", op->bias);
     if (op->dense) rules.aligned("refined", op->refined);
-    rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
+    rules.result(op->out, op->out_channels, op->height, op->width, op->out_image, op->out_pixel);
     fc::with_type(op->type, [&](auto element) {
       using T = decltype(element);
       op->dense ? fc::run_dense<T>(*op, stream) : fc::select<T, 9>(*op, stream);

@@ -1,11 +1,12 @@
 // inverted_residual: 1x1 + bias + act -> depthwise 3x3 + bias + act -> 1x1 + bias [+ x]; what is
 // expanded stays in shared memory.
 //
-// A block owns a tile of pixels with all their output channels. The tile's halo of x arrives once;
-// then, chunk by chunk of expanded channels, 64 bytes of each pixel, the halo is expanded, summed
-// up by the depthwise and projected onto sums that stay in registers. Of the weights, the next
-// chunk's expanding columns arrive during the depthwise and the projection, the chunk's projecting
-// rows during the expansion and the depthwise, so that one buffer of each is enough.
+// A block owns a tile of pixels with all their output channels (at free widths 64). The tile's halo
+// of x arrives once; then, chunk by chunk of expanded channels, 64 bytes of each pixel, the halo is
+// expanded, summed up by the depthwise and projected onto sums that stay in registers. Of the
+// weights, the next chunk's expanding columns arrive during the depthwise and the projection, the
+// chunk's projecting rows during the expansion and the depthwise, so that one buffer of each is
+// enough.
 #include "arguments.cuh"
 #include "depthwise.cuh"
 #include "product.cuh"
@@ -278,14 +279,12 @@ int fastscnn_cuda_inverted_residual(const fastscnn_inverted_residual* op, fastsc
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
     fc::require(op->stride == 1 || op->stride == 2, "stride must be 1 or 2", op->stride);
-    const fc::Arguments rules(op->type, op->images);
-    rules.at_least(1, "in_channels", op->in_channels);
-    rules.at_least(1, "mid_channels", op->mid_channels);
-    rules.at_least(1, "out_channels", op->out_channels);
-    rules.at_least(1, "height", op->height);
-    rules.at_least(1, "width", op->width);
-    rules.side("out_height", op->out_height, op->height, op->stride, 1, 1);
-    rules.side("out_width", op->out_width, op->width, op->stride, 1, 1);
+    const fc::Arguments rules(op->type, op->images, op->activation);
+    rules.channels("in_channels", op->in_channels);
+    rules.channels("mid_channels", op->mid_channels);
+    rules.channels("out_channels", op->out_channels);
+    rules.side("height", op->height, op->out_height, op->stride, 1, 1);
+    rules.side("width", op->width, op->out_width, op->stride, 1, 1);
     rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
     rules.aligned("expand_weight", op->expand_weight);
     rules.aligned("expand_bias", op->expand_bias);
@@ -293,7 +292,8 @@ int fastscnn_cuda_inverted_residual(const fastscnn_inverted_residual* op, fastsc
     rules.aligned("depthwise_bias", op->depthwise_bias);
     rules.aligned("project_weight", op->project_weight);
     rules.aligned("project_bias", op->project_bias);
-    rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
+    rules.result(op->out, op->out_channels, op->out_height, op->out_width, op->out_image,
+                 op->out_pixel);
     fc::require(!op->residual || op->stride == 1, "stride must be 1 with residual", op->stride);
     fc::require(!op->residual || op->in_channels == op->out_channels,
                 "out_channels must be in_channels with residual", op->out_channels);

@@ -178,17 +178,17 @@ void run(const fastscnn_pyramid_pooling& op, fastscnn_stream stream) {
 int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    const fc::Arguments rules(op->type, op->images);
+    const fc::Arguments rules(op->type, op->images, op->activation);
     fc::require(op->kernel == 1 || op->kernel == 3, "kernel must be 1 or 3", op->kernel);
-    rules.at_least(1, "in_channels", op->in_channels);
-    rules.at_least(1, "out_channels", op->out_channels);
+    rules.channels("in_channels", op->in_channels);
+    rules.channels("out_channels", op->out_channels);
     // Twice a side times its bins is an int in the kernels.
     const int64_t most = 1 << 21;
     fc::require(op->height >= 1 && op->height <= most, "height must be from 1 to 2^21", op->height);
     fc::require(op->width >= 1 && op->width <= most, "width must be from 1 to 2^21", op->width);
     rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
     if (op->branches) {
-      rules.at_least(1, "mid_channels", op->mid_channels);
+      rules.channels("mid_channels", op->mid_channels);
       rules.aligned("branch_weight", op->branch_weight);
       rules.aligned("branch_bias", op->branch_bias);
       rules.aligned("grid_weight", op->grid_weight);
@@ -197,7 +197,7 @@ int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_s
     }
     rules.aligned("out_weight", op->out_weight);
     rules.aligned("out_bias", op->out_bias);
-    rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
+    rules.result(op->out, op->out_channels, op->height, op->width, op->out_image, op->out_pixel);
     fc::with_type(op->type, [&](auto element) { fc::run<decltype(element)>(*op, stream); });
   });
 }
@@ -208,8 +208,8 @@ void fastscnn_cuda_pyramid_pooling_scratch(const fastscnn_pyramid_pooling* op, s
   *sums = *shares = 0;
   fc::status_of([&] {  // the op says what is wrong
     const fc::Arguments rules(op->type, op->images);
-    rules.at_least(1, "in_channels", op->in_channels);
-    rules.at_least(1, "out_channels", op->out_channels);
+    rules.channels("in_channels", op->in_channels);
+    rules.channels("out_channels", op->out_channels);
     rules.at_least(1, "height", op->height);
     const fc::Grids grids(*op);
     const size_t element = op->type == FASTSCNN_FLOAT32 ? 4 : 2, images = op->images;

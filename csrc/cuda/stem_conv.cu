@@ -262,26 +262,25 @@ void select(const fastscnn_stem_conv& op, fastscnn_stream stream) {
 int fastscnn_cuda_stem_conv(const fastscnn_stem_conv* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    const fc::Arguments rules(op->type, op->images);
-    rules.at_least(1, "channels", op->channels);
-    rules.at_least(1, "out_channels", op->out_channels);
+    const fc::Arguments rules(op->type, op->images, op->activation);
+    rules.channels("channels", op->channels);
+    rules.channels("out_channels", op->out_channels);
     rules.at_least(1, "stride", op->stride);
     rules.at_least(0, "padding", op->padding);
-    rules.at_least(1, "height", op->height);
-    rules.at_least(1, "width", op->width);
-    rules.side("out_height", op->out_height, op->height, op->stride, op->padding, 1);
-    rules.side("out_width", op->out_width, op->width, op->stride, op->padding, 1);
-    rules.present("x", op->x);
+    rules.side("height", op->height, op->out_height, op->stride, op->padding, 1);
+    rules.side("width", op->width, op->out_width, op->stride, op->padding, 1);
     rules.aligned("weight", op->weight);
     rules.aligned("bias", op->bias);
-    rules.plane("out", op->out, op->out_channels, op->out_image, op->out_pixel);
+    rules.result(op->out, op->out_channels, op->out_height, op->out_width, op->out_image,
+                 op->out_pixel);
     fc::require(op->x_type == op->type || op->x_type == FASTSCNN_UINT8,
                 "x_type must be type or uint8", op->x_type);
+    rules.present("x", op->x, op->x_type);
     if (op->x_type == FASTSCNN_UINT8) {
       fc::require(op->channels <= fc::kMostNormalised, "channels of uint8 must be at most 4",
                   op->channels);
-      rules.present("scale", op->scale);
-      rules.present("shift", op->shift);
+      rules.present("scale", op->scale, FASTSCNN_FLOAT32);
+      rules.present("shift", op->shift, FASTSCNN_FLOAT32);
     }
     fc::with_type(op->type, [&](auto element) {
       using T = decltype(element);

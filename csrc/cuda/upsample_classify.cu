@@ -339,10 +339,10 @@ int fastscnn_cuda_upsample_classify(const fastscnn_upsample_classify* op, fastsc
     rules.at_least(1, "low_width", op->low_width);
     rules.at_least(1, "height", op->height);
     rules.at_least(1, "width", op->width);
-    rules.present("x", op->x);
-    rules.present("out", op->out);
     fc::require(labels || op->out_type == op->type || op->type == FASTSCNN_FLOAT32,
                 "out_type must be type where that is not float32", op->out_type);
+    rules.present("x", op->x, op->type);
+    rules.present("out", op->out, labels ? FASTSCNN_UINT8 : op->out_type);
     fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
   });
 }

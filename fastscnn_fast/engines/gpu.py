@@ -125,6 +125,9 @@ def _precision(weights: Tensor, text: str, dtype: torch.dtype, backend: str) -> 
     at, _ = layout_of(weights, parsed(text), backend)
     if at not in _LAYOUTS:
         raise ValueError(f"weights must be packed for the {backend} backend, got another layout")
+    if weights.data_ptr() % ALIGNMENT:
+        rule = f"weights must be aligned to {ALIGNMENT} bytes"
+        raise ValueError(f"{rule}, got an address {weights.data_ptr() % ALIGNMENT} beyond")
     packed, precision = _LAYOUTS[at]
     check_dtype(packed, dtype)
     return precision
