@@ -394,7 +394,7 @@ def test_strides_of_dimensions_of_size_one() -> None:
 
 def test_positions_beyond_32_bits() -> None:
     """A numerator of a position is as large as four times the product of both sizes."""
-    case = GpuCase.of(Case(upsample(2), ((1, 11625), (1, 93000))), "float32")
+    case = GpuCase.of(Case(upsample(1), ((1, 23250), (1, 46500))), "float32")
     (x,), weights = case.inputs(), case.weights()
     assert err(case.run((x,), weights), case.reference64((x,), weights)) < 1e-6
 
@@ -407,7 +407,8 @@ FLOOR = 1e-5
 
 @cache
 def small_model(name: str) -> FastSCNN:
-    return lifelike(replace(PRESETS[name], **SMALL))
+    """Of few classes: the interpreter takes them one after the other."""
+    return lifelike(replace(PRESETS[name], **SMALL, num_classes=7))
 
 
 def fused(name: str, arithmetic: str = "float32") -> FusedFastSCNN:
@@ -419,7 +420,7 @@ def fused(name: str, arithmetic: str = "float32") -> FusedFastSCNN:
 def networks() -> Iterator[Any]:
     quick: set[tuple[Any, ...]] = {
         ("paper", "float32", (64, 96), False, "logits"),
-        ("mmseg", "float16", (49, 65), True, "probabilities"),
+        ("mmseg", "float32", (49, 65), True, "probabilities"),
         ("segmentron", "bfloat16", (49, 65), False, "logits"),
         ("mmseg_legacy", "float32", (49, 65), True, "labels"),
     }

@@ -7,7 +7,7 @@ half precision are loaded by 16 bytes a thread. What does not hold:
 
 - sm_75: Triton has no products for Turing's tensor cores, and some kernels spill. Float32 products are
   multiply-adds on all of NVIDIA's ("highest" precision).
-- sm_86 and 120 may spill too.
+- sm_86 and 120 are held to shared memory, products and loads alone.
 - AMD: inverted_residual takes so many registers that 4 waves are resident.
 - 16 bytes: where a tile has too few channels for its threads (``_by_8_bytes``).
 """
