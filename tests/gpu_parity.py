@@ -323,8 +323,10 @@ def test_upsampling(case: GpuCase) -> None:
         inputs = case.inputs()
         labels = replace(case, output="labels").run(inputs, {})
         ref64 = case.reference64(inputs, {})
-        assert_labels(labels, ref64, LABEL_ULPS * inputs[0].abs().max().item())
-        assert (labels != ref64.argmax(1)).double().mean() < 1e-3
+        largest = inputs[0].abs().max().item()
+        gap = assert_labels(labels, ref64, LABEL_ULPS * largest)
+        # Between logits that are equal (as of bfloat16 many are), float64's own choice is chance.
+        assert (gap > 1e-12 * largest).double().mean() < 1e-3
 
 
 exact_resizes = pytest.mark.parametrize(

@@ -163,10 +163,10 @@ def assert_honest(
         )
 
 
-def assert_labels(labels: Tensor, logits64: Tensor, tolerance: float) -> None:
+def assert_labels(labels: Tensor, logits64: Tensor, tolerance: float) -> Tensor:
     """``labels`` (N, H, W) are the classes of the largest of ``logits64`` (N, K, H, W).
 
-    Another class passes where its logit is within ``tolerance`` of the largest.
+    Another class passes where its logit is within ``tolerance`` of the largest. Returns by how much each is below.
     """
     assert labels.dtype == torch.uint8
     chosen = logits64.gather(1, labels.long()[:, None])[:, 0]
@@ -174,6 +174,7 @@ def assert_labels(labels: Tensor, logits64: Tensor, tolerance: float) -> None:
     assert (gap <= tolerance).all(), (
         f"{int((gap > tolerance).sum())} of {gap.numel()} labels are wrong, a logit by {gap.max():.2e}"
     )
+    return gap
 
 
 # ---------------------------------------------------------------- memory
