@@ -174,7 +174,10 @@ def small_layers() -> Iterator[Any]:
                 seen.add(case)
                 for arithmetic in ("float32", "float16", "bfloat16"):
                     id = f"{name}-{step.layer.name}-{arithmetic}"
-                    quick = arithmetic == "bfloat16"
+                    # The interpreter takes seconds for 3x3; a network with it is in the first selection.
+                    quick = arithmetic == "bfloat16" and not (
+                        INTERPRETED and step.layer.kernel == 3
+                    )
                     yield slow_unless(quick, GpuCase.of(case, arithmetic), id=id)
 
 
@@ -301,8 +304,6 @@ def test_weights_off_16_bytes_are_refused() -> None:
 QUICK = {  # sizes and align_corners
     (((5, 7), (33, 49)), True),
     (((1, 6), (3, 1)), False),
-    (((6, 17), (6, 17)), False),
-    (((8, 70), (3, 17)), True),
 }
 
 
@@ -461,7 +462,7 @@ def test_networks(name: str, arithmetic: str, size: Size, raw: bool, output: str
 @torch.no_grad()
 def test_a_batch_of_pictures_whose_logits_are_one_pixel() -> None:
     """Their planes of 1x1 have the strides of a pixel's channels, whose padding would be the next image's."""
-    model, fast, x = small_model("paper"), fused("paper"), noise(3, 3, 8, 8)
+    model, fast, x = small_model("paper"), fused("paper"), noise(2, 3, 8, 8)
     arguments = (x.to(DEVICE), fast.weights, fast.program, fast.dtype, "logits")
     y = run_poisoned("network", *arguments, backend=BACKEND).cpu()
     factor, floor = BOUNDS["float32"]
