@@ -140,7 +140,7 @@ def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> s
     found = architecture(device)
     if not isinstance(found, int):
         return None if _cuda_module.on_host else f"the GPU must be NVIDIA's, got {found}"
-    code = _cuda_code(found, _cuda_module)
+    code = _code_for(found, _cuda_module)
     if code == 0:
         built = ", ".join(f"sm_{a}" for a in _cuda_module.architectures)
         return f"fastscnn_fast._cuda must be built for sm_{found}, it is for {built}"
@@ -150,7 +150,7 @@ def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> s
     return None
 
 
-def _cuda_code(found: int, module: ModuleType) -> int:
+def _code_for(found: int, module: ModuleType) -> int:
     """The architecture whose code in ``module`` runs on that one, 0 for none.
 
     Machine code runs on its own and on later minor versions, PTX on all later ones.

@@ -185,12 +185,7 @@ KINDS = (
     ),
     ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", ""),
     ("reads past the edge", r"(?<=z >= 0 && z) < width|(?<=pixel\.y) < width", " <= width", ""),
-    (
-        "writes past the edge",
-        r"z >= (out_)?width\b|column >= width\b",
-        r"(\g<0>) && false",
-        "",
-    ),
+    ("writes past the edge", r"z >= (out_)?width\b|column >= width\b", r"(\g<0>) && false", ""),
     ("a write past the end", r"p >= pixels\b", "p > pixels", ""),
     ("labels past the edge", r"if \(column < width\) to", "to", ""),
 )

@@ -35,14 +35,12 @@ class Arguments {
   }
 
   // One side of a 3x3 convolution, in and out.
-  static void side(const std::string& name, int64_t in, int64_t out, int stride, int padding,
+  static void side(const char* name, int64_t in, int64_t out, int stride, int padding,
                    int dilation) {
-    const int64_t least = std::max<int64_t>(1, 2 * (int64_t{dilation} - padding) + 1);
-    at_least(least, name.c_str(), in);
+    at_least(std::max<int64_t>(1, 2 * (int64_t{dilation} - padding) + 1), name, in);
     const int64_t expected = (in + 2 * (int64_t{padding} - dilation) - 1) / stride + 1;
-    if (out != expected) {
-      refuse("out_" + name, std::to_string(expected) + " for these sizes", out);
-    }
+    if (out == expected) return;
+    refuse(std::string("out_") + name, std::to_string(expected) + " for these sizes", out);
   }
 
   // Memory that is accessed by elements of the type; without images none is.
@@ -54,15 +52,16 @@ class Arguments {
   void aligned(const char* name, const void* address) const { aligned_to(kVector, name, address); }
 
   // An activation, with name_pixel and name_image.
-  void plane(const std::string& name, const void* address, int channels, int64_t image,
+  void plane(const char* name, const void* address, int channels, int64_t image,
              int64_t pixel) const {
-    const std::string whole = "a multiple of " + std::to_string(vector_);
-    const int64_t least = padded(channels);
-    aligned(name.c_str(), address);
-    if (pixel < least) refuse(name + "_pixel", "at least " + std::to_string(least), pixel);
-    if (pixel > INT_MAX) refuse(name + "_pixel", "at most " + std::to_string(INT_MAX), pixel);
-    if (pixel % vector_) refuse(name + "_pixel", whole, pixel);
-    if (image % vector_) refuse(name + "_image", whole, image);
+    aligned(name, address);
+    const auto distance = [&](const char* part, const char* rule, int64_t bound, int64_t got) {
+      refuse(std::string(name) + part, rule + std::to_string(bound), got);
+    };
+    if (pixel < padded(channels)) distance("_pixel", "at least ", padded(channels), pixel);
+    if (pixel > INT_MAX) distance("_pixel", "at most ", INT_MAX, pixel);
+    if (pixel % vector_) distance("_pixel", "a multiple of ", vector_, pixel);
+    if (image % vector_) distance("_image", "a multiple of ", vector_, image);
   }
 
   // The activation that is written: its images may not share elements.
