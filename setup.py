@@ -185,11 +185,7 @@ if cuda == "1" or (cuda != "0" and find_nvcc() is not None):
     )
 
 setup(
-    packages=[
-        *find_packages(include=["fastscnn_fast", "fastscnn_fast.*"]),
-        "fastscnn_fast.kernels",
-    ],
-    package_dir={"fastscnn_fast.kernels": "kernels"},
+    packages=find_packages(include=["fastscnn_fast", "fastscnn_fast.*"]),
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExt},
 )

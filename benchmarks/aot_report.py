@@ -20,14 +20,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastscnn_fast import FastSCNN, backends
-from fastscnn_fast.config import PRESETS, preset
-from fastscnn_fast.kernels import aot, nvcc
-from fastscnn_fast.kernels.cuda import CudaStep, Described, described
-from fastscnn_fast.kernels.launch import Launch, cdiv, rounded_up
-from fastscnn_fast.kernels.machine import MULTIPROCESSORS, PRODUCTS, WIDE_LOADS, count
-from fastscnn_fast.kernels.tiles import Architecture
-from fastscnn_fast.plan import Step, plan
+from fastscnn_fast import FastSCNN
+from fastscnn_fast.arch.config import PRESETS, preset
+from fastscnn_fast.backends import registry
+from fastscnn_fast.backends.gpu import aot, nvcc
+from fastscnn_fast.backends.gpu.cuda import CudaStep, Described, described
+from fastscnn_fast.backends.gpu.machine import MULTIPROCESSORS, PRODUCTS, WIDE_LOADS, count
+from fastscnn_fast.backends.gpu.tiles import Architecture
+from fastscnn_fast.kernels.launch import Launch
+from fastscnn_fast.program.layers import Step, plan
+from fastscnn_fast.program.memory import cdiv, rounded_up
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ((1024, 2048), (512, 1024), (256, 512))
@@ -233,7 +235,7 @@ def cuda_steps(
     name: str, size: tuple[int, int], output: str
 ) -> Iterator[tuple[Step, list[Described]]]:
     """The network's layers with their launches in CUDA C++, none where that is not built."""
-    if backends._cuda_module is None:
+    if registry._cuda_module is None:
         return
     steps = aot.network(preset(name), size, DTYPE, 80, output, backend="cuda").steps
     for layer, step in zip(plan(preset(name), *size), steps, strict=True):

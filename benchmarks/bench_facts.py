@@ -18,8 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastscnn_fast import FusedFastSCNN, backends, bench, fuse
-from fastscnn_fast.options import count
+from fastscnn_fast import FusedFastSCNN, bench, fuse
+from fastscnn_fast.backends import registry
+from fastscnn_fast.cli.options import count
 
 SIZES = ((1024, 2048), (1080, 1920), (375, 1242), (719, 1283))
 BATCH, BATCH_SIZE = 8, (256, 512)
@@ -40,7 +41,7 @@ def _name(size: tuple[int, int]) -> str:
 
 
 def _fused(arithmetic: str, preset: str = "paper") -> FusedFastSCNN:
-    return fuse(bench.untrained_model(preset), "cpu", *backends.ARITHMETICS[arithmetic])
+    return fuse(bench.untrained_model(preset), "cpu", *registry.ARITHMETICS[arithmetic])
 
 
 def _tasks(
@@ -110,10 +111,10 @@ def _start(arithmetic: str, preset: str, size: tuple[int, int], threads: int, ro
     torch.set_num_threads(threads)
     with torch.inference_mode():
         model = bench.untrained_model(preset)
-        x = torch.randn(1, 3, *size).to(backends.ARITHMETICS[arithmetic][0])
+        x = torch.randn(1, 3, *size).to(registry.ARITHMETICS[arithmetic][0])
         out = torch.zeros(1, model.config.num_classes, *size, dtype=x.dtype)
         times = [time.perf_counter()]
-        fast = fuse(model, "cpu", *backends.ARITHMETICS[arithmetic])
+        fast = fuse(model, "cpu", *registry.ARITHMETICS[arithmetic])
         times.append(time.perf_counter())
         fast(x, out=out)
         times.append(time.perf_counter())
@@ -127,7 +128,7 @@ def _start(arithmetic: str, preset: str, size: tuple[int, int], threads: int, ro
         "first call ms": f"{first:.1f}",
         "warm ms": f"{warm:.1f}",
         "first / warm": f"{first / warm:.2f}",
-        "arena MB": f"{backends.cpu_module().scratch_bytes() / 1e6:.1f}",
+        "arena MB": f"{registry.cpu_module().scratch_bytes() / 1e6:.1f}",
     }
 
 
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [name for name in backends.ARITHMETICS if backends.isas(name)]
+    names = [name for name in registry.ARITHMETICS if registry.isas(name)]
     parser.add_argument("--arithmetics", nargs="+", choices=names, default=names)
     parser.add_argument("--threads", type=count, default=2, metavar="N")
     parser.add_argument("--rounds", type=count, default=20, metavar="R")

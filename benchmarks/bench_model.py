@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, bench, data, fuse, load_checkpoint, ops
+from fastscnn_fast import FastSCNN, FusedFastSCNN, bench, fuse, load_checkpoint, ops
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends import registry
 from fastscnn_fast.bench import Contestant, Parity, Plain, Probe, Result
-from fastscnn_fast.config import PRESETS
+from fastscnn_fast.cli.options import count, size
+from fastscnn_fast.data import classes as data
 from fastscnn_fast.export import export_onnx
-from fastscnn_fast.options import count, size
-from fastscnn_fast.plan import plan
+from fastscnn_fast.program.layers import plan
 
 OURS, ORT, OPENVINO, OPENVINO_BF16 = "fastscnn_fast", "onnxruntime", "OpenVINO", "OpenVINO bfloat16"
 FRESH = ", fresh output"
@@ -71,7 +73,7 @@ class Input:
         """How far eager torch is from the truth in each arithmetic's dtype."""
         return {
             name: Parity.of(Plain(self.model, "logits", dtype)(self.x.to(dtype)), self.exact)
-            for name, (dtype, _) in backends.ARITHMETICS.items()
+            for name, (dtype, _) in registry.ARITHMETICS.items()
         }
 
     @cached_property
@@ -181,7 +183,7 @@ def openvino(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
         return ov.Tensor(t.numpy(), shared_memory=True)
 
     def contestant(name: str, arithmetic: str, reuse: bool) -> Contestant:
-        dtype, _ = backends.ARITHMETICS[arithmetic]
+        dtype, _ = registry.ARITHMETICS[arithmetic]
         x, out = given.x.to(dtype), given.result(task, dtype)
         network = core.read_model(given.onnx(task))
         network.reshape({"x": list(x.shape)})
@@ -247,7 +249,7 @@ def paired(contestants: Sequence[Contestant]) -> list[Contestant]:
 
 def multiply_adds(arithmetic: str) -> Probe:
     """GFLOP/s on registers alone."""
-    cpu, isa, threads = backends.cpu_module(), backends.isa(), torch.get_num_threads()
+    cpu, isa, threads = registry.cpu_module(), registry.isa(), torch.get_num_threads()
     return lambda: [cpu.multiply_add_roof(isa, arithmetic, threads, _ROOF_SECONDS) / 1e9]
 
 
@@ -381,10 +383,10 @@ def _nets(model: FastSCNN, arithmetics: Sequence[str]) -> dict[str, FusedFastSCN
     """Ours, by arithmetic; one that cannot run here is left out with a word."""
     nets = {}
     for name in arithmetics:
-        dtype, precision = backends.ARITHMETICS[name]
+        dtype, precision = registry.ARITHMETICS[name]
         try:
             nets[name] = fuse(model, "cpu", dtype, precision)
-        except backends.CannotRun as error:
+        except registry.CannotRun as error:
             print(f"{OURS} {name} is left out: {error}")
     return nets
 
@@ -414,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     several("--tasks", choices=TASKS, default=TASKS)
     several(
         "--arithmetics",
-        choices=backends.ARITHMETICS,
+        choices=registry.ARITHMETICS,
         help="all; high only with --weights, as untrained networks amplify what it rounds off",
     )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
@@ -444,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = args.weights is not None
     model = load_checkpoint(args.weights) if trained else bench.untrained_model(args.preset)
     if args.arithmetics is None:
-        args.arithmetics = [name for name in backends.ARITHMETICS if trained or name != "high"]
+        args.arithmetics = [name for name in registry.ARITHMETICS if trained or name != "high"]
     nets, peers, report = _nets(model, args.arithmetics), _installed(args.peers), Report()
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for one in args.size:

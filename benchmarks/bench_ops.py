@@ -16,9 +16,11 @@ import torch._inductor.config as inductor
 from helpers import BOUNDS, assert_labels, assert_parity, random_weights
 from torch import Tensor, nn
 
-from fastscnn_fast import backends, ops, reference
-from fastscnn_fast.config import Config, preset
-from fastscnn_fast.plan import Shape, Step, plan
+from fastscnn_fast import ops
+from fastscnn_fast.arch.config import Config, preset
+from fastscnn_fast.backends import registry
+from fastscnn_fast.program import reference
+from fastscnn_fast.program.layers import Shape, Step, plan
 
 Run = Callable[[], Tensor]
 
@@ -43,7 +45,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return backends.ARITHMETICS[self.arithmetic][0]
+        return registry.ARITHMETICS[self.arithmetic][0]
 
     @property
     def shape(self) -> str:
@@ -127,11 +129,11 @@ def _compile(work: Work) -> Run:
 
 
 def _ours(work: Work) -> Run:
-    reason = backends.report()["cpu"]
+    reason = registry.report()["cpu"]
     if reason is not None:
         pytest.skip(reason)
     case, layer = work.case, work.case.step.layer
-    packed = ops.pack([layer], [work.weights], "cpu", *backends.ARITHMETICS[case.arithmetic])
+    packed = ops.pack([layer], [work.weights], "cpu", *registry.ARITHMETICS[case.arithmetic])
     op = getattr(ops, layer.op)
     if layer.op == "upsample_classify":
         return lambda: op(*work.inputs, packed, layer, case.step.output[1:], case.variant)
@@ -199,7 +201,7 @@ def test_op(
 ) -> None:
     case = work.case
     if isa:
-        if isa not in backends.isas(case.arithmetic):
+        if isa not in registry.isas(case.arithmetic):
             pytest.skip(
                 f"{isa} has no kernels of its own for {case.arithmetic}, or does not run here"
             )
@@ -232,9 +234,9 @@ def test_op(
 
 def _roof(arithmetic: str) -> float:
     """Operations a second on registers alone, as fast as the machine is right now; NaN without the extension."""
-    if not backends.isas():
+    if not registry.isas():
         return nan
     threads = torch.get_num_threads()
-    return backends.cpu_module().multiply_add_roof(
-        backends.isa(), arithmetic, threads, _ROOF_SECONDS
+    return registry.cpu_module().multiply_add_roof(
+        registry.isa(), arithmetic, threads, _ROOF_SECONDS
     )

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from fastscnn_fast import FastSCNN, backends
-from fastscnn_fast.datasets import Batch, Examples, Streets
-from fastscnn_fast.options import size
-from fastscnn_fast.reference import normalise
-from fastscnn_fast.train import Objective, Recipe, Trainer
+from fastscnn_fast import FastSCNN
+from fastscnn_fast.arch.network import normalise
+from fastscnn_fast.backends import registry
+from fastscnn_fast.cli.options import size
+from fastscnn_fast.data.datasets import Batch, Examples, Streets
+from fastscnn_fast.train.trainer import Objective, Recipe, Trainer
 
 WEIGHTS = (1.0, 0.4, 0.4)
 
@@ -144,7 +145,7 @@ def main() -> None:
             step()
             seconds[name].append(time.perf_counter() - start)
 
-    isa = backends.isa() if backends.isas() else "plain torch"
+    isa = registry.isa() if registry.isas() else "plain torch"
     print(f"\n{args.batch} x {args.size[0]}x{args.size[1]}, {args.threads} threads, {isa}")
     base = statistics.median(seconds["eager"])
     print(f"{'step':<30} {'median s':>9} {'fastest':>9} {'images/s':>9} {'x eager':>8}")

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastscnn_fast import backends, bench, options
-from fastscnn_fast.config import PRESETS
+from fastscnn_fast import bench
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends import registry
+from fastscnn_fast.cli import options
 
 SEED = int(os.environ.get("FASTSCNN_SEED") or randbits(31))
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
@@ -31,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--arithmetics",
         nargs="+",
-        choices=list(backends.ARITHMETICS),
+        choices=list(registry.ARITHMETICS),
         default=["float32"],
         help="default: float32",
     )
@@ -62,7 +64,7 @@ def _machine() -> dict[str, str]:
         "processor": bench.processor(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "isa": backends.isa() if backends.isas() else "none",
+        "isa": registry.isa() if registry.isas() else "none",
     }
 
 

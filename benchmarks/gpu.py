@@ -20,23 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastscnn_fast import (
-    FastSCNN,
-    backends,
-    bench,
-    data,
-    fuse,
-    graphs,
-    load_checkpoint,
-    ops,
-    reference,
-)
+from fastscnn_fast import FastSCNN, bench, fuse, load_checkpoint, ops
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends import registry
 from fastscnn_fast.bench import Bounds, Call, Contestant, Parity, Plain, Probe, Result, Timer
-from fastscnn_fast.config import PRESETS
-from fastscnn_fast.engines import memory
-from fastscnn_fast.fold import fold
-from fastscnn_fast.options import DTYPES, count, size
-from fastscnn_fast.plan import Layer
+from fastscnn_fast.cli.options import DTYPES, count, size
+from fastscnn_fast.data import classes as data
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.program import memory, reference
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.runtime import graphs
 
 OURS, COMPILED, TENSORRT, GRAPHED = (
     "fastscnn_fast",
@@ -406,7 +399,7 @@ def _ours(model: FastSCNN, device: torch.device, dtype: torch.dtype) -> list[str
     """Our backends that run on the GPU; of others it is said why not."""
     found = []
     for name in ("cuda", "triton"):
-        reason = backends.BACKENDS[name].why_not(model.config, device, dtype)
+        reason = registry.BACKENDS[name].why_not(model.config, device, dtype)
         if reason is None:
             found.append(name)
         else:

@@ -5,12 +5,38 @@ model = FastSCNN(num_classes=19)     # plain torch, trainable
 fast = fuse(model)                   # logits: fast(x); uint8 labels: fast.labels(x)
 """
 
-from .checkpoints import load_checkpoint
-from .compat import accelerate
-from .fused import FusedFastSCNN, fuse
-from .model import FastSCNN
-from .segment import segment
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoints import load_checkpoint
+    from .compat import accelerate
+    from .runtime.fused import FusedFastSCNN, fuse
+    from .runtime.model import FastSCNN
+    from .runtime.segment import segment
 
 __version__ = "0.1.0"
 
 __all__ = ["FastSCNN", "FusedFastSCNN", "accelerate", "fuse", "load_checkpoint", "segment"]
+
+#: Where each public name lives; it is imported at its first use.
+_HOMES = {
+    "FastSCNN": "runtime.model",
+    "FusedFastSCNN": "runtime.fused",
+    "accelerate": "compat",
+    "fuse": "runtime.fused",
+    "load_checkpoint": "checkpoints",
+    "segment": "runtime.segment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import backends, data
-from .fused import FusedFastSCNN
-from .model import FastSCNN
+from .arch.network import normalise
+from .backends import registry
+from .data import classes as data
 from .plots import figure
-from .reference import normalise
+from .runtime.fused import FusedFastSCNN
+from .runtime.model import FastSCNN
 
 EAGER, EAGER_LAST, COMPILED = "eager", "eager, channels-last", "torch.compile, freezing"
 LOGITS, LABELS = "fastscnn_fast logits", "fastscnn_fast labels"
@@ -337,7 +338,7 @@ def machine(command: str) -> dict[str, str]:
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "instruction set": backends.isa() if backends.isas() else "none",
+        "instruction set": registry.isa() if registry.isas() else "none",
         "command": command,
         "date": date.today().isoformat(),
     }

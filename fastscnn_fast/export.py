@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .model import FastSCNN, PyramidPooling
+from .arch.network import PyramidPooling
+from .runtime.model import FastSCNN
 
 _OPSET = 18
 _LARGEST_SIDE = 1 << 14

@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastscnn_fast.plan import Layer
+from fastscnn_fast.lower.gpu import chunk, columns, last_columns, padded
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
 from .common import activate, cast, offset, product
-from .launch import Buffer, Launch, cdiv, wide
-from .tiles import Tile
-from .weights import chunk, columns, last_columns, padded
+from .launch import Launch, Tile
 
 
 @triton.jit

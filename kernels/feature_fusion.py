@@ -13,14 +13,14 @@ from math import ceil
 import triton
 import triton.language as tl
 
-from fastscnn_fast.plan import Layer
+from fastscnn_fast.lower.gpu import chunk, columns, padded
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
 from .common import activate, cast, hat, offset, position, product
-from .launch import Buffer, Launch, cdiv, wide
+from .launch import Launch, Tile
 from .pyramid_pooling import convolution
 from .resize import arguments, fraction, is_long
-from .tiles import Tile
-from .weights import chunk, columns, padded
 
 
 @triton.jit

@@ -1,6 +1,6 @@
-"""What the host side of every op is made of: buffers that need no memory yet, and launches over them.
+"""What the host side of every kernel hands over: a launch, and the tile that its work was cut into.
 
-A :class:`Launch` is described once and read by everyone: the engine binds tensors to its buffers and runs
+A :class:`Launch` is described once and read by everyone: the arena binds tensors to its buffers and runs
 it, ``dump`` and the ahead-of-time report compile it for any architecture and count its bytes.
 """
 
@@ -11,45 +11,23 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-from torch import Tensor
+from fastscnn_fast.program.memory import Buffer
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """A strided region of a named memory: ``strides`` in elements, ``offset`` in bytes."""
+class Tile:
+    """pixels: of a program (inverted_residual: lanes, each a block of rows x columns pixels).
 
-    memory: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int = 0
+    block: channels of a step (dsconv, feature_fusion: of the input; inverted_residual: expanded).
+    rows, columns: inverted_residual: pixels of a block; upsample_classify: rows of a step.
+    """
 
-    @staticmethod
-    def dense(memory: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Buffer:
-        strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-        return Buffer(memory, dtype, shape, strides, offset)
-
-    @property
-    def bytes(self) -> int:
-        """From the first element to the last."""
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
-        return (last + 1) * self.dtype.itemsize
-
-    @property
-    def reach(self) -> int:
-        """Elements from the first to the last of one image, the first dimension's stride left out."""
-        return sum((n - 1) * abs(stride) for n, stride in zip(self.shape[1:], self.strides[1:])) + 1
-
-    def view(self, memory: Tensor) -> Tensor:
-        """This region of ``memory``, a tensor whose first byte is the memory's."""
-        bytes_ = memory.view(torch.uint8)[self.offset : self.offset + self.bytes]
-        return bytes_.view(self.dtype).as_strided(self.shape, self.strides)
-
-
-def wide(*buffers: Buffer) -> bool:
-    """Whether an offset within one image may not fit 32 bits."""
-    return any(buffer.reach >= 2**31 for buffer in buffers)
+    pixels: int
+    block: int = 32
+    rows: int = 1
+    columns: int = 1
+    warps: int = 4
+    stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -78,16 +56,3 @@ class Launch:
             self.kernel[self.grid](
                 **values, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
             )
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def rounded_up(a: int, multiple: int) -> int:
-    return cdiv(a, multiple) * multiple
-
-
-def power_of_two(a: int) -> int:
-    """The smallest power of two that is at least ``a``."""
-    return 1 << max(a - 1, 0).bit_length()

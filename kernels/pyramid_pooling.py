@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastscnn_fast.plan import Layer
+from fastscnn_fast.lower.gpu import CELLS, chunk, columns, padded
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.memory import Buffer, cdiv, power_of_two, wide
 
 from .common import activate, branch_of, cast, offset, product
-from .launch import Buffer, Launch, cdiv, power_of_two, wide
-from .tiles import Tile
-from .weights import CELLS, chunk, columns, padded
+from .launch import Launch, Tile
 
 
 @triton.jit

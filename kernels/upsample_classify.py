@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastscnn_fast.plan import Layer
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
 from .common import cast, position
-from .launch import Buffer, Launch, cdiv, wide
+from .launch import Launch, Tile
 from .resize import arguments, is_long
-from .tiles import Tile
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import torch
 from helpers import Kernels, threads
 from hypothesis import settings
 
-from fastscnn_fast import backends
+from fastscnn_fast.backends import registry
 
 SEED = int(os.environ.get("FASTSCNN_SEED") or randbits(31))
 
@@ -59,7 +59,7 @@ _FORCED: dict[str, Sequence[Kernels]] = {
 
 
 def _case(name: str, kernels: Kernels) -> Any:
-    best = kernels.isa == backends.isas(kernels.arithmetic)[-1]
+    best = kernels.isa == registry.isas(kernels.arithmetic)[-1]
     marks = [pytest.mark.slow] if name.startswith("best") and not best else []
     return pytest.param(kernels, id=kernels.isa if "isa" in name else str(kernels), marks=marks)
 
@@ -77,7 +77,7 @@ def _forced(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     chosen: Kernels = request.param
     with pytest.MonkeyPatch.context() as monkeypatch, threads(2):
         monkeypatch.setenv("FASTSCNN_ISA", chosen.isa)
-        assert backends.isa() == chosen.isa
+        assert registry.isa() == chosen.isa
         yield chosen
 
 

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import pybind11
 
-from fastscnn_fast.kernels.machine import nvidia_program
+from fastscnn_fast.backends.gpu.machine import nvidia_program
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"

@@ -53,14 +53,13 @@ from test_ops import (
 from torch import Tensor
 
 from fastscnn_fast import ops
-from fastscnn_fast.config import PRESETS
-from fastscnn_fast.engines import gpu as engine
-from fastscnn_fast.fold import fold
-from fastscnn_fast.fused import FusedFastSCNN
-from fastscnn_fast.kernels import engine as launching
-from fastscnn_fast.model import FastSCNN
-from fastscnn_fast.packed import TAG
-from fastscnn_fast.plan import Layer, plan
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends.gpu import backend as engine, plan as launching
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.lower.pack import TAG
+from fastscnn_fast.program.layers import Layer, plan
+from fastscnn_fast.runtime.fused import FusedFastSCNN
+from fastscnn_fast.runtime.model import FastSCNN
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = ""  # the fixture's

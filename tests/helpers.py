@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastscnn_fast import backends, ops
-from fastscnn_fast.config import Config
-from fastscnn_fast.model import FastSCNN, resize
-from fastscnn_fast.plan import Layer
+from fastscnn_fast import ops
+from fastscnn_fast.arch.config import Config
+from fastscnn_fast.arch.network import resize
+from fastscnn_fast.backends import registry
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.runtime.model import FastSCNN
 
 # ---------------------------------------------------------------- kernels
 
@@ -28,15 +30,15 @@ class Kernels(NamedTuple):
     @staticmethod
     def all() -> list[Kernels]:
         """Those that are compiled in and run here."""
-        return [Kernels(name, isa) for name in backends.ARITHMETICS for isa in backends.isas(name)]
+        return [Kernels(name, isa) for name in registry.ARITHMETICS for isa in registry.isas(name)]
 
     @property
     def dtype(self) -> torch.dtype:
-        return backends.ARITHMETICS[self.arithmetic][0]
+        return registry.ARITHMETICS[self.arithmetic][0]
 
     @property
     def precision(self) -> str:
-        return backends.ARITHMETICS[self.arithmetic][1]
+        return registry.ARITHMETICS[self.arithmetic][1]
 
     def __str__(self) -> str:
         return f"{self.arithmetic}-{self.isa}"
@@ -253,7 +255,7 @@ def run_poisoned(op: str, *args: Any, backend: str = "cpu") -> Tensor:
         inside = guarded.inside.view(like.dtype)
         out = inside.as_strided(like.shape, like.stride(), inside.storage_offset())
         if backend == "cpu":
-            backends.cpu_module().fill_scratch(byte)
+            registry.cpu_module().fill_scratch(byte)
         fill(out, *args, backend)
         assert guarded.intact(), f"{op} wrote outside of its result"
         padding = torch.ones(inside.shape, dtype=torch.bool, device=like.device)

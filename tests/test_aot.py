@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastscnn_fast.config import PRESETS, preset
+from fastscnn_fast.arch.config import PRESETS, preset
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -33,9 +33,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import BaseBackend
 
-from fastscnn_fast.kernels import aot
-from fastscnn_fast.kernels.launch import Buffer, Launch
-from fastscnn_fast.kernels.tiles import Architecture
+from fastscnn_fast.backends.gpu import aot
+from fastscnn_fast.backends.gpu.tiles import Architecture
+from fastscnn_fast.kernels.launch import Launch
+from fastscnn_fast.program.memory import Buffer
 
 SIZE = (1024, 2048)
 SIZES = (SIZE, (512, 1024), (256, 512))

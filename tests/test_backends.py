@@ -11,24 +11,24 @@ import pytest
 import torch
 from helpers import Kernels, err, small_network
 
-from fastscnn_fast import backends, fuse
-from fastscnn_fast.config import PRESETS, Config
-from fastscnn_fast.engines import cpu as engine
+from fastscnn_fast import fuse
+from fastscnn_fast.arch.config import PRESETS, Config
+from fastscnn_fast.backends import cpu as engine, registry
 
 CPU = torch.device("cpu")
-built = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, in which every reason appears anew."""
-    backends.log_once.cache_clear()
+    registry.log_once.cache_clear()
     caplog.set_level(logging.WARNING, "fastscnn_fast")
     return caplog
 
 
 def choose(name: str = "auto", dtype: torch.dtype = torch.float32) -> str:
-    return backends.choose(name, Config(), CPU, dtype)
+    return registry.choose(name, Config(), CPU, dtype)
 
 
 @built
@@ -81,26 +81,26 @@ def test_the_cpu_backend_says_what_it_cannot_run():
         (torch.device("cuda", 0), torch.float32, "device must be cpu, got cuda:0"),
         (CPU, torch.float16, "dtype must be torch.float32 or torch.bfloat16, got torch.float16"),
     ):
-        assert backends.BACKENDS["cpu"].why_not(Config(), device, dtype) == reason
+        assert registry.BACKENDS["cpu"].why_not(Config(), device, dtype) == reason
     nine = Config(bottleneck_channels=(16, 16, 36), pyramid_bins=tuple(range(1, 10)))
     assert "pyramid_bins must be at most 8" in str(
-        backends.BACKENDS["cpu"].why_not(nine, CPU, torch.float32)
+        registry.BACKENDS["cpu"].why_not(nine, CPU, torch.float32)
     )
     for config in PRESETS.values():
         for dtype in (torch.float32, torch.bfloat16):
-            assert backends.BACKENDS["cpu"].why_not(config, CPU, dtype) is None
+            assert registry.BACKENDS["cpu"].why_not(config, CPU, dtype) is None
 
 
 @built
 def test_empty_variables_count_as_unset(monkeypatch):
     monkeypatch.setenv("FASTSCNN_BACKEND", "")
     monkeypatch.setenv("FASTSCNN_ISA", "")
-    assert choose() == "cpu" and backends.isa() == Kernels.all()[-1].isa
+    assert choose() == "cpu" and registry.isa() == Kernels.all()[-1].isa
 
 
 @built
 def test_the_report_has_a_line_for_every_backend():
-    report = backends.report()
+    report = registry.report()
     assert list(report) == ["cuda", "cpu", "triton", "reference"]
     assert (report["cpu"], report["reference"]) == (None, None)
     assert report["cuda"] and report["triton"]
@@ -123,22 +123,22 @@ def test_any_instruction_set_may_be_forced_for_any_dtype(monkeypatch):
     fast = fuse(model)
     for isa in {kernels.isa for kernels in Kernels.all()}:
         monkeypatch.setenv("FASTSCNN_ISA", isa)
-        assert backends.isa() == isa
+        assert registry.isa() == isa
         y = fast(x)
-        least = [name for name in backends.isas() if name == isa] or backends.isas()[-1:]
+        least = [name for name in registry.isas() if name == isa] or registry.isas()[-1:]
         monkeypatch.setenv("FASTSCNN_ISA", least[0])
         assert torch.equal(fast(x), y)
 
 
 # ---------------------------------------------------------------- precision
 
-with_amx = pytest.mark.skipif(not backends.isas("high"), reason="the processor has no AMX")
+with_amx = pytest.mark.skipif(not registry.isas("high"), reason="the processor has no AMX")
 
 
 def test_high_precision_without_amx_stays_on_the_cpu(monkeypatch):
     """Also where the interpreter could run it."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backends.able(Config(), CPU, torch.float32, "high")[0] == "cpu"
+    assert registry.able(Config(), CPU, torch.float32, "high")[0] == "cpu"
 
 
 @with_amx
@@ -183,22 +183,22 @@ def test_high_precision_where_there_is_none(backend, dtype, forced_isa, reason, 
 
 
 def test_an_arithmetic_for_each_dtype_and_precision():
-    for name, pair in backends.ARITHMETICS.items():
-        assert backends.arithmetic(*pair) == name
+    for name, pair in registry.ARITHMETICS.items():
+        assert registry.arithmetic(*pair) == name
     with pytest.raises(ValueError, match="precision must be 'highest' for torch.bf.*, got 'high'"):
-        backends.arithmetic(torch.bfloat16, "high")
+        registry.arithmetic(torch.bfloat16, "high")
 
 
 @built
 def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     fast, x = fuse(small_network()), torch.randn(1, 3, 64, 64)
     monkeypatch.setenv("FASTSCNN_ISA", "sse9")
-    for run in (backends.isa, lambda: fast(x), lambda: fast.labels(x)):
+    for run in (registry.isa, lambda: fast(x), lambda: fast.labels(x)):
         with pytest.raises(ValueError, match=r"FASTSCNN_ISA must be one of portable.*, got 'sse9'"):
             run()
     monkeypatch.setenv("FASTSCNN_ISA", "portable")
     assert fast(x).isfinite().all()
-    cpu = backends.cpu_module()
+    cpu = registry.cpu_module()
     with pytest.raises(ValueError, match="isa must be one that this processor runs, got 'sse9'"):
         _, *call = engine._call(fast.program, fast.weights, fast.dtype)
         cpu.network(("sse9", *call), engine._picture(x), "logits", 0)
@@ -214,9 +214,9 @@ class Handler(logging.Handler):
     def emit(self, record):
         messages.append(record.getMessage())
 logging.getLogger("fastscnn_fast").addHandler(Handler())
-from fastscnn_fast import FastSCNN, backends, fuse, ops
+from fastscnn_fast import FastSCNN, registry, fuse, ops
 model, x = FastSCNN(5).eval(), torch.randn(1, 3, 64, 64)
-assert not messages and backends.isas() == []
+assert not messages and registry.isas() == []
 with torch.no_grad():
     for _ in range(2):
         assert torch.equal(model(x), model.reference(x))
@@ -225,8 +225,8 @@ with torch.no_grad():
 assert fast.backend == "reference" and fast.labels(x).dtype == torch.uint8
 (message,) = messages
 assert "the extension fastscnn_fast._cpu is not built" in message, message
-assert backends.report()["cpu"].startswith("the extension fastscnn_fast._cpu is not built")
-for run in (lambda: fuse(model, "cpu"), backends.isa, lambda: ops.network(x, fast.weights, fast.program)):
+assert registry.report()["cpu"].startswith("the extension fastscnn_fast._cpu is not built")
+for run in (lambda: fuse(model, "cpu"), registry.isa, lambda: ops.network(x, fast.weights, fast.program)):
     try:
         run()
     except RuntimeError as error:
@@ -256,7 +256,7 @@ assert not torch.cuda.is_initialized()
     done = subprocess.run(
         command, check=True, cwd=root, timeout=120, capture_output=True, text=True
     )
-    assert (done.stdout, done.stderr) == ("", "") or not backends.isas()
+    assert (done.stdout, done.stderr) == ("", "") or not registry.isas()
 
 
 @built

@@ -17,17 +17,18 @@ import pytest
 import torch
 from helpers import small_network
 
-from fastscnn_fast import backends, bench, fuse, ops
+from fastscnn_fast import bench, fuse, ops
+from fastscnn_fast.arch.config import PRESETS, preset
+from fastscnn_fast.backends import registry
 from fastscnn_fast.checkpoints import CAMVID11
-from fastscnn_fast.config import PRESETS, preset
-from fastscnn_fast.plan import plan
+from fastscnn_fast.program.layers import plan
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "benchmarks" / "bench_ops.py"
 BENCH_MODEL = ROOT / "benchmarks" / "bench_model.py"
 GPU = ROOT / "benchmarks" / "gpu.py"
 BENCH_FACTS = ROOT / "benchmarks" / "bench_facts.py"
-built = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 # A plugin that makes the uint8 stem wrong, and nothing else.
 SPOILER = """
@@ -82,7 +83,7 @@ def test_the_network_is_measured_against_its_peers(tmp_path: Path, peers: list[s
     for task in ("logits", "labels"):
         own = {row["name"]: row for row in rows if row["task"] == task}
         expected = {"eager", "eager, channels-last", "eager, channels-last, bfloat16"}
-        for arithmetic in filter(backends.isas, backends.ARITHMETICS):
+        for arithmetic in filter(registry.isas, registry.ARITHMETICS):
             name = f"fastscnn_fast {arithmetic}"
             expected |= {name, f"{name}, fresh output"}
             expected |= {f"{name}, uint8 pixels"} if task == "labels" else set()

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastscnn_fast import FastSCNN, load_checkpoint
+from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.checkpoints import (
     LAYOUTS,
     MAX_BYTES,
@@ -31,7 +32,6 @@ from fastscnn_fast.checkpoints import (
     save_checkpoint,
     to_layout,
 )
-from fastscnn_fast.config import PRESETS, preset
 
 
 def layout_of(name: str) -> str:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastscnn_fast import backends, bench, checkpoints, cli, data, fuse, segment
+from fastscnn_fast import bench, checkpoints, cli, fuse, segment
+from fastscnn_fast.backends import registry
+from fastscnn_fast.data import classes as data
 
 UNTRAINED_MODEL = functools.cache(bench.untrained_model)
 
@@ -273,13 +275,13 @@ def test_the_untrained_model_is_always_the_same_and_predicts_every_class():
 def test_info_tells_instruction_sets_by_arithmetic(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
-    if not backends.isas():
+    if not registry.isas():
         assert "C++ kernels: not built" in printed
         return
-    for arithmetic in backends.ARITHMETICS:
-        sets = ", ".join(backends.isas(arithmetic)) or "none"
+    for arithmetic in registry.ARITHMETICS:
+        sets = ", ".join(registry.isas(arithmetic)) or "none"
         assert f"instruction sets that run here, {arithmetic}: {sets}\n" in printed
-    assert f"instruction set in use: {backends.isa()}\n" in printed
+    assert f"instruction set in use: {registry.isa()}\n" in printed
     assert "backend in use for torch.bfloat16 on the CPU: cpu\n" in printed
 
 

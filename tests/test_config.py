@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastscnn_fast.config import PRESETS, Config, preset
+from fastscnn_fast.arch.config import PRESETS, Config, preset
 
 RULES = [
     ({"num_classes": 0}, "num_classes must be an integer of at least 1, got 0"),

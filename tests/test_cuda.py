@@ -22,20 +22,20 @@ import pytest
 import torch
 from helpers import small_network
 
-from fastscnn_fast import backends, fuse, ops
-from fastscnn_fast.config import PRESETS, Config
-from fastscnn_fast.engines import gpu as engine
-from fastscnn_fast.fold import fold
-from fastscnn_fast.kernels import choices, cuda, nvcc, tune
-from fastscnn_fast.kernels.cuda import CudaStep
-from fastscnn_fast.kernels.engine import TorchStep
-from fastscnn_fast.kernels.launch import Buffer
-from fastscnn_fast.plan import OPS, program
+from fastscnn_fast import fuse, ops
+from fastscnn_fast.arch.config import PRESETS, Config
+from fastscnn_fast.backends import registry
+from fastscnn_fast.backends.gpu import backend as engine, choices, cuda, nvcc, tune
+from fastscnn_fast.backends.gpu.cuda import CudaStep
+from fastscnn_fast.backends.gpu.plan import TorchStep
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.program.layers import OPS, program
+from fastscnn_fast.program.memory import Buffer
 
 ROOT = Path(__file__).parents[1]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 built = pytest.mark.skipif(
-    backends._cuda_module is None, reason=f"fastscnn_fast._cuda: {backends._cuda_missing}"
+    registry._cuda_module is None, reason=f"fastscnn_fast._cuda: {registry._cuda_missing}"
 )
 emulated = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
 
@@ -44,26 +44,26 @@ emulated = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_no
 
 
 def why_not(device: torch.device = GPU, dtype: torch.dtype = torch.float32) -> str | None:
-    return backends.BACKENDS["cuda"].why_not(Config(), device, dtype)
+    return registry.BACKENDS["cuda"].why_not(Config(), device, dtype)
 
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """An extension of machine code for 8.0 and 9.0, on an A10."""
     module = SimpleNamespace(on_host=False, architectures=[80, 90], ptx=0)
-    monkeypatch.setattr(backends, "_cuda_module", module)
-    monkeypatch.setattr(backends, "architecture", lambda device: 86)
+    monkeypatch.setattr(registry, "_cuda_module", module)
+    monkeypatch.setattr(registry, "architecture", lambda device: 86)
     return module
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_cuda_module", None)
-    monkeypatch.setattr(backends, "_cuda_missing", "the extension is not built (why)")
+    monkeypatch.setattr(registry, "_cuda_module", None)
+    monkeypatch.setattr(registry, "_cuda_missing", "the extension is not built (why)")
     assert why_not() == why_not(CPU) == "the extension is not built (why)"
-    with pytest.raises(backends.CannotRun, match="cuda cannot run: the extension is not built"):
+    with pytest.raises(registry.CannotRun, match="cuda cannot run: the extension is not built"):
         fuse(small_network(), "cuda")
-    with pytest.raises(backends.CannotRun, match=r"not built \(why\)"):
-        backends.cuda_module()
+    with pytest.raises(registry.CannotRun, match=r"not built \(why\)"):
+        registry.cuda_module()
 
 
 def test_devices_dtypes_and_architectures(
@@ -73,14 +73,14 @@ def test_devices_dtypes_and_architectures(
     assert why_not(CPU) == "device must be cuda, got cpu"
     dtypes = "torch.float32, torch.bfloat16 or torch.float16"
     assert why_not(dtype=torch.float64) == f"dtype must be {dtypes}, got torch.float64"
-    monkeypatch.setattr(backends, "architecture", lambda device: 120)
+    monkeypatch.setattr(registry, "architecture", lambda device: 120)
     needs = "fastscnn_fast._cuda must be built for sm_120, it is for sm_80, sm_90"
     assert why_not() == needs
     pretended.ptx = 90  # runs on whatever is newer
     assert why_not() is None
-    monkeypatch.setattr(backends, "architecture", lambda device: 75)
+    monkeypatch.setattr(registry, "architecture", lambda device: 75)
     assert why_not() == "fastscnn_fast._cuda must be built for sm_75, it is for sm_80, sm_90"
-    monkeypatch.setattr(backends, "architecture", lambda device: "gfx942")
+    monkeypatch.setattr(registry, "architecture", lambda device: "gfx942")
     assert why_not() == "the GPU must be NVIDIA's, got gfx942"
 
 
@@ -90,7 +90,7 @@ def test_code_for_7_5_is_of_float16_alone(
 ) -> None:
     """On a newer GPU too, where it would be compiled from PTX."""
     pretended.architectures, pretended.ptx = [75], 75
-    monkeypatch.setattr(backends, "architecture", lambda device: found)
+    monkeypatch.setattr(registry, "architecture", lambda device: found)
     assert why_not(dtype=torch.float16) is None
     for dtype in (torch.float32, torch.bfloat16):
         needs = f"{dtype} needs code for a GPU of compute capability 8.0 or newer, got sm_75"
@@ -99,7 +99,7 @@ def test_code_for_7_5_is_of_float16_alone(
 
 @pytest.mark.parametrize("bins", [(1,) * 16, (1, 256)])
 def test_bins_that_the_kernels_cannot_count(bins: Any, pretended: SimpleNamespace) -> None:
-    reason = backends.BACKENDS["cuda"].why_not(Config(pyramid_bins=bins), GPU, torch.float32)
+    reason = registry.BACKENDS["cuda"].why_not(Config(pyramid_bins=bins), GPU, torch.float32)
     assert reason == f"pyramid_bins must be at most 8, of at most 255 each, got {bins}"
 
 
@@ -109,16 +109,16 @@ def test_high_precision_is_tritons(
     """It is taken where both can run, and the cuda backend says that it has none where that was asked for."""
 
     def choose(name: str, precision: str) -> str:
-        return backends.choose(name, Config(), GPU, torch.float32, precision)
+        return registry.choose(name, Config(), GPU, torch.float32, precision)
 
     if find_spec("triton") is not None:
         assert choose("auto", "highest") == "cuda" and choose("auto", "high") == "triton"
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
     assert choose("auto", "high") == "cuda"
-    precision = partial(backends.choose_precision, "high", device=GPU, dtype=torch.float32)
+    precision = partial(registry.choose_precision, "high", device=GPU, dtype=torch.float32)
     assert precision("auto", "cuda") == "highest"
     says = "cuda cannot run in precision high: backend must be cpu or triton, got cuda"
-    with pytest.raises(backends.CannotRun, match=says):
+    with pytest.raises(registry.CannotRun, match=says):
         precision("cuda", "cuda")
     with pytest.raises(ValueError, match="precision must be 'highest' for backend cuda"):
         layers = program(Config())
@@ -130,7 +130,7 @@ def test_high_precision_is_tritons(
 
 @built
 def test_the_extension_knows_what_it_is_for() -> None:
-    module = backends.cuda_module()
+    module = registry.cuda_module()
     assert not module.on_host
     assert module.architectures == sorted(set(module.architectures))
     assert all(75 <= architecture <= 129 for architecture in module.architectures)
@@ -140,7 +140,7 @@ def test_the_extension_knows_what_it_is_for() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
     """The extension loads, and the launch itself is refused, with CUDA's own text."""
-    module = backends.cuda_module()
+    module = registry.cuda_module()
     arguments = module.UpsampleClassify()
     for name, value in {
         "classes": 2,
@@ -213,8 +213,8 @@ def test_steps_fill_every_field_that_the_header_has() -> None:
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(backends, "_cuda_module", cuda_host.shared())
-    yield backends.cuda_module()
+    monkeypatch.setattr(registry, "_cuda_module", cuda_host.shared())
+    yield registry.cuda_module()
     engine._network_plan.cache_clear()
 
 
@@ -283,7 +283,7 @@ def test_no_triton_is_needed() -> None:
     """With the package triton out of reach the kernels of this backend are planned and run."""
     code = (
         "import sys; sys.modules['triton'] = None; sys.path.insert(0, 'tests');"
-        "import torch, cuda_host; from fastscnn_fast import backends, fuse;"
+        "import torch, cuda_host; from fastscnn_fast import registry, fuse;"
         "from helpers import small_network;"
         "backends._cuda_module = cuda_host.shared(); x = torch.randn(1, 3, 32, 32);"
         "y = fuse(small_network(), 'cuda', cuda_graph='off')(x); assert y.isfinite().all()"
@@ -465,7 +465,7 @@ def test_tuning_in_high_precision_runs_what_a_call_would(
     host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without Triton there is no TF32, and "highest" with a logged reason."""
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
     arguments = (small_network(), [(32, 48)], 1, torch.float32, "high", CPU)
     found = list(tune.tune(*arguments, lambda runs: [1.0 for run in runs]))
     for layer in found:
@@ -474,9 +474,9 @@ def test_tuning_in_high_precision_runs_what_a_call_would(
 
 
 def test_tuning_needs_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_cuda_module", None)
+    monkeypatch.setattr(registry, "_cuda_module", None)
     says = "no GPU backend can run: cuda: .*; triton: "
-    with pytest.raises(backends.CannotRun, match=says):
+    with pytest.raises(registry.CannotRun, match=says):
         list(tune.tune(small_network(), [(32, 48)], 1, torch.float64, "highest", CPU))
 
 
@@ -490,7 +490,7 @@ def test_choices_are_of_the_extension_as_built(
     choices.save({"layer": choices.CUDA}, GPU)
     assert choices.load(GPU).get("layer") == choices.CUDA
     for module in (SimpleNamespace(architectures=[90], ptx=90), None):
-        monkeypatch.setattr(backends, "_cuda_module", module)
+        monkeypatch.setattr(registry, "_cuda_module", module)
         choices._load.cache_clear()
         assert choices.load(GPU).get("layer") is None
     assert choices.environment(GPU).endswith("| cuda none")

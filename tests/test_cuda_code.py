@@ -14,13 +14,13 @@ import cuda_host
 import pytest
 import torch
 
-from fastscnn_fast import backends
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends import registry
+from fastscnn_fast.backends.gpu import dump, nvcc
+from fastscnn_fast.backends.gpu.cuda import CudaStep, Described, described
+from fastscnn_fast.backends.gpu.machine import MULTIPROCESSORS, PRODUCTS, count
 from fastscnn_fast.cli import main
-from fastscnn_fast.config import PRESETS
-from fastscnn_fast.kernels import dump, nvcc
-from fastscnn_fast.kernels.cuda import CudaStep, Described, described
-from fastscnn_fast.kernels.machine import MULTIPROCESSORS, PRODUCTS, count
-from fastscnn_fast.plan import OPS, plan
+from fastscnn_fast.program.layers import OPS, plan
 
 pytestmark = pytest.mark.skipif(
     bool(cuda_host.why_not() or nvcc.why_not()), reason=cuda_host.why_not() or nvcc.why_not()
@@ -36,7 +36,7 @@ NO_PRODUCT = ("row_sums_kernel", "grids_kernel", "upsample_classify_kernel")
 @pytest.fixture(autouse=True)
 def module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches are described by the module for the host: the same templates, the same sizes."""
-    monkeypatch.setattr(backends, "_cuda_module", cuda_host.shared())
+    monkeypatch.setattr(registry, "_cuda_module", cuda_host.shared())
 
 
 def cases() -> Iterator[Any]:

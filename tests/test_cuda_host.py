@@ -23,9 +23,9 @@ from gpu_parity import *  # noqa: F403
 from gpu_parity import GpuCase, check_odd, slow_unless
 from test_ops import Case
 
-from fastscnn_fast import backends
-from fastscnn_fast.config import PRESETS
-from fastscnn_fast.plan import OPS, Layer, plan
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends import registry
+from fastscnn_fast.program.layers import OPS, Layer, plan
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
 
@@ -39,7 +39,7 @@ def module() -> ModuleType:
 
 @pytest.fixture
 def backend(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(backends, "_cuda_module", module)
+    monkeypatch.setattr(registry, "_cuda_module", module)
     monkeypatch.setattr(gpu_parity, "DEVICE", torch.device("cpu"))
     return "cuda"
 

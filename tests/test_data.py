@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastscnn_fast import data
+from fastscnn_fast.data import classes as data
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_every_class_count_has_names_and_distinct_colours(count):
 
 
 def test_the_ids_the_renderer_draws_are_camvids():
-    from fastscnn_fast import scene
+    from fastscnn_fast.data import scenes as scene
 
     for name in data.CAMVID_CLASSES:
         attribute = {"SignSymbol": "SIGN"}.get(name, name.upper())

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFilter
 
-from fastscnn_fast.data import CAMVID_CLASSES, CITYSCAPES_CLASSES, street
-from fastscnn_fast.datasets import (
+from fastscnn_fast.data.classes import CAMVID_CLASSES, CITYSCAPES_CLASSES, street
+from fastscnn_fast.data.datasets import (
     Augmentation,
     Batches,
     DataError,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastscnn_fast.cli import main
-from fastscnn_fast.plan import OPS
+from fastscnn_fast.program.layers import OPS
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":

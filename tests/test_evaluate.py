@@ -13,13 +13,14 @@ import torch
 from helpers import small_network
 from PIL import Image
 
-from fastscnn_fast import backends, evaluate
+from fastscnn_fast.arch.config import Config
+from fastscnn_fast.backends import registry
 from fastscnn_fast.checkpoints import read_details, save_checkpoint
 from fastscnn_fast.cli import main
-from fastscnn_fast.config import Config
-from fastscnn_fast.datasets import Examples, Streets
-from fastscnn_fast.evaluate import Confusion
-from fastscnn_fast.segment import labelled
+from fastscnn_fast.data.datasets import Examples, Streets
+from fastscnn_fast.runtime.segment import labelled
+from fastscnn_fast.train import evaluate
+from fastscnn_fast.train.evaluate import Confusion
 
 
 def test_confusion_by_hand() -> None:
@@ -125,7 +126,7 @@ def test_command(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     assert main([*arguments[:4], "--precision", "high", "--dtype", "float32", "bfloat16"]) == 0
     text = capsys.readouterr().out
-    assert ("float32, high " in text) == bool(backends.isas("high"))
+    assert ("float32, high " in text) == bool(registry.isas("high"))
     assert re.search("bfloat16 .* %", text) and "bfloat16, high" not in text
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastscnn_fast import FastSCNN, checkpoints, cli, export, fuse
-from fastscnn_fast.config import PRESETS, Config
+from fastscnn_fast.arch.config import PRESETS, Config
 
 # None of these is the traced one; 32x32 and 33x49 have 1x1 and 2x2 features where the pooling happens.
 SIZES = [(1, 32, 32), (3, 33, 49), (1, 97, 131), (2, 160, 224), (1, 375, 242)]

@@ -10,13 +10,15 @@ import torch
 from helpers import random_weights, randomise
 from torch import Tensor, nn
 
-from fastscnn_fast import backends, ops, reference
-from fastscnn_fast.config import PRESETS, Config, preset
-from fastscnn_fast.fold import fold
-from fastscnn_fast.model import FastSCNN
-from fastscnn_fast.plan import Layer
+from fastscnn_fast import ops
+from fastscnn_fast.arch.config import PRESETS, Config, preset
+from fastscnn_fast.backends import registry
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.program import reference
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.runtime.model import FastSCNN
 
-needs_cpu = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+needs_cpu = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 CONFIGS = {
     **PRESETS,

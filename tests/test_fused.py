@@ -17,10 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, fuse, ops
-from fastscnn_fast.config import PRESETS
+from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse, ops
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends import registry
 
-pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 OUTPUTS = ("forward", "probabilities", "labels")
 
@@ -554,13 +555,13 @@ COPIES: dict[str, Callable[[FusedFastSCNN], Any]] = {
 }
 
 
-ARITHMETICS = [name for name in backends.ARITHMETICS if backends.isas(name)]
+ARITHMETICS = [name for name in registry.ARITHMETICS if registry.isas(name)]
 
 
 @pytest.fixture(scope="module")
 def fused(model: FastSCNN) -> dict[str, FusedFastSCNN]:
     """On the cpu backend, by arithmetic."""
-    pairs = {name: backends.ARITHMETICS[name] for name in ARITHMETICS}
+    pairs = {name: registry.ARITHMETICS[name] for name in ARITHMETICS}
     return {name: fuse(model, "cpu", *pair) for name, pair in pairs.items()}
 
 
@@ -698,7 +699,7 @@ def test_a_call_allocates_its_result_and_nothing_else(
 
 
 def test_scratch_memory_stops_growing_once_warm(fast, x):
-    cpu = backends.cpu_module()
+    cpu = registry.cpu_module()
     sizes = [(1, 3, 96, 128), (3, 3, 64, 64), (2, 3, 33, 49)]
     for count in (1, 2):
         with threads(count):

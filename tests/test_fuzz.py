@@ -44,17 +44,19 @@ from test_network import Network, assert_chain
 from test_ops import LABEL_ULPS, Case, Size
 from torch import Tensor
 
-from fastscnn_fast import backends, ops, reference
-from fastscnn_fast.config import PRESETS, Config
-from fastscnn_fast.fold import fold
-from fastscnn_fast.model import FastSCNN
-from fastscnn_fast.plan import ACTIVATIONS, OPS, Layer
+from fastscnn_fast import ops
+from fastscnn_fast.arch.config import PRESETS, Config
+from fastscnn_fast.backends import registry
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.program import reference
+from fastscnn_fast.program.layers import ACTIVATIONS, OPS, Layer
+from fastscnn_fast.runtime.model import FastSCNN
 
-pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 MOST = {"float32": 1e-6, "bfloat16": 2**-8, "high": 3 * 2**-16}
 SEEDS, COUNTS, BATCHES = st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3)
-ARITHMETICS = st.sampled_from([name for name in backends.ARITHMETICS if backends.isas(name)])
+ARITHMETICS = st.sampled_from([name for name in registry.ARITHMETICS if registry.isas(name)])
 
 
 # ---------------------------------------------------------------- layers
@@ -112,7 +114,7 @@ def check_layer(case: Case, seed: int, count: int) -> None:
         ref64, own = run64("logits" if labels else case.output), case.reference(inputs, weights)
         others = [] if labels else honest(run64, MOST[case.arithmetic])
     with pytest.MonkeyPatch.context() as monkeypatch, threads(count):
-        for isa in backends.isas(case.arithmetic):
+        for isa in registry.isas(case.arithmetic):
             monkeypatch.setenv("FASTSCNN_ISA", isa)
             print(isa)
             y = run_poisoned(case.layer.op, *arguments)
@@ -199,7 +201,7 @@ def check_network(
         ref64, own = run64(), net.reference(x)
         others = honest(run64, 4 * MOST[arithmetic], 8)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for isa in backends.isas(arithmetic):
+        for isa in registry.isas(arithmetic):
             monkeypatch.setenv("FASTSCNN_ISA", isa)
             print(isa)
             assert_honest(net.run(x), own, ref64, others, BOUNDS[arithmetic][0])

@@ -16,8 +16,8 @@ from gpu_parity import DEVICE, INTERPRETED, fused
 from helpers import noise
 from triton_parity import *  # noqa: F403
 
-from fastscnn_fast import backends
-from fastscnn_fast.config import Config
+from fastscnn_fast.arch.config import Config
+from fastscnn_fast.backends import registry
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    why_not = backends.BACKENDS[name].why_not(Config(), DEVICE, torch.float32)
+    why_not = registry.BACKENDS[name].why_not(Config(), DEVICE, torch.float32)
     if why_not is not None:
         pytest.skip(f"{name}: {why_not}")
     return name

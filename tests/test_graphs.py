@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, engines, fuse, graphs
-from fastscnn_fast.graphs import MOST, Call, Graphs
+from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse
+from fastscnn_fast.backends import backend as engines, registry
+from fastscnn_fast.runtime import graphs
+from fastscnn_fast.runtime.graphs import MOST, Call, Graphs
 
 
 class Fake:
@@ -148,7 +150,7 @@ def test_a_call_that_cannot_be_captured_runs_by_itself(
     model: FastSCNN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried, said = [], []
-    monkeypatch.setattr(backends, "log_once", said.append)
+    monkeypatch.setattr(registry, "log_once", said.append)
 
     def broken(call: Call, x: Tensor) -> Fake:
         tried.append(x)
@@ -224,12 +226,12 @@ def test_nothing_is_captured_where_every_op_must_be_seen(model: FastSCNN) -> Non
 def test_policies_are_checked(model: FastSCNN) -> None:
     with pytest.raises(ValueError, match="cuda_graph must be one of auto, on, off, got 'yes'"):
         fuse(model, cuda_graph="yes")
-    with pytest.raises(backends.CannotRun, match="cuda_graph='on' .* device must be cuda, got cpu"):
+    with pytest.raises(registry.CannotRun, match="cuda_graph='on' .* device must be cuda, got cpu"):
         fuse(model, cuda_graph="on")
     fast = fuse(model)
     assert fast._graphs.policy == "auto"
     fast._graphs = Graphs("on")
-    with pytest.raises(backends.CannotRun, match="cuda_graph='on'"):
+    with pytest.raises(registry.CannotRun, match="cuda_graph='on'"):
         fast(picture())
 
 

@@ -26,11 +26,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastscnn_fast import FastSCNN, backends, fuse
-from fastscnn_fast.config import PRESETS
-from fastscnn_fast.structure import SETTINGS, Unfusable, submodules
+from fastscnn_fast import FastSCNN, fuse
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.arch.structure import SETTINGS, Unfusable, submodules
+from fastscnn_fast.backends import registry
 
-pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def no_grad() -> Iterator[None]:
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, in which every reason appears anew."""
-    backends.log_once.cache_clear()
+    registry.log_once.cache_clear()
     caplog.set_level(logging.WARNING, "fastscnn_fast")
     return caplog
 

@@ -10,8 +10,8 @@ from helpers import threads
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastscnn_fast import backends
-from fastscnn_fast.loss import Targets, hard_examples, surprise, upsampled_cross_entropy
+from fastscnn_fast.backends import registry
+from fastscnn_fast.train.loss import Targets, hard_examples, surprise, upsampled_cross_entropy
 
 # (N, K, h, w, H, W): one class vector, two, many; no resize, odd ratios, shrinking, one pixel; the last
 # has the network's own shapes.
@@ -38,7 +38,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     if name == "plain":
         monkeypatch.setenv("FASTSCNN_BACKEND", "reference")
-    elif not backends.isas():
+    elif not registry.isas():
         pytest.skip("the extension is not built")
     return name
 

@@ -11,7 +11,7 @@ from layouts import SMALL
 from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN
-from fastscnn_fast.config import PRESETS, preset
+from fastscnn_fast.arch.config import PRESETS, preset
 
 PUBLISHED_PARAMETERS = {  # of the key lists, with all auxiliary heads; of the paper's Table 1
     "paper": 1_137_795,

@@ -36,15 +36,16 @@ from PIL import Image
 from torch import Tensor
 from torch.random import fork_rng
 
-from fastscnn_fast import backends, load_checkpoint, ops
-from fastscnn_fast.config import PRESETS
-from fastscnn_fast.data import street
-from fastscnn_fast.fold import fold
-from fastscnn_fast.fused import FusedFastSCNN, fuse
-from fastscnn_fast.model import FastSCNN
-from fastscnn_fast.plan import Layer, program
+from fastscnn_fast import load_checkpoint, ops
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends import registry
+from fastscnn_fast.data.classes import street
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.program.layers import Layer, program
+from fastscnn_fast.runtime.fused import FusedFastSCNN, fuse
+from fastscnn_fast.runtime.model import FastSCNN
 
-pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 Size = tuple[int, ...]  # (height, width)
 
@@ -60,7 +61,7 @@ class Network:
 
     @staticmethod
     def of(model: FastSCNN, arithmetic: str = "float32") -> Network:
-        dtype, precision = backends.ARITHMETICS[arithmetic]
+        dtype, precision = registry.ARITHMETICS[arithmetic]
         own, model64 = copy.deepcopy(model).to(dtype), copy.deepcopy(model).double()
         return Network(model, model64, own, fused(model, dtype, precision))
 
@@ -75,7 +76,7 @@ class Network:
 
     @property
     def arithmetic(self) -> str:
-        return backends.arithmetic(self.fast.dtype, self.fast.precision)
+        return registry.arithmetic(self.fast.dtype, self.fast.precision)
 
     def run(self, x: Tensor, output: str = "logits") -> Tensor:
         """The fused result, poisoned."""
@@ -108,18 +109,18 @@ def lifelike_model(name: str) -> FastSCNN:
         return lifelike(PRESETS[name])
 
 
-@lru_cache(maxsize=len(backends.ARITHMETICS))
+@lru_cache(maxsize=len(registry.ARITHMETICS))
 def network(name: str, arithmetic: str = "float32") -> Network:
     return Network.of(lifelike_model(name), arithmetic)
 
 
 Prepared = tuple[Tensor, Tensor, Tensor]  # pictures, torch's own logits and the float64 ones
-DTYPES = len(backends.CPU_DTYPES)  # arithmetics and instruction sets share what is prepared for one
+DTYPES = len(registry.CPU_DTYPES)  # arithmetics and instruction sets share what is prepared for one
 
 
 @lru_cache(maxsize=DTYPES)
 def prepared(name: str, dtype: torch.dtype, batch: int, size: Size, raw: bool = False) -> Prepared:
-    net = network(name, backends.arithmetic(dtype))
+    net = network(name, registry.arithmetic(dtype))
     pixels = torch.randint(256, (batch, 3, *size), dtype=torch.uint8)
     x = pixels if raw else net.noise(batch, *size)
     return x, net.reference(x), net.reference64(x)
@@ -199,14 +200,14 @@ def model_of_streets(name: str) -> FastSCNN:
         return lifelike(PRESETS[name], torch.cat([scene(seed, 120, 200) for seed in range(4)]))
 
 
-@lru_cache(maxsize=len(backends.ARITHMETICS))
+@lru_cache(maxsize=len(registry.ARITHMETICS))
 def network_of_streets(name: str, arithmetic: str) -> Network:
     return Network.of(model_of_streets(name), arithmetic)
 
 
 @lru_cache(maxsize=DTYPES)
 def drawn_picture(name: str, dtype: torch.dtype) -> Prepared:
-    net, x = network_of_streets(name, backends.arithmetic(dtype)), scene(0, 160, 264)
+    net, x = network_of_streets(name, registry.arithmetic(dtype)), scene(0, 160, 264)
     return x, net.reference(x), net.reference64(x)
 
 

@@ -27,11 +27,13 @@ from helpers import (
 )
 from torch import Tensor
 
-from fastscnn_fast import backends, ops, reference
-from fastscnn_fast.config import PRESETS
-from fastscnn_fast.plan import Layer, plan
+from fastscnn_fast import ops
+from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends import registry
+from fastscnn_fast.program import reference
+from fastscnn_fast.program.layers import Layer, plan
 
-pytestmark = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 Size = tuple[int, ...]  # (height, width)
 
@@ -50,7 +52,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return backends.ARITHMETICS[self.arithmetic][0]
+        return registry.ARITHMETICS[self.arithmetic][0]
 
     def on(self, kernels: Kernels) -> Case:
         return replace(self, arithmetic=kernels.arithmetic)
@@ -61,7 +63,7 @@ class Case:
         return {name: w.to(self.dtype).float() for name, w in named.items()}
 
     def packed(self, weights: dict[str, Tensor]) -> Tensor:
-        return ops.pack([self.layer], [weights], "cpu", *backends.ARITHMETICS[self.arithmetic])
+        return ops.pack([self.layer], [weights], "cpu", *registry.ARITHMETICS[self.arithmetic])
 
     def enlarged(self, values: int = 64) -> Case:
         """With a batch so large that the result has so many values.
@@ -531,7 +533,7 @@ def test_empty_batches(case: Case) -> None:
 
 
 X, WEIGHTS = torch.zeros(1, 16, 5, 6), random_weights(DSCONV[1])
-PACKED = ops.pack([DSCONV[1]], [WEIGHTS], "cpu") if backends.isas() else None
+PACKED = ops.pack([DSCONV[1]], [WEIGHTS], "cpu") if registry.isas() else None
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastscnn_fast.config import PRESETS, Config, preset
-from fastscnn_fast.model import FastSCNN
-from fastscnn_fast.plan import ACTIVATIONS, OPS, Layer, Step, plan, program
+from fastscnn_fast.arch.config import PRESETS, Config, preset
+from fastscnn_fast.program.layers import ACTIVATIONS, OPS, Layer, Step, plan, program
+from fastscnn_fast.runtime.model import FastSCNN
 
 # Remainders of every kind through five halvings, with and without padding in the first convolution.
 SIZES = ((32, 32), (33, 49), (97, 131), (375, 1242))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastscnn_fast import FastSCNN, bench, data, fuse, segment
-from fastscnn_fast.segment import label_image, overlay, read_picture
+from fastscnn_fast import FastSCNN, bench, fuse, segment
+from fastscnn_fast.data import classes as data
+from fastscnn_fast.runtime.segment import label_image, overlay, read_picture
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from helpers import err, small_network, threads
 from torch.utils.data import DataLoader
 from workers import Labels, openmp_libraries
 
-from fastscnn_fast import FastSCNN, FusedFastSCNN, backends, fuse
+from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse
+from fastscnn_fast.backends import registry
 
 TESTS = Path(__file__).parent
 BEGIN = """
@@ -23,7 +24,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from helpers import small_network
 from workers import openmp_libraries, running_threads
-from fastscnn_fast import backends, fuse
+from fastscnn_fast import registry, fuse
 torch.manual_seed({seed})
 torch.set_num_threads(1)
 fast = fuse(small_network())
@@ -32,12 +33,12 @@ openmp = openmp_libraries()
 """
 
 pytestmark = [
-    pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built"),
+    pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built"),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks"),
 ]
 
 with_gomp = pytest.mark.skipif(
-    not (backends.isas() and backends.cpu_module().openmp and openmp_libraries()),
+    not (registry.isas() and registry.cpu_module().openmp and openmp_libraries()),
     reason="the C++ extension and torch do not both use GNU OpenMP",
 )
 
@@ -181,7 +182,7 @@ def test_calls_from_many_threads_do_not_mix(fast):
 
 def test_scratch_memory_is_one_buffer_for_each_call_at_once(fast):
     x = torch.randn(1, 3, 64, 64)
-    cpu, barrier = backends.cpu_module(), threading.Barrier(3)
+    cpu, barrier = registry.cpu_module(), threading.Barrier(3)
 
     def work(_: int) -> None:
         barrier.wait()

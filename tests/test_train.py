@@ -21,13 +21,14 @@ from helpers import randomise, threads
 from PIL import Image
 from torch import Tensor, nn
 
-from fastscnn_fast import FastSCNN, load_checkpoint, train
+from fastscnn_fast import FastSCNN, load_checkpoint
 from fastscnn_fast.checkpoints import read_details, save_checkpoint
 from fastscnn_fast.cli import main
-from fastscnn_fast.data import street
-from fastscnn_fast.datasets import Batch, Examples, Streets, open_source
-from fastscnn_fast.evaluate import labeller, score
-from fastscnn_fast.train import Recipe, Trainer
+from fastscnn_fast.data.classes import street
+from fastscnn_fast.data.datasets import Batch, Examples, Streets, open_source
+from fastscnn_fast.train import trainer as train
+from fastscnn_fast.train.evaluate import labeller, score
+from fastscnn_fast.train.trainer import Recipe, Trainer
 
 SMALL = Recipe(
     epochs=3, batch=4, crop=(64, 64), dtype="float32", ema=0.9, photo=0.5, class_weights=1.1

@@ -16,9 +16,10 @@ from helpers import assert_parity, randomise, threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastscnn_fast import FastSCNN, train_ops
-from fastscnn_fast.config import PRESETS, Config
-from fastscnn_fast.reference import normalise
+from fastscnn_fast import FastSCNN
+from fastscnn_fast.arch.config import PRESETS, Config
+from fastscnn_fast.arch.network import normalise
+from fastscnn_fast.train import ops as train_ops
 
 # (N, C, H, W): the network's widths, odd sizes, few pixels, more than one task of pixels and channels.
 SHAPES = ((2, 32, 33, 49), (3, 64, 6, 5), (1, 128, 44, 60), (2, 144, 7, 3), (5, 16, 3, 1))

@@ -21,17 +21,19 @@ from helpers import random_weights, small_network
 from hypothesis import given, strategies as st
 from layouts import SMALL
 
-from fastscnn_fast import FusedFastSCNN, backends, cli, fuse, ops
-from fastscnn_fast.config import Config
-from fastscnn_fast.fold import fold
-from fastscnn_fast.packed import TAG
-from fastscnn_fast.plan import Layer, program
+from fastscnn_fast import FusedFastSCNN, cli, fuse, ops
+from fastscnn_fast.arch.config import Config
+from fastscnn_fast.backends import registry
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.lower.pack import TAG
+from fastscnn_fast.program.layers import Layer, program
 
 if TYPE_CHECKING or find_spec("triton") is not None:
-    from fastscnn_fast.kernels import engine, launch
+    from fastscnn_fast.backends.gpu import plan as engine
+    from fastscnn_fast.kernels import launch
 
 installed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-built = pytest.mark.skipif(not backends.isas(), reason="the C++ extension is not built")
+built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 HALF = (torch.float16, torch.bfloat16)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LAYER = Layer("dsconv", "", 16, 32)
@@ -71,7 +73,7 @@ def test_every_case_of_interpreted_kernels() -> None:
 
 
 def why_not(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> str | None:
-    return backends.BACKENDS["triton"].why_not(Config(), device, dtype)
+    return registry.BACKENDS["triton"].why_not(Config(), device, dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -81,15 +83,15 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
     assert why_not() == why_not(GPU) == "the package triton is not installed"
-    with pytest.raises(backends.CannotRun, match="triton cannot run: the package triton is not"):
+    with pytest.raises(registry.CannotRun, match="triton cannot run: the package triton is not"):
         fuse(small_network(), "triton")
 
 
 @installed
 def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "architecture", lambda device: 75)
+    monkeypatch.setattr(registry, "architecture", lambda device: 75)
     assert why_not() == "device must be cuda (or cpu with TRITON_INTERPRET=1), got cpu"
     assert why_not(torch.device("meta")) == "device must be cuda, got meta"
     assert why_not(GPU) is None and why_not(GPU, torch.float16) is None
@@ -97,10 +99,10 @@ def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not(GPU, torch.float64) == f"dtype must be {dtypes}, got torch.float64"
     newer = "torch.bfloat16 needs a newer GPU than one of compute capability 7.5"
     assert why_not(GPU, torch.bfloat16) == newer
-    monkeypatch.setattr(backends, "architecture", lambda device: 70)
+    monkeypatch.setattr(registry, "architecture", lambda device: 70)
     newer = "torch.float32 needs a newer GPU than one of compute capability 7.0"
     assert why_not(GPU) == newer
-    monkeypatch.setattr(backends, "architecture", lambda device: "gfx942")
+    monkeypatch.setattr(registry, "architecture", lambda device: "gfx942")
     assert why_not(GPU, torch.bfloat16) is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why_not() is None
@@ -111,18 +113,18 @@ def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forced_it_says_why_not(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if forced == "environment":
         monkeypatch.setenv("FASTSCNN_BACKEND", "triton")
-    with pytest.raises(backends.CannotRun, match="triton cannot run: device must be cuda"):
+    with pytest.raises(registry.CannotRun, match="triton cannot run: device must be cuda"):
         fuse(small_network(), "auto" if forced == "environment" else "triton")
 
 
 @installed
 @built
 def test_it_is_chosen_by_itself_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "architecture", lambda device: 80)
-    monkeypatch.setattr(backends, "_cuda_module", None)  # which would be preferred
+    monkeypatch.setattr(registry, "architecture", lambda device: 80)
+    monkeypatch.setattr(registry, "_cuda_module", None)  # which would be preferred
     for dtype in (torch.float32, *HALF):
-        assert backends.choose("auto", Config(), GPU, dtype) == "triton"
-    assert backends.choose("auto", Config(), GPU, torch.float64) == "reference"
+        assert registry.choose("auto", Config(), GPU, dtype) == "triton"
+    assert registry.choose("auto", Config(), GPU, torch.float64) == "reference"
     assert fuse(small_network()).backend == "cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert fuse(small_network()).backend == "cpu"
@@ -134,7 +136,7 @@ def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     lines = []
     for available in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        monkeypatch.setattr(backends, "architecture", lambda device: 90)
+        monkeypatch.setattr(registry, "architecture", lambda device: 90)
         assert cli.main(["info"]) == 0
         lines.append(capsys.readouterr().out.splitlines())
     assert any(f"triton {version('triton')}" in line for line in lines[0])
@@ -158,19 +160,19 @@ def test_high_precision(
     found: Any, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TF32 where the GPU has it; else the highest, or an error where the backend was asked for by name."""
-    monkeypatch.setattr(backends, "architecture", lambda device: found)
+    monkeypatch.setattr(registry, "architecture", lambda device: found)
 
     def choose(name: str) -> str:
-        return backends.choose_precision("high", name, "triton", GPU, dtype)
+        return registry.choose_precision("high", name, "triton", GPU, dtype)
 
     assert choose("auto") == ("highest" if reason else "high")
     if not reason:
         assert choose("triton") == "high"
         return
-    with pytest.raises(backends.CannotRun, match=f"triton cannot run in precision high: {reason}"):
+    with pytest.raises(registry.CannotRun, match=f"triton cannot run in precision high: {reason}"):
         choose("triton")
     monkeypatch.setenv("FASTSCNN_BACKEND", "triton")
-    with pytest.raises(backends.CannotRun, match=reason):
+    with pytest.raises(registry.CannotRun, match=reason):
         choose("auto")
 
 
@@ -208,7 +210,7 @@ def test_weights_of_another_dtype_or_layer_or_backend() -> None:
             run(torch.zeros(size, dtype=torch.uint8))
     with pytest.raises(TypeError, match="x must be of dtype torch.float32, .*got torch.float64"):
         run(x=x.double())
-    for backend in ("reference", *["cpu"] * bool(backends.isas())):
+    for backend in ("reference", *["cpu"] * bool(registry.isas())):
         others = ops.pack([LAYER], plain, backend)
         with pytest.raises(ValueError, match="weights must be packed for the triton backend"):
             run(others, x)
@@ -253,7 +255,7 @@ def test_export() -> None:
 
 
 def network_plan(config: Config, shape: tuple[int, ...], dtype: torch.dtype) -> engine.Plan:
-    from fastscnn_fast.kernels import weights as layout
+    from fastscnn_fast.lower import gpu as layout
 
     layers = program(config)
     pieces, _ = layout.layout(layers, dtype, 64)

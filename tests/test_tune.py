@@ -20,9 +20,10 @@ import pytest
 import torch
 from helpers import err, noise, randomise, small_network
 
-from fastscnn_fast import FastSCNN, backends, bench, cli, fuse
-from fastscnn_fast.packed import encode
-from fastscnn_fast.plan import program
+from fastscnn_fast import FastSCNN, bench, cli, fuse
+from fastscnn_fast.backends import registry
+from fastscnn_fast.lower.pack import encode
+from fastscnn_fast.program.layers import program
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,11 +55,11 @@ def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture
 
 
 if INTERPRETED:
-    from fastscnn_fast.engines import gpu as engine
-    from fastscnn_fast.kernels import choices, tune
-    from fastscnn_fast.kernels.choices import TORCH, Choice
-    from fastscnn_fast.kernels.engine import Place, Plan, TorchStep
-    from fastscnn_fast.kernels.tiles import INTERPRETER, Tile
+    from fastscnn_fast.backends.gpu import backend as engine, choices, tune
+    from fastscnn_fast.backends.gpu.choices import TORCH, Choice
+    from fastscnn_fast.backends.gpu.plan import Place, Plan, TorchStep
+    from fastscnn_fast.backends.gpu.tiles import INTERPRETER
+    from fastscnn_fast.kernels.launch import Tile
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def places(model: FastSCNN, output: str = "logits") -> list[Place]:
-    from fastscnn_fast.kernels.weights import layout
+    from fastscnn_fast.lower.gpu import layout
 
     layers = program(model.config)
     folded = type("Folded", (), {"config": model.config, "layers": layers})
@@ -243,9 +244,9 @@ def test_torch_steps_follow_weights_that_change(model: FastSCNN) -> None:
 @interpreted
 @pytest.mark.parametrize("preset", ["mmseg", "mmseg_legacy", "leftthomas"])
 def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
-    from fastscnn_fast.fold import fold
-    from fastscnn_fast.kernels import weights
-    from fastscnn_fast.packed import plain_weights
+    from fastscnn_fast.lower import gpu as weights
+    from fastscnn_fast.lower.fold import fold
+    from fastscnn_fast.lower.pack import plain_weights
 
     folded = fold(FastSCNN(num_classes=7, preset=preset).eval())
     plain = plain_weights(folded.layers, folded.tensors, torch.float32)
@@ -330,7 +331,7 @@ def test_the_command_prints_and_keeps_what_it_found(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch, "device", lambda *args: CPU)
     monkeypatch.setattr(bench, "untrained_model", lambda preset: model)
-    monkeypatch.setattr(backends, "choose", lambda *args: "triton")
+    monkeypatch.setattr(registry, "choose", lambda *args: "triton")
     measured = tune.tune
 
     def quick(*args: Any) -> Any:
@@ -349,7 +350,7 @@ def test_the_command_prints_and_keeps_what_it_found(
 def test_on_a_gpu_no_layer_is_slower_than_torch_and_the_network_is_right(
     model: FastSCNN, cache: Path
 ) -> None:
-    from fastscnn_fast.kernels import choices, tune
+    from fastscnn_fast.backends.gpu import choices, tune
 
     device = torch.device("cuda", torch.cuda.current_device())
     network = copy.deepcopy(model).to(device)

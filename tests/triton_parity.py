@@ -16,18 +16,17 @@ from test_ops import (
     upsample,
 )
 
+from fastscnn_fast.backends.gpu import plan as launching, tiles
 from fastscnn_fast.kernels import (
     dsconv,
-    engine as launching,
     feature_fusion,
     inverted_residual,
     pyramid_pooling,
     stem_conv,
-    tiles,
     upsample_classify,
 )
-from fastscnn_fast.kernels.tiles import Tile
-from fastscnn_fast.plan import Layer
+from fastscnn_fast.kernels.launch import Tile
+from fastscnn_fast.program.layers import Layer
 
 KERNELS = (
     dsconv,

@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..arch.network import InvertedResidual, resize
 from ..checkpoints import from_state_dict
-from ..fused import FusedFastSCNN, fuse
-from ..model import FastSCNN, InvertedResidual, resize
+from ..runtime.fused import FusedFastSCNN, fuse
+from ..runtime.model import FastSCNN
 
 _SIZE = (128, 224)
 """Every stage halves it without remainder, as some implementations need; at 1/32, 4x7, any two numbers of

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import model
 from ..checkpoints import layout_names, read
+from ..runtime import model
 
 _ACRONYMS = {
     "pascal_voc": "voc",

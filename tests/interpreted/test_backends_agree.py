@@ -20,7 +20,7 @@ from gpu_parity import (
 from helpers import err, noise
 from test_ops import Case
 
-from fastscnn_fast import backends
+from fastscnn_fast.backends import registry
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
 TYPES = [
@@ -30,7 +30,7 @@ TYPES = [
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(backends, "_cuda_module", cuda_host.shared())
+    monkeypatch.setattr(registry, "_cuda_module", cuda_host.shared())
     return "cuda"
 
 

@@ -1,0 +1,220 @@
+"""The GPU kernels, Triton's and CUDA's: plans of steps, cached per shape, on the device and current stream.
+
+The two backends share packed weights and plans; they differ in who runs a layer that was not tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...lower import gpu as layout
+from ...lower.pack import TAG, Program, check_dtype, layout_of, parsed, plain_weights, tag
+from ...program.memory import Buffer, dense
+from ...program.reference import Weights
+from .. import registry
+from . import choices
+from .choices import Choices
+from .cuda import ALIGNMENT
+from .plan import Place, Plan, Pool, activation, input_names, network_plan, op_plan
+from .tiles import INTERPRETER, Architecture
+
+# Layouts of packed weights after those of the cpu backend, by dtype and precision.
+_LAYOUTS = {
+    16: (torch.float32, "highest"),
+    17: (torch.float32, "high"),
+    18: (torch.bfloat16, "highest"),
+    19: (torch.float16, "highest"),
+}
+
+
+def products(precision: str, architecture: Architecture) -> str:
+    """PRECISION of kernels/common.py."""
+    if architecture == INTERPRETER:
+        return "interpreted"
+    return "tf32" if precision == "high" else "ieee"
+
+
+_pool = Pool()
+
+
+@lru_cache(maxsize=256)
+def _pieces(program: str, dtype: torch.dtype) -> tuple[list[dict[str, Buffer]], int]:
+    return layout.layout(parsed(program).layers, dtype, TAG.size)
+
+
+Where = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]  # dtype, shape, strides
+
+
+def _where(x: Tensor) -> Where:
+    return (x.dtype, tuple(x.shape), x.stride())
+
+
+def _picture(where: Where) -> Buffer:
+    return Buffer("x", *where)
+
+
+def _plane(name: str, where: Where) -> Buffer:
+    """A plane in the layout of memory.py, whatever strides torch tells of dimensions of size 1."""
+    dtype, (n, c, h, w), _ = where
+    return activation(name, dtype, n, h, w, c)
+
+
+def _strided(name: str, where: Where) -> Buffer:
+    dtype, (n, c, h, w), (sn, sc, sh, sw) = where
+    return Buffer(name, dtype, (n, h, w, c), (sn, sh, sw, sc))
+
+
+@lru_cache(maxsize=256)
+def _op_plan(
+    text: str,
+    inputs: tuple[Where, ...],
+    out: Where,
+    dtype: torch.dtype,
+    output: str,
+    architecture: Architecture,
+    precision: str,
+    chosen: Choices,
+    backend: str,
+) -> Plan:
+    (layer,) = parsed(text).layers
+    (pieces,), _ = _pieces(text, dtype)
+    if layer.op == "stem_conv":
+        buffers = [_picture(inputs[0])]
+    else:
+        of = _strided if layer.op == "upsample_classify" else _plane
+        buffers = [of(name, where) for name, where in zip(input_names(layer), inputs)]
+    result = Buffer("out", *out) if layer.op == "upsample_classify" else _plane("out", out)
+    place = Place(layer, tuple(buffers), result, pieces)
+    how = products(precision, architecture)
+    return op_plan(place, dtype, architecture, output, how, chosen, backend)
+
+
+@lru_cache(maxsize=256)
+def _network_plan(
+    text: str,
+    x: Where,
+    out: Where,
+    dtype: torch.dtype,
+    output: str,
+    architecture: Architecture,
+    precision: str,
+    chosen: Choices,
+    backend: str,
+) -> Plan:
+    pieces, _ = _pieces(text, dtype)
+    return network_plan(
+        parsed(text).layers,
+        _picture(x),
+        Buffer("out", *out),
+        pieces,
+        dtype,
+        architecture,
+        output,
+        products(precision, architecture),
+        chosen,
+        backend,
+    )
+
+
+def _precision(weights: Tensor, text: str, dtype: torch.dtype, backend: str) -> str:
+    """What the weights are packed for."""
+    at, _ = layout_of(weights, parsed(text), backend)
+    if at not in _LAYOUTS:
+        raise ValueError(f"weights must be packed for the {backend} backend, got another layout")
+    if weights.data_ptr() % ALIGNMENT:
+        rule = f"weights must be aligned to {ALIGNMENT} bytes"
+        raise ValueError(f"{rule}, got an address {weights.data_ptr() % ALIGNMENT} beyond")
+    packed, precision = _LAYOUTS[at]
+    check_dtype(packed, dtype)
+    return precision
+
+
+def _dense(x: Tensor) -> Tensor:
+    """memory.dense, at an address that CUDA C++ takes."""
+    x = dense(x)
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+class _Engine:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def __init__(self, backend: str, precisions: tuple[str, ...]) -> None:
+        self._backend = backend
+        self.precisions = precisions
+
+    def pack(
+        self, program: Program, tensors: Sequence[Weights], dtype: torch.dtype, precision: str
+    ) -> Tensor:
+        at = next(at for at, pair in _LAYOUTS.items() if pair == (dtype, precision))
+        pieces, size = layout.layout(program.layers, dtype, TAG.size)
+        packed = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        packed[: TAG.size] = tag(program, at, 0, size)
+        plain = plain_weights(program.layers, tensors, torch.float32)
+        layout.fill(packed, pieces, program.layers, plain)
+        return packed
+
+    def tuned(self, device: torch.device) -> Choices:
+        return choices.load(device)
+
+    def stem_conv(
+        self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
+    ) -> None:
+        self._op(out, {"x": x}, weights, layer, dtype)
+
+    def plane(self, op: str, out: Tensor, x: Tensor, weights: Tensor, layer: str) -> None:
+        self._op(out, {"x": _dense(x)}, weights, layer, x.dtype)
+
+    def feature_fusion(
+        self, out: Tensor, high: Tensor, low: Tensor, weights: Tensor, layer: str
+    ) -> None:
+        self._op(out, {"high": _dense(high), "low": _dense(low)}, weights, layer, high.dtype)
+
+    def upsample_classify(
+        self, out: Tensor, x: Tensor, weights: Tensor, layer: str, output: str
+    ) -> None:
+        self._op(out, {"x": x}, weights, layer, x.dtype, output)
+
+    def _op(
+        self,
+        out: Tensor,
+        inputs: dict[str, Tensor],
+        weights: Tensor,
+        layer: str,
+        dtype: torch.dtype,
+        output: str = "logits",
+    ) -> None:
+        precision = _precision(weights, layer, dtype, self._backend)
+        key = (layer, tuple(map(_where, inputs.values())), _where(out), dtype, output)
+        architecture = registry.architecture(out.device)
+        chosen = choices.load(out.device)
+        how = (precision, chosen, self._backend)
+        plan = _op_plan(*key, architecture, *how)
+        tensors = {**inputs, "weights": weights, "out": out}
+        _pool.run((*key, *how), plan, out.device, tensors)
+
+    def network(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        program: str,
+        dtype: torch.dtype,
+        output: str,
+    ) -> None:
+        precision = _precision(weights, program, dtype, self._backend)
+        key = (program, _where(x), _where(out), dtype, output)
+        chosen = choices.load(out.device)
+        how = (precision, chosen, self._backend)
+        plan = _network_plan(*key, registry.architecture(out.device), *how)
+        tensors = {"x": x, "weights": weights, "out": out}
+        _pool.run((*key, *how), plan, out.device, tensors)
+
+
+ENGINES = {
+    "triton": _Engine("triton", registry.PRECISIONS),
+    "cuda": _Engine("cuda", ("highest",)),
+}

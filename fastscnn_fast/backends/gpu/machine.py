@@ -1,0 +1,104 @@
+"""What NVIDIA's multiprocessors hold, and what machine code for them consists of; nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...program.memory import rounded_up
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What one multiprocessor of a compute capability holds, and what a block may take; shared in bytes."""
+
+    warps: int
+    blocks: int
+    shared: int
+    shared_of_block: int
+    reserved: int  # shared bytes that every block takes besides its own
+    granularity: int  # of shared bytes
+    registers: int = 65536
+
+    def resident_warps(self, warps: int, registers: int, shared: int) -> int:
+        """Warps at once of blocks of ``warps`` warps, ``registers`` a thread and ``shared`` bytes a block.
+
+        NVIDIA's occupancy arithmetic: registers come 256 a warp at a time, on four partitions.
+        """
+        by_registers = self.registers // max(rounded_up(registers * 32, 256), 1) // 4 * 4
+        taken = rounded_up(shared + self.reserved, self.granularity)
+        by_shared = self.shared // taken if taken else self.blocks
+        return warps * min(self.blocks, self.warps // warps, by_registers // warps, by_shared)
+
+
+def _ampere(warps: int, blocks: int, kib: int) -> Multiprocessor:
+    return Multiprocessor(warps, blocks, kib * 1024, (kib - 1) * 1024, 1024, 128)
+
+
+#: By compute capability (CUDA C++ Programming Guide, technical specifications).
+MULTIPROCESSORS = {
+    75: Multiprocessor(32, 16, 65536, 65536, 0, 256),
+    80: _ampere(64, 32, 164),
+    86: _ampere(48, 16, 100),
+    87: _ampere(48, 16, 164),
+    89: _ampere(48, 24, 100),
+    90: _ampere(64, 32, 228),
+    100: _ampere(64, 32, 228),
+    120: _ampere(48, 24, 100),
+}
+
+
+#: Instructions of tensor cores, and loads of 16 bytes a thread from global memory, as regular expressions.
+PRODUCTS = r"(H|HG|I|Q|QG|UTCH|UTCQ|UTCI)MMA|WARPSYNC_MMA"
+WIDE_LOADS = r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128"
+
+
+def nvidia_program(name: str) -> str | None:
+    """The path of one of NVIDIA's programs: from CUDA_HOME, PATH, or the package triton; None where there is none."""
+    homes = [os.environ.get(variable, "") for variable in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [str(Path(home, "bin")) for home in homes if home] + [os.environ.get("PATH", "")]
+    spec = find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        folders.append(str(Path(spec.origin).parent / "backends/nvidia/bin"))
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+@cache
+def _cuobjdump() -> str:
+    found = nvidia_program("cuobjdump")
+    if found is None:
+        raise RuntimeError("cuobjdump must be in CUDA_HOME, on PATH or in the package triton")
+    return found
+
+
+def listing(cubin: bytes) -> str:
+    """What cuobjdump says of machine code: resource use and instructions.
+
+    Raises:
+        RuntimeError: there is no cuobjdump.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_cuobjdump(), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def instructions(text: str) -> Counter[str]:
+    """How often each instruction, with its modifiers, stands in a listing."""
+    pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P[0-9T]+\s+)?([A-Z][\w.]*)"
+    return Counter(re.findall(pattern, text, re.MULTILINE))
+
+
+def count(found: Mapping[str, int], pattern: str) -> int:
+    """Instructions whose name begins with the regular expression ``pattern``."""
+    return sum(n for name, n in found.items() if re.match(pattern, name))

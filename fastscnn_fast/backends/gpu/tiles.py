@@ -1,0 +1,157 @@
+"""How each op's work is cut into programs: a small reviewed table, and the rule for what it does not list.
+
+The table was chosen on machine code (resident warps, tensor-core instructions, no spills: tests/test_aot.py),
+not by timing: it is not measured on a GPU. ``fastscnn_fast tune`` measures and keeps better ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ...kernels.launch import Tile
+from ...lower.gpu import chunk, padded
+from ...program.layers import Layer
+from ...program.memory import cdiv
+
+#: Where the kernels run: an NVIDIA compute capability (80 for sm_80), AMD's name, or the interpreter.
+Architecture = int | str
+INTERPRETER = "interpreter"
+
+
+# Eight warps and one stage: the nine taps' loads fly together from registers, where a pipeline would first
+# copy them through shared memory 8 bytes at a time; four warps of 64 pixels spill.
+_HALF = {
+    "stem_conv": Tile(64, stages=1),
+    "dsconv": Tile(64, block=32, warps=8, stages=1),
+    "inverted_residual": Tile(16, block=32, stages=1),
+    "pyramid_pooling": Tile(32, block=64),
+    "feature_fusion": Tile(32, block=32, stages=1),
+    "upsample_classify": Tile(128, rows=8),
+}
+# Triton multiplies on sm_75 without tensor cores, from operands in shared memory (64 KiB in all) and with
+# each thread's share in registers: half the tile and more warps.
+_TURING = {
+    "dsconv": Tile(32, block=16, stages=1),
+    "inverted_residual": Tile(8, block=32, warps=8, stages=1),
+    "pyramid_pooling": Tile(16, block=16, stages=1),
+    "feature_fusion": Tile(16, block=16, warps=8, stages=1),
+}
+# Tensor memory holds sm_100's sums: four warps do not spill there, eight do.
+_BLACKWELL = {"dsconv": Tile(64, block=32, stages=1)}
+# Where warps multiply on their own, 64 pixels of channels that come by 16 spill under Triton 3.6; so do, on
+# sm_80, 32 channels at a time with a last 1x1.
+_BY_WARPS = (80, 86, 87, 89, 120)
+_NARROW = Tile(32, block=16, stages=1)
+_WITH_LAST = Tile(64, block=16, warps=8, stages=1)
+_HALF_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {75: _TURING, 100: _BLACKWELL}
+# NVIDIA's products of float32 are multiply-adds: smaller tiles on more warps.
+_FLOAT = {
+    "stem_conv": Tile(64, stages=1),
+    "dsconv": Tile(32, block=32, warps=8, stages=1),
+    "inverted_residual": Tile(16, block=32, warps=8, stages=1),
+    "pyramid_pooling": Tile(16, block=32, warps=8, stages=1),
+    "feature_fusion": Tile(16, block=32, warps=8, stages=1),
+    "upsample_classify": Tile(128, rows=8),
+}
+# AMD's are matrix instructions, with 512 registers a lane for four waves and half of them for eight.
+_FLOAT_AMD = {
+    "dsconv": Tile(32, block=32, stages=1),
+    "inverted_residual": Tile(16, block=16, stages=1),
+}
+_FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
+    75: {"inverted_residual": Tile(8, block=32, warps=8, stages=1)},
+    "gfx90a": _FLOAT_AMD,
+    "gfx942": _FLOAT_AMD,
+}
+# The layers, by op and chunk of their channels, that spill by 32 channels at a time on some of NVIDIA's under
+# Triton 3.6 or 3.9; by 16 none does.
+_FLOAT_BY_16 = (("dsconv", 128), ("inverted_residual", 32))
+# One entry: numpy does as much as it is given, and tiles decide only how often Python is called.
+_INTERPRETED = {
+    "stem_conv": Tile(512),
+    "dsconv": Tile(256, block=128),
+    "inverted_residual": Tile(32, block=256, rows=4),
+    "pyramid_pooling": Tile(256, block=128),
+    "feature_fusion": Tile(64, block=128),
+    "upsample_classify": Tile(128, rows=8),
+}
+
+
+# Multiprocessors of a usual device of the architecture (T4, A100, A10, Orin, RTX 4090, H100, B200, RTX 5090,
+# MI200, MI300X); of an unknown one, A100's.
+_PROCESSORS: dict[Architecture, int] = {
+    75: 40,
+    80: 108,
+    86: 72,
+    87: 16,
+    89: 128,
+    90: 132,
+    100: 148,
+    120: 170,
+    "gfx90a": 104,
+    "gfx942": 304,
+}
+_UNKNOWN_PROCESSORS = 108
+
+# Bytes of x that a program of inverted_residual may keep in shared memory while it goes over the expanded
+# channels, so that eight warps share a multiprocessor of 164 KiB and more; of sm_75's 64 KiB, where products
+# copy them once more; of 100 KiB, the rule for unknown architectures too.
+_MOST_PIXELS: dict[Architecture, int] = {
+    75: 24 * 1024,
+    80: 64 * 1024,
+    87: 64 * 1024,
+    90: 64 * 1024,
+    100: 64 * 1024,
+}
+_UNKNOWN_MOST_PIXELS = 36 * 1024
+
+# Blocks of a lane. The larger, the less is expanded twice: 4, 6 and 9 times each pixel at stride 1.
+_BLOCKS = ((2, 2), (1, 2), (1, 1))
+
+
+def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: int) -> Tile:
+    """The tile of ``layer`` with ``pixels`` output pixels, of all images together, on ``architecture``."""
+    if architecture == INTERPRETER:
+        return _INTERPRETED[layer.op]
+    table, others = _HALF, _HALF_BY_ARCHITECTURE
+    if dtype == torch.float32:
+        table, others = _FLOAT, _FLOAT_BY_ARCHITECTURE
+    chosen = (table | others.get(architecture, {}))[layer.op]
+    if layer.op == "dsconv" and table is _HALF and architecture in _BY_WARPS:
+        if chunk(layer.in_channels) == 16:
+            return _NARROW
+        if layer.last_channels and architecture == 80:
+            return _WITH_LAST
+    by_16 = table is _FLOAT and isinstance(architecture, int)
+    if by_16 and (layer.op, chunk(layer.in_channels)) in _FLOAT_BY_16:
+        chosen = replace(chosen, block=16)
+    if layer.op != "inverted_residual":
+        return chosen
+    rows, columns = _block(layer, dtype, architecture, pixels, chosen.pixels)
+    return replace(chosen, rows=rows, columns=columns)
+
+
+def _block(
+    layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: int, lanes: int
+) -> tuple[int, int]:
+    """The rows and columns with which the busiest multiprocessor expands the fewest pixels, if they fit.
+
+    On a small plane large blocks would leave most multiprocessors without a program: there smaller blocks
+    finish earlier although they expand more in all.
+    """
+    most = _MOST_PIXELS.get(architecture, _UNKNOWN_MOST_PIXELS)
+    processors = _PROCESSORS.get(architecture, _UNKNOWN_PROCESSORS)
+
+    def expanded(block: tuple[int, int]) -> int:
+        rows, columns = block
+        return ((rows - 1) * layer.stride + 3) * ((columns - 1) * layer.stride + 3)
+
+    def longest(block: tuple[int, int]) -> int:
+        programs = cdiv(pixels, lanes * block[0] * block[1])
+        return cdiv(programs, processors) * expanded(block)
+
+    channels = padded(layer.in_channels) * dtype.itemsize
+    fitting = [block for block in _BLOCKS if expanded(block) * lanes * channels <= most]
+    return min(fitting or _BLOCKS[-1:], key=longest)

@@ -1,0 +1,357 @@
+"""Which backend can run what, and why not: one predicate selects a backend and explains its refusal."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from ..arch.config import Config
+from ..program.layers import program
+
+#: The dtypes that networks compute in; which of them a backend can, it says itself.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: As in torch.set_float32_matmul_precision.
+PRECISIONS = ("highest", "high")
+
+#: The cpu backend's arithmetics by dtype and precision, in the order of their layouts of packed weights.
+ARITHMETICS = {
+    "float32": (torch.float32, "highest"),
+    "bfloat16": (torch.bfloat16, "highest"),
+    "high": (torch.float32, "high"),
+}
+CPU_DTYPES = tuple(dtype for dtype, precision in ARITHMETICS.values() if precision == "highest")
+
+#: Which share plans and packed weights.
+GPU_BACKENDS = ("cuda", "triton")
+
+logger = logging.getLogger("fastscnn_fast")
+
+try:
+    from .. import _cpu
+except ImportError as error:
+    _cpu_module: ModuleType | None = None
+    _cpu_missing = f"the extension fastscnn_fast._cpu is not built ({error})"
+else:
+    _cpu_module, _cpu_missing = _cpu, ""
+_cuda_module: ModuleType | None = None
+_cuda_missing = ""
+try:
+    _cuda_module = import_module("fastscnn_fast._cuda")
+except ImportError as error:
+    _cuda_missing = f"the extension fastscnn_fast._cuda is not built ({error})"
+
+
+class CannotRun(RuntimeError):
+    """A backend cannot run what it was asked to; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """``why_not(config, device, dtype)`` is None where the backend can run, else the reason."""
+
+    name: str
+    why_not: Callable[[Config, torch.device, torch.dtype], str | None]
+
+
+def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    if _cpu_module is None:
+        return _cpu_missing
+    if device.type != "cpu":
+        return f"device must be cpu, got {device}"
+    if dtype not in CPU_DTYPES:
+        return f"dtype must be {' or '.join(map(str, CPU_DTYPES))}, got {dtype}"
+    layers = [value for layer in program(config) for value in layer.encode()]
+    try:
+        _cpu_module.packed_bytes(layers, arithmetic(dtype))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _reference_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "meta":
+        return "the meta device holds no weights"
+    if dtype not in DTYPES:
+        return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}"
+    return None
+
+
+def _triton_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}"
+    if device.type == "cpu":
+        return (
+            None
+            if _interpreted()
+            else "device must be cuda (or cpu with TRITON_INTERPRET=1), got cpu"
+        )
+    if device.type != "cuda":
+        return f"device must be cuda, got {device}"
+    found = architecture(device)
+    if isinstance(found, int) and found < (80 if dtype == torch.bfloat16 else 75):
+        return f"{dtype} needs a newer GPU than one of compute capability {found / 10}"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels on the cpu: it looks at the environment when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def architecture(device: torch.device) -> int | str:
+    """10 times the compute capability of an NVIDIA GPU, AMD's name of one, "interpreter" for the cpu."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _architecture(device)
+
+
+@cache
+def _architecture(device: torch.device) -> int | str:
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    if _cuda_module is None:
+        return _cuda_missing
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}"
+    wanted = "cpu" if _cuda_module.on_host else "cuda"  # tests run the kernels on the host
+    if device.type != wanted:
+        return f"device must be {wanted}, got {device}"
+    if len(config.pyramid_bins) > 8 or max(config.pyramid_bins, default=0) > 255:
+        return f"pyramid_bins must be at most 8, of at most 255 each, got {config.pyramid_bins}"
+    found = architecture(device)
+    if not isinstance(found, int):
+        return None if _cuda_module.on_host else f"the GPU must be NVIDIA's, got {found}"
+    code = _code_for(found, _cuda_module)
+    if code == 0:
+        built = ", ".join(f"sm_{a}" for a in _cuda_module.architectures)
+        return f"fastscnn_fast._cuda must be built for sm_{found}, it is for {built}"
+    if code < 80 and dtype != torch.float16:
+        # No bfloat16 there, and 64 KiB of shared memory, which float32's tiles exceed.
+        return f"{dtype} needs code for a GPU of compute capability 8.0 or newer, got sm_{code}"
+    return None
+
+
+def _code_for(found: int, module: ModuleType) -> int:
+    """The architecture whose code in ``module`` runs on that one, 0 for none.
+
+    Machine code runs on its own and on later minor versions, PTX on all later ones.
+    """
+    machine = [a for a in module.architectures if a // 10 == found // 10 and a <= found]
+    return max(machine, default=module.ptx if module.ptx <= found else 0)
+
+
+def cuda_code() -> str:
+    """What the extension ``_cuda`` has code for, "none" where it is not built."""
+    if _cuda_module is None:
+        return "none"
+    code = [f"sm_{a}" for a in _cuda_module.architectures]
+    return " ".join(code + [f"compute_{_cuda_module.ptx}"] * (_cuda_module.ptx > 0)) or "host"
+
+
+#: In the order of preference.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", _cuda_why_not),
+        Backend("cpu", _cpu_why_not),
+        Backend("triton", _triton_why_not),
+        Backend("reference", _reference_why_not),
+    )
+}
+
+
+def able(
+    config: Config, device: torch.device, dtype: torch.dtype, precision: str = "highest"
+) -> list[str]:
+    """The backends that can run, the preferred first: on a GPU, with precision "high", those that have that."""
+    names = [name for name, b in BACKENDS.items() if b.why_not(config, device, dtype) is None]
+    if precision == "high" and device.type == "cuda":
+        names.sort(key=lambda name: _why_not_high(name, device, dtype) is not None)
+    return names
+
+
+def why_not(names: Iterable[str], config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Why these backends cannot run."""
+    return "; ".join(f"{n}: {BACKENDS[n].why_not(config, device, dtype)}" for n in names)
+
+
+def forced() -> str:
+    """What FASTSCNN_BACKEND asks for, "auto" where it is unset or empty."""
+    return os.environ.get("FASTSCNN_BACKEND") or "auto"
+
+
+def choose(
+    name: str,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str = "highest",
+) -> str:
+    """The backend to use for ``name``; "auto" is FASTSCNN_BACKEND where set, else the first of :func:`able`.
+
+    Raises:
+        ValueError: unknown name.
+        CannotRun: the backend that was asked for cannot run; the message says why.
+    """
+    if name == "auto":
+        name = forced()
+    if name == "auto":
+        names = able(config, device, dtype, precision)
+        if not names:
+            raise CannotRun(f"no backend can run: {why_not(BACKENDS, config, device, dtype)}")
+        if names[0] == "reference":
+            better = ("cpu",) if device.type == "cpu" else GPU_BACKENDS
+            why = why_not(better, config, device, dtype)
+            log_once(f"running on the reference backend: {why}")
+        return names[0]
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = BACKENDS[name].why_not(config, device, dtype)
+    if reason is not None:
+        raise CannotRun(f"backend {name} cannot run: {reason}")
+    return name
+
+
+def arithmetic(dtype: torch.dtype, precision: str = "highest") -> str:
+    """The cpu backend's arithmetic of that dtype and precision, a key of :data:`ARITHMETICS`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for name, pair in ARITHMETICS.items():
+        if pair == (dtype, precision):
+            return name
+    raise ValueError(f"precision must be 'highest' for {dtype}, got {precision!r}")
+
+
+def choose_precision(
+    precision: str, name: str, backend: str, device: torch.device, dtype: torch.dtype
+) -> str:
+    """The precision to use on ``backend``, which :func:`choose` chose for ``name``.
+
+    "high" becomes "highest", with a logged reason, where there is no faster arithmetic of that precision.
+
+    Raises:
+        ValueError: unknown precision.
+        CannotRun: a backend with kernels was asked for by name, and cannot; the message says why.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "highest":
+        return precision
+    reason = _why_not_high(backend, device, dtype)
+    if reason is None:
+        return precision
+    if backend != "reference" and backend in (name, forced()):
+        raise CannotRun(f"backend {backend} cannot run in precision high: {reason}")
+    log_once(f"running in precision highest: {reason}")
+    return "highest"
+
+
+_HIGH = ("cpu", "triton")  # backends with arithmetic of precision "high"
+
+
+def _why_not_high(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if backend not in _HIGH:
+        return f"backend must be {' or '.join(_HIGH)}, got {backend}"
+    if dtype != torch.float32:
+        return f"dtype must be torch.float32, got {dtype}"
+    if backend == "triton":
+        found = architecture(device)
+        has_tf32 = found >= 80 if isinstance(found, int) else found in ("gfx942", "interpreter")
+        return None if has_tf32 else f"it needs TF32, the GPU is of architecture {found}"
+    if isa() not in isas("high"):
+        return f"it needs AMX, the instruction set in use is {isa()}"
+    return None
+
+
+def report() -> dict[str, str | None]:
+    """Per backend: None where it runs float32 on this machine's cpu or GPU, else the reason."""
+
+    def reason(backend: Backend) -> str | None:
+        why_not = backend.why_not(Config(), torch.device("cpu"), torch.float32)
+        if why_not is not None and backend.name != "cpu" and torch.cuda.is_available():
+            why_not = backend.why_not(Config(), torch.device("cuda"), torch.float32)
+        return why_not
+
+    return {name: reason(backend) for name, backend in BACKENDS.items()}
+
+
+def cpu_module() -> ModuleType:
+    """The extension ``_cpu``.
+
+    Raises:
+        CannotRun: it is not built.
+    """
+    if _cpu_module is None:
+        raise CannotRun(f"backend cpu cannot run: {_cpu_missing}")
+    return _cpu_module
+
+
+def cuda_module() -> ModuleType:
+    """The extension ``_cuda``.
+
+    Raises:
+        CannotRun: it is not built.
+    """
+    if _cuda_module is None:
+        raise CannotRun(f"backend cuda cannot run: {_cuda_missing}")
+    return _cuda_module
+
+
+def training_module(device: torch.device) -> ModuleType | None:
+    """The extension, for its training kernels; None where plain torch must do (or is asked for)."""
+    asked = forced() in ("auto", "cpu")
+    return _cpu_module if asked and device.type == "cpu" else None
+
+
+def isas(arithmetic: str = "float32") -> list[str]:
+    """Instruction sets with kernels of their own for ``arithmetic`` that this processor runs, the best last."""
+    return [] if _cpu_module is None else list(_cpu_module.instruction_sets(arithmetic))
+
+
+def isa() -> str:
+    """The instruction set in use: the best, or what FASTSCNN_ISA forces.
+
+    An arithmetic that has no kernels for it runs those of the best set below.
+
+    Raises:
+        ValueError: FASTSCNN_ISA names one that cannot run here.
+    """
+    return _isa(os.environ.get("FASTSCNN_ISA") or None)
+
+
+@cache
+def _isa(forced: str | None) -> str:
+    cpu_module()
+    names = list(dict.fromkeys(name for arithmetic in ARITHMETICS for name in isas(arithmetic)))
+    if forced is None:
+        return names[-1]
+    if forced not in names:
+        raise ValueError(f"FASTSCNN_ISA must be one of {', '.join(names)}, got {forced!r}")
+    return forced
+
+
+@cache
+def log_once(message: str) -> None:
+    """Warn of a fallback, once per reason."""
+    logger.warning(message)

@@ -1,0 +1,155 @@
+"""Batch-norm folding: a FastSCNN in eval mode as the weights of its fused layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..arch.config import Config
+from ..arch.network import (
+    ConvBNAct,
+    DSConv,
+    FeatureFusion,
+    InvertedResidual,
+    PlainFastSCNN,
+    PyramidPooling,
+)
+from ..program.layers import Layer, program
+
+
+@dataclass(frozen=True)
+class FoldedWeights:
+    """The network without batch norm, in float64: ``tensors[i]`` holds ``layers[i].weights()`` by name."""
+
+    config: Config
+    layers: tuple[Layer, ...]
+    tensors: tuple[dict[str, Tensor], ...]
+
+
+def fold_conv(block: ConvBNAct) -> tuple[Tensor, Tensor]:
+    """Weight (O, I, kh, kw) and bias (O,) of a convolution and the batch norm behind it, in float64.
+
+    BN(Wx + b) = s W x + s (b - mean) + beta with s = gamma / sqrt(var + eps).
+    """
+    weight = block.conv.weight.detach().double()
+    bias = weight.new_zeros(weight.shape[0])
+    if block.conv.bias is not None:
+        bias = block.conv.bias.detach().double()
+    if isinstance(block.bn, nn.modules.batchnorm._BatchNorm):
+        bn = block.bn
+        mean, variance = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
+        scale = bn.weight.detach().double() / torch.sqrt(variance.double() + bn.eps)
+        weight = weight * scale[:, None, None, None]
+        bias = (bias - mean.double()) * scale + bn.bias.detach().double()
+    return weight, bias
+
+
+def _matrix(block: ConvBNAct) -> tuple[Tensor, Tensor]:
+    weight, bias = fold_conv(block)
+    return weight[:, :, 0, 0], bias
+
+
+def _depthwise(block: ConvBNAct) -> tuple[Tensor, Tensor]:
+    weight, bias = fold_conv(block)
+    return weight[:, 0], bias
+
+
+def _dsconv(block: DSConv, layer: Layer, last: nn.Conv2d | None) -> dict[str, Tensor]:
+    depthwise, depthwise_bias = _depthwise(block.depthwise)
+    pointwise, pointwise_bias = _matrix(block.pointwise)
+    if layer.mid_activation == "none":  # nothing between the two: the bias moves on
+        pointwise_bias = pointwise_bias + pointwise @ depthwise_bias
+        depthwise_bias = torch.zeros_like(depthwise_bias)
+    tensors = {
+        "depthwise_weight": depthwise,
+        "depthwise_bias": depthwise_bias,
+        "pointwise_weight": pointwise,
+        "pointwise_bias": pointwise_bias,
+    }
+    if last is not None:
+        tensors["last_weight"] = last.weight.detach().double()[:, :, 0, 0]
+        tensors["last_bias"] = cast(Tensor, last.bias).detach().double()
+    return tensors
+
+
+def _inverted_residual(block: InvertedResidual) -> dict[str, Tensor]:
+    expand, expand_bias = _matrix(block.expand)
+    depthwise, depthwise_bias = _depthwise(block.depthwise)
+    project, project_bias = _matrix(block.project)
+    return {
+        "expand_weight": expand,
+        "expand_bias": expand_bias,
+        "depthwise_weight": depthwise,
+        "depthwise_bias": depthwise_bias,
+        "project_weight": project,
+        "project_bias": project_bias,
+    }
+
+
+def _pyramid(block: PyramidPooling) -> dict[str, Tensor]:
+    branches = [_matrix(cast("ConvBNAct", branch)) for branch in block.branches]
+    out, out_bias = fold_conv(block.out)
+    if not block.input_first:  # the kernels' order is [input, branches]
+        split = sum(weight.shape[0] for weight, _ in branches)
+        out = torch.cat([out[:, split:], out[:, :split]], 1)
+    return {
+        "branch_weight": torch.stack([weight for weight, _ in branches]),
+        "branch_bias": torch.stack([bias for _, bias in branches]),
+        "out_weight": out,
+        "out_bias": out_bias,
+    }
+
+
+def _fusion(block: FeatureFusion, layer: Layer) -> dict[str, Tensor]:
+    refine, refine_bias = (_matrix if layer.dense else _depthwise)(block.refine)
+    low, low_bias = _matrix(block.low)
+    high, high_bias = _matrix(block.high)
+    return {
+        "refine_weight": refine,
+        "refine_bias": refine_bias,
+        "low_weight": low,
+        "high_weight": high,
+        "bias": low_bias + high_bias,
+    }
+
+
+@torch.no_grad()
+def fold(model: PlainFastSCNN) -> FoldedWeights:
+    """Fold every batch norm of ``model`` (as in eval mode) into the convolution before it."""
+    config = model.config
+    downsample, features, classifier = (
+        model.learning_to_downsample,
+        model.global_features,
+        model.classifier,
+    )
+    blocks = iter((*features.bottleneck1, *features.bottleneck2, *features.bottleneck3))
+    dsconvs = iter(
+        (
+            (downsample.dsconv1, None),
+            (downsample.dsconv2, None),
+            (classifier.dsconv1, None),
+            (classifier.dsconv2, classifier.conv),
+        )
+    )
+    layers = program(config)
+    tensors: list[dict[str, Tensor]] = []
+    for layer in layers:
+        if layer.op == "stem_conv":
+            weight, bias = fold_conv(downsample.stem)
+            mean, std = (weight.new_tensor(v) for v in (config.mean, config.std))
+            tensors.append({"weight": weight, "bias": bias, "mean": mean, "std": std})
+        elif layer.op == "dsconv":
+            block, last = next(dsconvs)
+            tensors.append(_dsconv(block, layer, last))
+        elif layer.op == "inverted_residual":
+            tensors.append(_inverted_residual(cast("InvertedResidual", next(blocks))))
+        elif layer.op == "pyramid_pooling":
+            tensors.append(_pyramid(features.pyramid))
+        elif layer.op == "feature_fusion":
+            tensors.append(_fusion(model.feature_fusion, layer))
+        else:
+            tensors.append({})
+    return FoldedWeights(config, layers, tuple(tensors))

@@ -1,0 +1,311 @@
+"""The network as a list of fused layers: the one source of layer shapes, weights, bytes and operations.
+
+``program(config)`` is independent of the input size and is what the engines run; ``plan(config, H, W)``
+adds the shapes, which tests, benchmarks and tools read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from ..arch.config import Activation, Config
+
+OPS = (
+    "stem_conv",
+    "dsconv",
+    "inverted_residual",
+    "pyramid_pooling",
+    "feature_fusion",
+    "upsample_classify",
+)
+ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "relu6")
+
+Shape = tuple[int, ...]
+
+_FIELDS = 14  # of an encoded layer, before its bins
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One fused op with everything but its input size.
+
+    ============== =========================================================================
+    field          meaning
+    ============== =========================================================================
+    in_channels    channels of x (feature_fusion: of the low branch)
+    out_channels   channels of the result (dsconv with ``last_channels``: of its pointwise)
+    mid_channels   inverted_residual: expanded; pyramid_pooling: one branch; feature_fusion: high branch
+    last_channels  dsconv: outputs of a following 1x1 with bias (the classifier's), 0 for none
+    stride         of the 3x3; the depthwise's padding equals its dilation
+    padding        stem_conv: of the 3x3
+    kernel         pyramid_pooling: of the out-convolution, 1 or 3
+    activation     of the result (inverted_residual: after expand and depthwise, the result is linear)
+    mid_activation dsconv: between depthwise and pointwise
+    dense          feature_fusion: the resized branch is refined by a 1x1, not a depthwise 3x3
+    ============== =========================================================================
+    """
+
+    op: str
+    name: str
+    in_channels: int
+    out_channels: int
+    mid_channels: int = 0
+    last_channels: int = 0
+    stride: int = 1
+    dilation: int = 1
+    padding: int = 1
+    kernel: int = 1
+    activation: Activation = "relu"
+    mid_activation: Activation = "none"
+    residual: bool = False
+    dense: bool = False
+    align_corners: bool = False
+    bins: tuple[int, ...] = ()
+
+    def encode(self) -> tuple[int, ...]:
+        """The layer as integers, as ``csrc/cpu/layer.h`` reads them: a length and that many values."""
+        values = (
+            OPS.index(self.op),
+            self.in_channels,
+            self.out_channels,
+            self.mid_channels,
+            self.last_channels,
+            self.stride,
+            self.dilation,
+            self.padding,
+            self.kernel,
+            ACTIVATIONS.index(self.activation),
+            ACTIVATIONS.index(self.mid_activation),
+            int(self.residual),
+            int(self.dense),
+            int(self.align_corners),
+            *self.bins,
+        )
+        return (len(values), *values)
+
+    @staticmethod
+    def decode(values: tuple[int, ...] | list[int]) -> list[Layer]:
+        """The layers of concatenated encodings, in order; names are lost.
+
+        Raises:
+            ValueError: not the integers of whole layers.
+        """
+        layers, at = [], 0
+        while at < len(values):
+            v = values[at + 1 : at + 1 + values[at]]
+            whole = values[at] >= _FIELDS and len(v) == values[at] and min(v) >= 0
+            if not whole or v[0] >= len(OPS) or max(v[9:11]) >= len(ACTIVATIONS):
+                raise ValueError(f"layers must be as encode() writes them, got {tuple(v)}")
+            layers.append(
+                Layer(
+                    op=OPS[v[0]],
+                    name="",
+                    in_channels=v[1],
+                    out_channels=v[2],
+                    mid_channels=v[3],
+                    last_channels=v[4],
+                    stride=v[5],
+                    dilation=v[6],
+                    padding=v[7],
+                    kernel=v[8],
+                    activation=ACTIVATIONS[v[9]],
+                    mid_activation=ACTIVATIONS[v[10]],
+                    residual=bool(v[11]),
+                    dense=bool(v[12]),
+                    align_corners=bool(v[13]),
+                    bins=tuple(v[_FIELDS:]),
+                )
+            )
+            at += 1 + values[at]
+        return layers
+
+    def weights(self) -> dict[str, Shape]:
+        """Names and shapes of the folded weights, in the order in which every backend stores them."""
+        c, o, m, last = self.in_channels, self.out_channels, self.mid_channels, self.last_channels
+        if self.op == "stem_conv":
+            return {"weight": (o, c, 3, 3), "bias": (o,), "mean": (c,), "std": (c,)}
+        if self.op == "dsconv":
+            shapes: dict[str, Shape] = {
+                "depthwise_weight": (c, 3, 3),
+                "depthwise_bias": (c,),
+                "pointwise_weight": (o, c),
+                "pointwise_bias": (o,),
+            }
+            if last:
+                shapes |= {"last_weight": (last, o), "last_bias": (last,)}
+            return shapes
+        if self.op == "inverted_residual":
+            return {
+                "expand_weight": (m, c),
+                "expand_bias": (m,),
+                "depthwise_weight": (m, 3, 3),
+                "depthwise_bias": (m,),
+                "project_weight": (o, m),
+                "project_bias": (o,),
+            }
+        if self.op == "pyramid_pooling":
+            b, k = len(self.bins), self.kernel
+            return {
+                "branch_weight": (b, m, c),
+                "branch_bias": (b, m),
+                "out_weight": (o, c + b * m, k, k),
+                "out_bias": (o,),
+            }
+        if self.op == "feature_fusion":
+            return {
+                "refine_weight": (c, c) if self.dense else (c, 3, 3),
+                "refine_bias": (c,),
+                "low_weight": (o, c),
+                "high_weight": (o, m),
+                "bias": (o,),
+            }
+        return {}
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Size of the result for an input of that size (not for upsample_classify)."""
+        padding = self.padding if self.op == "stem_conv" else 1
+        return (
+            (height + 2 * padding - 3) // self.stride + 1,
+            (width + 2 * padding - 3) // self.stride + 1,
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layer at a size: ``inputs`` and ``output`` are (C, H, W) shapes, feature_fusion's are (high, low)."""
+
+    layer: Layer
+    inputs: tuple[Shape, ...]
+    output: Shape
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the fused algorithm, two per multiply-add."""
+        layer = self.layer
+        pixels = prod(self.output[1:])
+        c, o, m = layer.in_channels, layer.out_channels, layer.mid_channels
+        if layer.op == "stem_conv":
+            macs = pixels * 9 * c * o
+        elif layer.op == "dsconv":
+            macs = pixels * (9 * c + c * o + o * layer.last_channels)
+        elif layer.op == "inverted_residual":
+            macs = prod(self.inputs[0][1:]) * c * m + pixels * (9 * m + m * o)
+        elif layer.op == "pyramid_pooling":
+            cells, branches = sum(b * b for b in layer.bins), len(layer.bins)
+            macs = (pixels * branches + cells * m) * c  # pooling, and the branches' 1x1s
+            if layer.kernel == 1:
+                macs += cells * m * o + pixels * (3 * branches + c) * o
+            else:
+                macs += pixels * (3 * branches * m + 9 * (c + branches * m) * o)
+        elif layer.op == "feature_fusion":
+            refine = prod(self.inputs[1]) * c if layer.dense else pixels * 9 * c
+            macs = refine + pixels * (3 * c + (c + m) * o)
+        else:
+            macs = prod(self.output) * 3
+        return 2 * macs
+
+    @property
+    def elements(self) -> int:
+        """Elements that must move: each input, each weight and each output once."""
+        weights = sum(prod(shape) for shape in self.layer.weights().values())
+        return sum(map(prod, self.inputs)) + prod(self.output) + weights
+
+
+def program(config: Config) -> tuple[Layer, ...]:
+    """The network's layers in the order of execution (Poudel et al., Table 1)."""
+    c1, c2, c3 = config.downsample_channels
+    mid, align = config.dsconv_mid_activation, config.align_corners
+    layers = [
+        Layer("stem_conv", "stem", config.in_channels, c1, stride=2, padding=config.stem_padding),
+        Layer("dsconv", "downsample.dsconv1", c1, c2, stride=2, mid_activation=mid),
+        Layer("dsconv", "downsample.dsconv2", c2, c3, stride=2, mid_activation=mid),
+    ]
+    channels = c3
+    for index, (out, repeats) in enumerate(
+        zip(config.bottleneck_channels, config.bottleneck_repeats)
+    ):
+        for block in range(repeats):
+            stride = 2 if block == 0 and index < 2 else 1
+            layers.append(
+                Layer(
+                    "inverted_residual",
+                    f"bottleneck{index + 1}.{block}",
+                    channels,
+                    out,
+                    mid_channels=channels * config.expansion,
+                    stride=stride,
+                    activation=config.bottleneck_activation,
+                    residual=stride == 1 and channels == out,
+                )
+            )
+            channels = out
+    low, fused = config.pyramid_channels, config.fusion_channels
+    layers += [
+        Layer(
+            "pyramid_pooling",
+            "pyramid",
+            channels,
+            low,
+            mid_channels=config.pyramid_branch_channels,
+            kernel=config.pyramid_kernel,
+            align_corners=align,
+            bins=config.pyramid_bins,
+        ),
+        Layer(
+            "feature_fusion",
+            "fusion",
+            low,
+            fused,
+            mid_channels=c3,
+            dilation=config.fusion_dilation,
+            dense=config.fusion_refine == "dense",
+            align_corners=align,
+        ),
+        Layer("dsconv", "classifier.dsconv1", fused, fused, mid_activation=mid),
+        Layer(
+            "dsconv",
+            "classifier.dsconv2",
+            fused,
+            fused,
+            last_channels=config.num_classes,
+            mid_activation=mid,
+        ),
+        Layer(
+            "upsample_classify",
+            "upsample",
+            config.num_classes,
+            config.num_classes,
+            activation="none",
+            align_corners=align,
+        ),
+    ]
+    return tuple(layers)
+
+
+def plan(config: Config, height: int, width: int) -> tuple[Step, ...]:
+    """Every layer of the network with its shapes for pictures of height x width.
+
+    Raises:
+        ValueError: the picture is too small for the first convolution.
+    """
+    smallest = 3 - 2 * config.stem_padding
+    if height < smallest or width < smallest:
+        raise ValueError(f"height and width must be at least {smallest}, got {height}x{width}")
+    steps: list[Step] = []
+    shape: Shape = (config.in_channels, height, width)
+    high: Shape = ()
+    for layer in program(config):
+        inputs: tuple[Shape, ...] = (shape,)
+        if layer.op == "feature_fusion":
+            inputs = (high, shape)
+            size = high[1:]
+        elif layer.op == "upsample_classify":
+            size = (height, width)
+        else:
+            size = layer.output_size(*shape[1:])
+        shape = (layer.last_channels or layer.out_channels, *size)
+        if layer.name == "downsample.dsconv2":
+            high = shape
+        steps.append(Step(layer, inputs, shape))
+    return tuple(steps)

@@ -1,0 +1,84 @@
+"""How activations lie in memory, channels-last with each pixel a multiple of 64 bytes, the rest zeros; and buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+LINE = 64  # bytes of which every pixel of an activation takes a multiple
+
+
+def pixel_pitch(channels: int, dtype: torch.dtype) -> int:
+    """Channels that a pixel has in memory."""
+    block = LINE // dtype.itemsize
+    return -(-channels // block) * block
+
+
+def activation(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """An empty (N, channels, height, width) in channels-last memory with padded channels."""
+    memory = like.new_empty(
+        (like.shape[0], height, width, pixel_pitch(channels, dtype)), dtype=dtype
+    )
+    return memory.permute(0, 3, 1, 2)[:, :channels]
+
+
+def dense(x: Tensor) -> Tensor:
+    """x in channels-last memory with channels padded by zeros: itself where it already is so."""
+    channels, memory = x.shape[1], x.permute(0, 2, 3, 1)
+    padding = pixel_pitch(channels, x.dtype) - channels
+    if padding:
+        memory = torch.nn.functional.pad(memory, (0, padding))
+    return memory.contiguous().permute(0, 3, 1, 2)  # pad keeps what it takes for x's layout
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A strided region of a named memory: ``strides`` in elements, ``offset`` in bytes."""
+
+    memory: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @staticmethod
+    def dense(memory: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Buffer:
+        strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+        return Buffer(memory, dtype, shape, strides, offset)
+
+    @property
+    def bytes(self) -> int:
+        """From the first element to the last."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
+        return (last + 1) * self.dtype.itemsize
+
+    @property
+    def reach(self) -> int:
+        """Elements from the first to the last of one image, the first dimension's stride left out."""
+        return sum((n - 1) * abs(stride) for n, stride in zip(self.shape[1:], self.strides[1:])) + 1
+
+    def view(self, memory: Tensor) -> Tensor:
+        """This region of ``memory``, a tensor whose first byte is the memory's."""
+        bytes_ = memory.view(torch.uint8)[self.offset : self.offset + self.bytes]
+        return bytes_.view(self.dtype).as_strided(self.shape, self.strides)
+
+
+def wide(*buffers: Buffer) -> bool:
+    """Whether an offset within one image may not fit 32 bits."""
+    return any(buffer.reach >= 2**31 for buffer in buffers)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def rounded_up(a: int, multiple: int) -> int:
+    return cdiv(a, multiple) * multiple
+
+
+def power_of_two(a: int) -> int:
+    """The smallest power of two that is at least ``a``."""
+    return 1 << max(a - 1, 0).bit_length()

@@ -1,0 +1,166 @@
+"""Each fused op in plain torch: the specification that every kernel is checked against.
+
+All take and return (N, C, H, W) tensors, in any floating dtype; ``weights`` holds the tensors that
+``layer.weights()`` names, in the same dtype. In float64 this is the ref64 of the parity tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..arch.config import Activation
+from .layers import Layer
+
+Weights = Mapping[str, Tensor]
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """x, max(x, 0) or min(max(x, 0), 6)."""
+    if activation == "relu":
+        return F.relu(x)
+    return F.relu6(x) if activation == "relu6" else x
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int) -> Tensor:
+    return F.conv2d(x, weight[:, None], bias, stride, dilation, dilation, groups=x.shape[1])
+
+
+def _resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    return F.interpolate(x, list(size), mode="bilinear", align_corners=align_corners)
+
+
+def stem_conv(x: Tensor, layer: Layer, weights: Weights) -> Tensor:
+    """3x3 stride 2 + bias + act; uint8 x is raw pixels, normalised (and only then padded with zeros)."""
+    if x.dtype == torch.uint8:
+        mean, std = (weights[name][:, None, None] for name in ("mean", "std"))
+        x = (x.to(mean.dtype) / 255 - mean) / std
+    y = F.conv2d(x, weights["weight"], weights["bias"], layer.stride, layer.padding)
+    return activate(y, layer.activation)
+
+
+def dsconv(x: Tensor, layer: Layer, weights: Weights) -> Tensor:
+    """Depthwise 3x3 + bias [+ act] -> pointwise + bias + act [-> 1x1 + bias]."""
+    y = _depthwise(
+        x, weights["depthwise_weight"], weights["depthwise_bias"], layer.stride, layer.dilation
+    )
+    y = activate(y, layer.mid_activation)
+    y = activate(
+        _pointwise(y, weights["pointwise_weight"], weights["pointwise_bias"]), layer.activation
+    )
+    if layer.last_channels:
+        y = _pointwise(y, weights["last_weight"], weights["last_bias"])
+    return y
+
+
+def inverted_residual(x: Tensor, layer: Layer, weights: Weights) -> Tensor:
+    """1x1 expand + act -> depthwise 3x3 + act -> 1x1 linear [+ x]."""
+    y = activate(_pointwise(x, weights["expand_weight"], weights["expand_bias"]), layer.activation)
+    y = _depthwise(y, weights["depthwise_weight"], weights["depthwise_bias"], layer.stride, 1)
+    y = activate(y, layer.activation)
+    y = _pointwise(y, weights["project_weight"], weights["project_bias"])
+    return x + y if layer.residual else y
+
+
+def pyramid_pooling(x: Tensor, layer: Layer, weights: Weights) -> Tensor:
+    """out(concat [x, up(relu(branch_i(pool_i(x)))) ...]) with a 1x1 or 3x3 out-convolution + act."""
+    parts = [x]
+    for bins, weight, bias in zip(
+        layer.bins, weights["branch_weight"], weights["branch_bias"], strict=True
+    ):
+        grid = F.relu(_pointwise(F.adaptive_avg_pool2d(x, bins), weight, bias))
+        parts.append(_resize(grid, x.shape[2:], layer.align_corners))
+    y = F.conv2d(
+        torch.cat(parts, 1), weights["out_weight"], weights["out_bias"], padding=layer.kernel // 2
+    )
+    return activate(y, layer.activation)
+
+
+def feature_fusion(high: Tensor, low: Tensor, layer: Layer, weights: Weights) -> Tensor:
+    """act(low_weight relu(refine(resize(low))) + high_weight high + bias)."""
+    y = _resize(low, high.shape[2:], layer.align_corners)
+    if layer.dense:
+        y = _pointwise(y, weights["refine_weight"], weights["refine_bias"])
+    else:
+        y = _depthwise(y, weights["refine_weight"], weights["refine_bias"], 1, layer.dilation)
+    y = _pointwise(F.relu(y), weights["low_weight"], weights["bias"])
+    return activate(y + _pointwise(high, weights["high_weight"]), layer.activation)
+
+
+def upsample_classify(x: Tensor, layer: Layer, size: Sequence[int], output: str) -> Tensor:
+    """Logits resized to ``size``: as they are, softmax over classes, or uint8 labels (N, H, W)."""
+    y = _resize(x, size, layer.align_corners)
+    if output == "probabilities":
+        return y.softmax(1)
+    return y.argmax(1).to(torch.uint8) if output == "labels" else y
+
+
+_OPS: dict[str, Callable[..., Tensor]] = {
+    "stem_conv": stem_conv,
+    "dsconv": dsconv,
+    "inverted_residual": inverted_residual,
+    "pyramid_pooling": pyramid_pooling,
+    "feature_fusion": feature_fusion,
+}
+
+
+def run(
+    layer: Layer,
+    inputs: Sequence[Tensor],
+    weights: Weights,
+    size: Sequence[int],
+    output: str = "logits",
+) -> Tensor:
+    """``layer``'s op on ``inputs``, feature_fusion's being (high, low).
+
+    ``size`` and ``output`` count for upsample_classify only.
+    """
+    if layer.op == "upsample_classify":
+        return upsample_classify(inputs[0], layer, size, output)
+    return _OPS[layer.op](*inputs, layer, weights)
+
+
+_TF32 = RLock()
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether cuDNN's convolutions may round float32 to TF32."""
+    where: Any = torch.backends.cudnn
+    name = "allow_tf32"
+    value: bool | str = allowed
+    if hasattr(where, "conv"):  # torch 2.9 and later
+        where, name, value = where.conv, "fp32_precision", "tf32" if allowed else "ieee"
+    with _TF32:  # the setting is the process's
+        before = getattr(where, name)
+        if before == value:
+            yield
+            return
+        setattr(where, name, value)
+        try:
+            yield
+        finally:
+            setattr(where, name, before)
+
+
+def network(
+    x: Tensor, layers: Sequence[Layer], weights: Sequence[Weights], output: str = "logits"
+) -> Tensor:
+    """The whole network: ``layers`` as :func:`fastscnn_fast.plan.program` lists them."""
+    size, high = x.shape[2:], x
+    for index, (layer, tensors) in enumerate(zip(layers, weights, strict=True)):
+        inputs = (high, x) if layer.op == "feature_fusion" else (x,)
+        x = run(layer, inputs, tensors, size, output)
+        if index == 2:  # the end of learning to downsample
+            high = x
+    return x

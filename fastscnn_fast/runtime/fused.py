@@ -1,0 +1,136 @@
+"""FusedFastSCNN: the folded network behind one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..arch import structure
+from ..arch.network import PlainFastSCNN
+from ..backends import registry
+from ..lower.fold import FoldedWeights, fold
+from .graphs import Graphs
+
+
+class FusedFastSCNN(nn.Module):
+    """Fast-SCNN for inference: folded, packed and run by one fused op. Made by :func:`fuse`.
+
+    Input is (N, C, H, W) with any strides: normalised floats of :attr:`dtype`, or raw uint8 pixels, which
+    are normalised by ``config.mean`` and ``config.std`` inside the first kernel. It has no parameters and no
+    gradients. Works under ``torch.compile(fullgraph=True)`` and ``torch.export``.
+
+    Each method takes ``out``, a contiguous tensor of the result's shape and dtype, to be filled and returned
+    instead of a new one.
+
+    Attributes:
+        config: the architecture, :class:`fastscnn_fast.config.Config`.
+        backend: "cpu", "triton" or "reference".
+        dtype: dtype of float input and of the results.
+        precision: "highest", or "high": float32 whose products keep about 17 bits on the cpu backend, and
+            are TF32, 10 bits, on the triton backend.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        folded: FoldedWeights,
+        backend: str,
+        dtype: torch.dtype,
+        precision: str = "highest",
+        cuda_graph: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._graphs = Graphs(cuda_graph)
+        self.config = folded.config
+        self.backend = backend
+        self.dtype = dtype
+        self.precision = precision
+        self.program = ops.encode(folded.layers)
+        packed = ops.pack(folded.layers, folded.tensors, backend, dtype, precision)
+        self.register_buffer("weights", packed)
+        self.eval()
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits (N, K, H, W) of :attr:`dtype`.
+
+        Raises:
+            ValueError: x of a wrong shape or device, or a picture too small for the first convolution; out
+                of a wrong shape or device, or not contiguous.
+            TypeError: wrong dtype.
+            RuntimeError: x requires grad while gradients are enabled, or has a tangent.
+        """
+        return self._run(x, "logits", out)
+
+    def probabilities(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`."""
+        return self._run(x, "probabilities", out)
+
+    def labels(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The largest logit's class, uint8 (N, H, W), without full-size logits.
+
+        Raises:
+            ValueError: more than 256 classes, and as :meth:`forward`.
+        """
+        return self._run(x, "labels", out)
+
+    def _run(self, x: Tensor, output: str, out: Tensor | None) -> Tensor:
+        if ops.is_differentiated(x):
+            raise RuntimeError(
+                "x must not require grad or have a tangent: the fused network has no gradient (use"
+                " torch.no_grad(), or FastSCNN.reference(x) to differentiate)"
+            )
+        if x.dtype not in (self.dtype, torch.uint8):
+            raise TypeError(f"x must be of dtype {self.dtype} or torch.uint8, got {x.dtype}")
+        weights = self._buffers["weights"]  # as self.weights, which takes its time
+        assert weights is not None
+        return self._graphs.network(x, weights, self.program, output, self.backend, self.dtype, out)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.config.num_classes}, backend={self.backend}, dtype={self.dtype},"
+            f" precision={self.precision}"
+        )
+
+
+def fuse(
+    model: PlainFastSCNN,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    precision: str = "highest",
+    cuda_graph: str = "auto",
+) -> FusedFastSCNN:
+    """The fused copy of ``model`` as it is in eval mode, on the model's device.
+
+    Args:
+        backend: "auto" (FASTSCNN_BACKEND, else the best that can run), or one of
+            :data:`fastscnn_fast.backends.BACKENDS`.
+        dtype: dtype to compute in; the model's own by default.
+        precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks
+            compute each product as three of bfloat16 on the cpu backend, where the processor has AMX (an
+            infinite activation becomes NaN there), and in TF32 on the triton backend, where the GPU has it.
+            All else runs in "highest", with a logged reason.
+        cuda_graph: on GPUs, "auto" captures a call as a CUDA graph when an input's shape, strides and dtype
+            are seen a second time, "on" the first time, "off" never. A graph keeps an input, a result and
+            the scratch memory; the 8 shapes used last are kept. Not measured on a GPU.
+
+    Raises:
+        TypeError: not a FastSCNN.
+        ValueError: unknown backend, precision or cuda_graph, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
+        CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why;
+            or cuda_graph is "on" and the model is on no CUDA device.
+    """
+    if not isinstance(model, PlainFastSCNN):
+        raise TypeError(
+            f"model must be a fastscnn_fast.FastSCNN, got {type(model).__name__}"
+            " (fastscnn_fast.accelerate takes other implementations)"
+        )
+    structure.check(model)
+    weight = model.classifier.conv.weight
+    dtype = weight.dtype if dtype is None else dtype
+    chosen = registry.choose(backend, model.config, weight.device, dtype, precision)
+    precision = registry.choose_precision(precision, backend, chosen, weight.device, dtype)
+    Graphs(cuda_graph).check(weight.device)
+    with torch.inference_mode(False):  # the copy outlives the caller's mode
+        return FusedFastSCNN(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)

@@ -1,0 +1,292 @@
+"""Scores on labelled pictures: confusion matrix, IoU, accuracy; reference, fused network and dtypes compared."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ..backends import registry
+from ..checkpoints import CAMVID11, load_checkpoint, read_details
+from ..cli import options
+from ..data.datasets import Examples, open_source
+from ..plots import figure
+from ..runtime.fused import fuse
+from ..runtime.model import FastSCNN
+from ..runtime.segment import labelled, segment
+
+_MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
+
+#: A picture, uint8 (H, W, 3) -> its labels, uint8 (H, W)
+Labeller = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+
+
+class Confusion:
+    """How often each class was taken for each.
+
+    Attributes:
+        matrix: (K, K) int64; row = true class, column = predicted class. Ignored pixels are not in it.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.matrix: NDArray[np.int64] = np.zeros((num_classes, num_classes), np.int64)
+
+    def add(self, labels: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> None:
+        """Counts pixels; labels that are no class are left out."""
+        k = len(self.matrix)
+        known = labels < k
+        pairs = labels[known].astype(np.int64) * k + predicted[known]
+        self.matrix += np.bincount(pairs, minlength=k * k).reshape(k, k)
+
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """Per class, intersection over union; NaN for a class that neither occurs nor is predicted."""
+        hits = np.diag(self.matrix).astype(np.float64)
+        union = self.matrix.sum(0) + self.matrix.sum(1) - hits
+        with np.errstate(invalid="ignore"):
+            return hits / union
+
+    @property
+    def miou(self) -> float:
+        """The mean of :attr:`iou` over the classes that have one."""
+        iou = self.iou
+        return float(np.nanmean(iou)) if not np.isnan(iou).all() else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """The share of pixels that are right."""
+        total = self.matrix.sum()
+        return float(np.diag(self.matrix).sum() / total) if total else float("nan")
+
+    def table(self, classes: Sequence[str]) -> str:
+        """Per class: IoU, recall, precision, pixels; in text."""
+        hits, true, found = np.diag(self.matrix), self.matrix.sum(1), self.matrix.sum(0)
+        wide = max(map(len, [*classes, "pixel accuracy"]))
+        lines = [f"{'class':<{wide}}  {'IoU':>6}  {'recall':>6}  {'precision':>9}  {'pixels':>10}"]
+        for k, name in enumerate(classes):
+            recall, precision = _ratio(hits[k], true[k]), _ratio(hits[k], found[k])
+            lines.append(
+                f"{name:<{wide}}  {self.iou[k]:6.4f}  {recall:6.4f}  {precision:9.4f}  {true[k]:10d}"
+            )
+        lines.append(f"{'mIoU':<{wide}}  {self.miou:6.4f}")
+        lines.append(f"{'pixel accuracy':<{wide}}  {self.accuracy:6.4f}")
+        return "\n".join(lines)
+
+
+def _ratio(part: Any, whole: Any) -> float:
+    return float(part / whole) if whole else float("nan")
+
+
+def labeller(
+    model: FastSCNN,
+    backend: str,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None = None,
+    precision: str = "highest",
+) -> Labeller:
+    """``segment`` by ``model`` fused by ``backend`` in ``dtype``, or by "plain" torch as it is."""
+    if backend != "plain":
+        return partial(segment, fuse(model, backend, dtype, precision), size=size)
+    device = model.classifier.conv.weight.device
+
+    @torch.no_grad()
+    def plain(x: Tensor) -> Tensor:
+        logits: Tensor = model.reference(x.to(device))
+        return logits.argmax(1).to(torch.uint8)
+
+    return partial(labelled, plain, model.config, size=size)
+
+
+def score(run: Labeller, examples: Examples, indices: Iterable[int] | None = None) -> Confusion:
+    """The confusion of the predictions for ``examples``, or for those at ``indices``."""
+    confusion = Confusion(len(examples.classes))
+    for index in range(len(examples)) if indices is None else indices:
+        picture, labels = examples[index]
+        confusion.add(labels, run(picture))
+    return confusion
+
+
+def save_picture(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
+    """The confusion matrix as a PNG, each row divided by its sum.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows = confusion.matrix.sum(1, keepdims=True)
+    shares = confusion.matrix / np.maximum(rows, 1)
+    side = 2.5 + 0.5 * len(classes)
+    chart = figure((side, side))
+    axes = chart.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes, rotation=60, ha="right")
+    axes.set_yticks(ticks, classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(f"mIoU {confusion.miou:.4f}, pixel accuracy {confusion.accuracy:.4f}")
+    for y in ticks:
+        for x in ticks:
+            if shares[y, x] >= 0.005:
+                colour = "white" if shares[y, x] > 0.5 else "black"
+                text = f"{100 * shares[y, x]:.0f}"
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+    chart.savefig(path, dpi=120)
+
+
+def save_csv(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
+    """The confusion matrix in pixels, with a column of IoU."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted", *classes, "IoU"])
+        for name, row, iou in zip(classes, confusion.matrix, confusion.iou):
+            writer.writerow([name, *row.tolist(), f"{iou:.6f}"])
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says where examples are; the same in ``train`` and ``evaluate``."""
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="folder with SPLIT/images and SPLIT/labels, or Cityscapes' own, or streets[:COUNT]",
+    )
+    parser.add_argument(
+        "--classes",
+        type=int,
+        metavar="K",
+        help="number of classes, unless DATA/classes.txt names them",
+    )
+    parser.add_argument(
+        "--ignore", type=int, metavar="ID", help="label id that counts as no class (255)"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``evaluate``."""
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=CAMVID11,
+        metavar="F",
+        help="checkpoint (the package's own, CamVid's 11 classes)",
+    )
+    parser.add_argument("--split", default="val", help="part of DATA (%(default)s)")
+    parser.add_argument(
+        "--size",
+        type=options.size,
+        metavar="HxW",
+        help="size the network runs at (as in segment); scores are on labels of full size",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=options.DTYPES,
+        default=list(options.DTYPES),
+        help="dtypes to compare on the fused path (all)",
+    )
+    options.add_precision(parser)
+    parser.add_argument(
+        "--device", default="auto", help="torch device for all of them (auto: GPU, else CPU)"
+    )
+    parser.add_argument("-o", "--out", type=Path, help="folder for confusion.csv and confusion.png")
+    parser.set_defaults(run=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs ``evaluate``: plain torch first, then each dtype on the fused path against it."""
+    device = options.device(args.device)
+    model = load_checkpoint(args.weights).float().to(device)
+    source = open_source(args.data, args.split, args.classes, args.ignore)
+    examples = load(source, memory=_MEMORY, workers=2)
+    if len(examples.classes) != model.config.num_classes:
+        raise ValueError(
+            f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "
+            f"{len(examples.classes)}"
+        )
+    names = read_details(args.weights).get("classes", examples.classes)
+    if tuple(names) != examples.classes:
+        raise ValueError(
+            f"{args.weights}: has classes {', '.join(names)}; {args.data} has {', '.join(examples.classes)}"
+        )
+    runs = {"plain torch, float32": labeller(model, "plain", torch.float32, args.size)}
+    for name in args.dtype:
+        dtype = options.DTYPES[name]
+        precision = args.precision if dtype == torch.float32 else "highest"
+        backend = registry.choose("auto", model.config, device, dtype, precision)
+        precision = registry.choose_precision(precision, "auto", backend, device, dtype)
+        shown = name if precision == "highest" else f"{name}, {precision}"
+        runs[f"fused, {backend}, {shown}"] = labeller(model, backend, dtype, args.size, precision)
+    scores, equal, seconds = compare(runs, examples)
+
+    reference, *_ = runs
+    print(scores[reference].table(examples.classes))
+    print(f"\n{len(examples)} pictures{_where(args.size, model.config.size)}")
+    print(
+        f"{'network':<26}  {'mIoU':>7}  {'change':>9}  {'accuracy':>8}  {'equal pixels':>12}  {'ms':>7}"
+    )
+    for name, confusion in scores.items():
+        print(
+            f"{name:<26}  {confusion.miou:7.5f}  {confusion.miou - scores[reference].miou:+9.6f}"
+            f"  {confusion.accuracy:8.5f}  {100 * equal[name]:10.5f} %"
+            f"  {1000 * seconds[name] / len(examples):7.1f}"
+        )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_csv(scores[reference], examples.classes, args.out / "confusion.csv")
+        print(f"wrote {args.out}/confusion.csv")
+        try:
+            save_picture(scores[reference], examples.classes, args.out / "confusion.png")
+        except ImportError as error:
+            print(f"no picture: {error}")
+        else:
+            print(f"wrote {args.out}/confusion.png")
+    return 0
+
+
+def load(source: Any, **limits: Any) -> Examples:
+    """The checked examples of a source, with a progress bar where reading takes long."""
+
+    def bar(reading: Any, total: int) -> Any:
+        return tqdm(reading, "checking", total, unit="picture", delay=2, leave=False)
+
+    return Examples(source, progress=bar, **limits)
+
+
+def _where(asked: tuple[int, int] | None, trained: tuple[int, int] | None) -> str:
+    size = asked or trained
+    if size is None:
+        return ""
+    return f", {'run' if asked else 'trained'} at {size[0]}x{size[1]}"
+
+
+def compare(
+    runs: dict[str, Labeller], examples: Examples
+) -> tuple[dict[str, Confusion], dict[str, float], dict[str, float]]:
+    """Confusion, share of pixels labelled as by the first, and seconds, by run."""
+    scores = {name: Confusion(len(examples.classes)) for name in runs}
+    equal, seconds, pixels = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0.0), 0
+    for index in tqdm(range(len(examples)), unit="picture", leave=False, delay=2):
+        picture, labels = examples[index]
+        first = None
+        for name, run in runs.items():
+            start = time.perf_counter()
+            predicted = run(picture)
+            seconds[name] += time.perf_counter() - start
+            first = predicted if first is None else first
+            scores[name].add(labels, predicted)
+            equal[name] += int((predicted == first).sum())
+        pixels += labels.size
+    return scores, {name: count / pixels for name, count in equal.items()}, seconds

@@ -1,0 +1,213 @@
+"""Cross-entropy on full-size labels without full-size logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..backends import registry
+
+# Full-size logits that plain torch holds at a time: what caches hold on a CPU, 1 GiB of float32 on a GPU.
+_CHUNK, _GPU_CHUNK = 1 << 22, 1 << 28
+_LABELS = 256
+
+
+class Targets:
+    """What each of the 256 labels asks of the network, as ``torch.nn.functional.cross_entropy`` has it.
+
+    A label's row in :attr:`table` (256, K padded to 16) is its target distribution times its weight;
+    ``ignore`` and everything else that is no class have zeros. :attr:`weight` (256,) is what each pixel
+    adds to the mean's denominator.
+
+    Args:
+        num_classes: K, at most 256.
+        class_weights: one per class; 1 by default.
+        smoothing: label smoothing in [0, 1).
+
+    Raises:
+        ValueError: a rule is broken.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore: int = 255,
+        class_weights: Sequence[float] | None = None,
+        smoothing: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 1 <= num_classes <= _LABELS:
+            raise ValueError(f"num_classes must be 1 to {_LABELS}, got {num_classes}")
+        if not 0 <= ignore < _LABELS:
+            raise ValueError(f"ignore must be 0 to {_LABELS - 1}, got {ignore}")
+        if class_weights is not None and len(class_weights) != num_classes:
+            raise ValueError(
+                f"class_weights must be one per class ({num_classes}), got {len(class_weights)}"
+            )
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
+        self.num_classes, self.ignore = num_classes, ignore
+        weights = torch.tensor(class_weights or [1.0] * num_classes, dtype=torch.float32)
+        self.weight = torch.zeros(_LABELS, dtype=torch.float32)
+        self.weight[:num_classes] = weights
+        self.table = torch.zeros(_LABELS, -(-num_classes // 16) * 16, dtype=torch.float32)
+        self.table[:num_classes, :num_classes] = (1 - smoothing) * torch.diag(weights)
+        self.table[:num_classes, :num_classes] += smoothing / num_classes * weights
+        self.weight[ignore], self.table[ignore] = 0, 0
+        self.sums = self.table.sum(1)
+        self.weight, self.table, self.sums = (
+            t.to(device) for t in (self.weight, self.table, self.sums)
+        )
+
+    def denominator(self, labels: Tensor) -> Tensor:
+        """The sum of the labels' weights, a float64 scalar."""
+        counts = torch.bincount(labels.reshape(-1), minlength=_LABELS)
+        return counts.double() @ self.weight.double()
+
+
+def upsampled_cross_entropy(
+    logits: Tensor, labels: Tensor, targets: Targets, align_corners: bool = False
+) -> Tensor:
+    """The *sum* over pixels of the cross-entropy of ``logits`` resized to the labels' size; a scalar.
+
+    Divided by ``targets.denominator(labels)`` it equals ``cross_entropy(interpolate(logits), labels)``
+    with the class weights, label smoothing and ignored label of ``targets``, computed in float32.
+
+    Args:
+        logits: (N, K, h, w), any floating dtype.
+        labels: uint8 (N, H, W).
+    """
+    return cast(Tensor, _UpsampledCrossEntropy.apply(logits, labels, targets, align_corners))  # type: ignore[no-untyped-call]
+
+
+def surprise(logits: Tensor, labels: Tensor, targets: Targets, align_corners: bool) -> Tensor:
+    """-log of the probability of each pixel's label (N, H, W), 0 where it is ignored. No gradient."""
+    out = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
+    _evaluate(logits.detach(), labels, targets, align_corners, None, out)
+    return out
+
+
+def hard_examples(
+    logits: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    align_corners: bool,
+    least: float,
+    share: float,
+) -> Tensor:
+    """``labels`` with the easy pixels ignored (online hard example mining).
+
+    A pixel is easy where its label has at least the probability ``least``; the hardest ``share`` of all
+    labelled pixels stays in any case.
+    """
+    loss = surprise(logits, labels, targets, align_corners)
+    counted = targets.sums[labels.int()] != 0
+    keep = max(1, round(share * int(counted.sum())))
+    hardest = torch.where(counted, loss, -1).flatten().kthvalue(loss.numel() - keep + 1).values
+    threshold = torch.minimum(hardest, loss.new_tensor(least).log().neg())
+    easy = loss < threshold  # a loss that is not a number stays, to be seen
+    return torch.where(easy, targets.ignore, labels)
+
+
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    """The gradient is computed along with the loss: at the logits' own size, it is small."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, targets: Targets, align_corners: bool
+    ) -> Tensor:
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(
+                logits, dtype=torch.float32, memory_format=torch.channels_last
+            )
+        total = _evaluate(logits, labels, targets, align_corners, gradient, None)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0]).to(ctx.dtype), None, None, None
+
+
+def _evaluate(
+    logits: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    align_corners: bool,
+    gradient: Tensor | None,
+    surprises: Tensor | None,
+) -> Tensor:
+    n, k, h, w = logits.shape
+    if labels.dtype != torch.uint8 or labels.dim() != 3 or labels.shape[0] != n:
+        raise ValueError(
+            f"labels must be uint8 ({n}, H, W), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if k != targets.num_classes:
+        raise ValueError(f"logits must have {targets.num_classes} classes, got {k}")
+    if labels.device != logits.device or targets.table.device != logits.device:
+        devices = f"{labels.device} and {targets.table.device}"
+        raise ValueError(f"labels and targets must be on {logits.device}, got {devices}")
+    if 0 in (n, h, w, *labels.shape):
+        raise ValueError(
+            f"logits and labels must have pixels, got {tuple(logits.shape)}, {tuple(labels.shape)}"
+        )
+    kernels = registry.training_module(logits.device)
+    if kernels is None or logits.dtype not in (torch.float32, torch.bfloat16):
+        return _plain(logits, labels, targets, align_corners, gradient, surprises)
+    logits = logits.contiguous(memory_format=torch.channels_last)
+    labels = labels.contiguous()
+    total = kernels.upsampled_loss(
+        registry.isa(),
+        torch.get_num_threads(),
+        logits.dtype == torch.bfloat16,
+        logits.data_ptr(),
+        (n, k, h, w),
+        labels.data_ptr(),
+        tuple(labels.shape[1:]),
+        align_corners,
+        targets.table.data_ptr(),
+        targets.sums.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        0 if surprises is None else surprises.data_ptr(),
+    )
+    return torch.tensor(total, dtype=torch.float32)
+
+
+def _plain(
+    logits: Tensor,
+    labels: Tensor,
+    targets: Targets,
+    align_corners: bool,
+    gradient: Tensor | None,
+    surprises: Tensor | None,
+) -> Tensor:
+    """Plain torch, a few pictures at a time."""
+    size, k = labels.shape[1:], logits.shape[1]
+    most = _CHUNK if logits.device.type == "cpu" else _GPU_CHUNK
+    chunk = max(1, most // (k * size[0] * size[1]))
+    table, parts = targets.table[:, :k], []
+    for first in range(0, len(labels), chunk):
+        here = slice(first, first + chunk)
+        small, index = logits[here].float(), labels[here].int()
+        z = F.interpolate(small, size, mode="bilinear", align_corners=align_corners)
+        lse = z.logsumexp(1)
+        target, sums = table[index].permute(0, 3, 1, 2), targets.sums[index]
+        parts.append((sums * lse).double().sum() - (target * z).double().sum())
+        if surprises is not None:
+            picked = z.gather(1, index.long().clamp(max=k - 1)[:, None])[:, 0]
+            surprises[here] = torch.where(sums != 0, lse - picked, 0)
+        if gradient is not None:
+            g = sums[:, None] * (z - lse[:, None]).exp() - target
+            gradient[here] = torch.ops.aten.upsample_bilinear2d_backward(
+                g, size, small.shape, align_corners
+            )
+    return torch.stack(parts).sum().float()
