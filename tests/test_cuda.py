@@ -283,9 +283,9 @@ def test_no_triton_is_needed() -> None:
     """With the package triton out of reach the kernels of this backend are planned and run."""
     code = (
         "import sys; sys.modules['triton'] = None; sys.path.insert(0, 'tests');"
-        "import torch, cuda_host; from fastscnn_fast import registry, fuse;"
+        "import torch, cuda_host; from fastscnn_fast import fuse; from fastscnn_fast.backends import registry;"
         "from helpers import small_network;"
-        "backends._cuda_module = cuda_host.shared(); x = torch.randn(1, 3, 32, 32);"
+        "registry._cuda_module = cuda_host.shared(); x = torch.randn(1, 3, 32, 32);"
         "y = fuse(small_network(), 'cuda', cuda_graph='off')(x); assert y.isfinite().all()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -104,7 +104,7 @@ def test_plain_torch_equals_torch(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTSCNN_BACKEND", "reference")
-    monkeypatch.setattr("fastscnn_fast.loss._CHUNK", 100_000)  # two pictures at a time
+    monkeypatch.setattr("fastscnn_fast.train.loss._CHUNK", 100_000)  # two pictures at a time
     check(*case((5, 11, 6, 7, 45, 61)), options)
 
 

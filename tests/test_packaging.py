@@ -39,7 +39,7 @@ def no_gpu(*args, **kwargs):
     raise AssertionError("the GPU was queried at import")
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = no_gpu
 import fastscnn_fast, fastscnn_fast.kernels
-TRITON = ("fastscnn_fast.kernels.", "fastscnn_fast.engines.gpu", "fastscnn_fast.dump")
+TRITON = ("fastscnn_fast.kernels.", "fastscnn_fast.backends.gpu.aot")
 for package in (fastscnn_fast, fastscnn_fast.kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if module.name.endswith("__main__"):

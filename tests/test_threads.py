@@ -24,7 +24,8 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from helpers import small_network
 from workers import openmp_libraries, running_threads
-from fastscnn_fast import registry, fuse
+from fastscnn_fast import fuse
+from fastscnn_fast.backends import registry
 torch.manual_seed({seed})
 torch.set_num_threads(1)
 fast = fuse(small_network())

@@ -31,6 +31,7 @@ from fastscnn_fast.program.layers import Layer, program
 if TYPE_CHECKING or find_spec("triton") is not None:
     from fastscnn_fast.backends.gpu import plan as engine
     from fastscnn_fast.kernels import launch
+    from fastscnn_fast.program import memory
 
 installed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
@@ -259,8 +260,8 @@ def network_plan(config: Config, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
     layers = program(config)
     pieces, _ = layout.layout(layers, dtype, 64)
-    picture = launch.Buffer.dense("x", dtype, shape)
-    out = launch.Buffer.dense("out", dtype, (shape[0], config.num_classes, *shape[2:]))
+    picture = memory.Buffer.dense("x", dtype, shape)
+    out = memory.Buffer.dense("out", dtype, (shape[0], config.num_classes, *shape[2:]))
     return engine.network_plan(layers, picture, out, pieces, dtype, 80, "logits")
 
 
@@ -304,7 +305,7 @@ def test_memories_in_use_at_once_do_not_overlap(launches: list[list[tuple[int, i
                 None,
                 (1,),
                 {
-                    f"{position}": launch.Buffer.dense(f"memory{name}", torch.uint8, (size,))
+                    f"{position}": memory.Buffer.dense(f"memory{name}", torch.uint8, (size,))
                     for position, (name, size) in enumerate(buffers)
                 },
                 4,
@@ -327,14 +328,14 @@ def test_a_network_reuses_its_memories(shape: tuple[int, ...], dtype: torch.dtyp
 
 @installed
 def test_64_bit_offsets_are_used_where_32_may_not_do() -> None:
-    def of(*shape: int) -> launch.Buffer:
-        return launch.Buffer.dense("x", torch.float16, shape)
+    def of(*shape: int) -> memory.Buffer:
+        return memory.Buffer.dense("x", torch.float16, shape)
 
-    assert not launch.wide(of(1, 2**31 - 1))
-    assert launch.wide(of(1, 2**31)) and launch.wide(of(1, 2, 2), of(1, 2**15, 2**16))
-    assert not launch.wide(of(2**20, 2**15, 2**15))  # images are told apart in 64 bits
-    negative = launch.Buffer("x", torch.uint8, (1, 2, 3), (6, -(2**31), 1))
-    assert launch.wide(negative)
+    assert not memory.wide(of(1, 2**31 - 1))
+    assert memory.wide(of(1, 2**31)) and memory.wide(of(1, 2, 2), of(1, 2**15, 2**16))
+    assert not memory.wide(of(2**20, 2**15, 2**15))  # images are told apart in 64 bits
+    negative = memory.Buffer("x", torch.uint8, (1, 2, 3), (6, -(2**31), 1))
+    assert memory.wide(negative)
 
 
 @installed
@@ -369,7 +370,7 @@ class Kernel:
 
 
 def plan_of(kernel: Kernel, size: int = 100) -> engine.Plan:
-    scratch = launch.Buffer.dense("scratch", torch.uint8, (size,))
+    scratch = memory.Buffer.dense("scratch", torch.uint8, (size,))
     return engine.Plan.of([launch.Launch(kernel, (1,), {"scratch": scratch}, 4, 2)])
 
 
