@@ -53,7 +53,7 @@ from test_ops import (
 from torch import Tensor
 
 from fastscnn_fast import ops
-from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends.gpu import backend as engine, plan as launching
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
@@ -163,8 +163,8 @@ def slow_unless(quick: bool, *values: Any, id: str | None = None) -> Any:
 def small_layers() -> Iterator[Any]:
     """Every layer of every preset, with fewer channels, and so many values that chance does not decide."""
     seen = set()
-    for name, config in PRESETS.items():
-        for step in plan(replace(config, **SMALL), 64, 96):
+    for name in PRESETS:
+        for step in plan(preset(name, **SMALL), 64, 96):
             sizes = tuple(shape[1:] for shape in step.inputs)
             if step.layer.op == "upsample_classify":
                 sizes += (step.output[1:],)
@@ -410,7 +410,7 @@ FLOOR = 1e-5
 @cache
 def small_model(name: str) -> FastSCNN:
     """Of few classes: the interpreter takes them one after the other."""
-    return lifelike(replace(PRESETS[name], **SMALL, num_classes=7))
+    return lifelike(preset(name, **SMALL, num_classes=7))
 
 
 def fused(name: str, arithmetic: str = "float32") -> FusedFastSCNN:

@@ -12,7 +12,7 @@ import torch
 from helpers import Kernels, err, small_network
 
 from fastscnn_fast import fuse
-from fastscnn_fast.arch.config import PRESETS, Config
+from fastscnn_fast.arch.config import PRESETS, Config, preset
 from fastscnn_fast.backends import cpu as engine, registry
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_the_cpu_backend_says_what_it_cannot_run():
         (CPU, torch.float16, "dtype must be torch.float32 or torch.bfloat16, got torch.float16"),
     ):
         assert registry.BACKENDS["cpu"].why_not(Config(), device, dtype) == reason
-    nine = Config(bottleneck_channels=(16, 16, 36), pyramid_bins=tuple(range(1, 10)))
+    nine = preset("paper", bottleneck_channels=(16, 16, 36), pyramid_bins=tuple(range(1, 10)))
     assert "pyramid_bins must be at most 8" in str(
         registry.BACKENDS["cpu"].why_not(nine, CPU, torch.float32)
     )

@@ -257,7 +257,10 @@ def test_unknown_dtype_of_the_stored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bottleneck_repeats": [10**9, 2, 1]}, r"bottleneck_repeats is \(1000000000, 2, 1\)"),
+        (
+            {"bottlenecks": [[[32, 16, 2]] * 3, [[32, 32, 2]], [[32, 48, 1]]]},
+            r"bottlenecks is \(\(\(32, 16, 2\)",
+        ),
         ({"fusion_bias": True}, r"missing \(first: feature_fusion\.low\.conv\.bias\)"),
         ({"num_classes": 4}, "num_classes is 4 by its config, 3 by its tensors"),
         ({"num_classes": 0}, "num_classes must be an integer of at least 1"),

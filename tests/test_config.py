@@ -15,7 +15,6 @@ RULES = [
     ({"in_channels": 5}, "in_channels must be from 1 to 4, got 5"),
     ({"in_channels": 10**9}, "in_channels must be from 1 to 4, got 1000000000"),
     ({"in_channels": 0}, "in_channels must be an integer of at least 1, got 0"),
-    ({"expansion": -1}, "expansion must be an integer of at least 1, got -1"),
     ({"pyramid_channels": 0}, "pyramid_channels must be an integer of at least 1, got 0"),
     ({"fusion_channels": "128"}, "fusion_channels must be an integer of at least 1, got '128'"),
     ({"aux_channels": 0}, "aux_channels must be an integer of at least 1, got 0"),
@@ -25,10 +24,15 @@ RULES = [
         "downsample_channels must be three integers of at least 1, got (32, 48)",
     ),
     (
-        {"bottleneck_channels": (64, 96, 0)},
-        "bottleneck_channels must be three integers of at least 1, got (64, 96, 0)",
+        {"bottlenecks": (((384, 64, 2),), ((384, 96, 3),), ((576, 128, 1),))},
+        "bottlenecks must be three stages of 1 to 64 blocks (expanded, output, stride 1 or 2), "
+        "got (((384, 64, 2),), ((384, 96, 3),), ((576, 128, 1),))",
     ),
-    ({"bottleneck_repeats": 3}, "bottleneck_repeats must be three integers of at least 1, got 3"),
+    (
+        {"bottlenecks": (((384, 64, 2),), ((384, 96, 2),))},
+        "bottlenecks must be three stages of 1 to 64 blocks (expanded, output, stride 1 or 2), "
+        "got (((384, 64, 2),), ((384, 96, 2),))",
+    ),
     (
         {"pyramid_bins": ()},
         "pyramid_bins must be a non-empty tuple of integers of at least 1, got ()",
@@ -39,7 +43,7 @@ RULES = [
     ),
     (
         {"pyramid_bins": (1, 2, 3)},
-        "pyramid_bins must divide bottleneck_channels[2] = 128 by their number without remainder, "
+        "pyramid_bins must divide the 128 channels of the last bottleneck by their number without remainder, "
         "got (1, 2, 3)",
     ),
     ({"stem_padding": 2}, "stem_padding must be one of (0, 1), got 2"),
@@ -142,7 +146,7 @@ def test_presets_differ_as_published() -> None:
     assert column("align_corners") == [False, True, False, False, True, True, True]
     assert column("dropout") == [0.1, 0.1, 0.1, 0.1, 0.1, 0.0, 0.1]
     assert [len(taps) for taps in column("aux_taps")] == [2, 1, 2, 2, 2, 1, 0]
-    for same in ("pyramid_bins", "expansion", "bottleneck_repeats", "num_classes", "mean", "std"):
+    for same in ("pyramid_bins", "bottlenecks", "num_classes", "mean", "std"):
         assert len(set(column(same))) == 1
 
 
@@ -165,12 +169,53 @@ def test_other_input_channels_get_a_mean_of_their_own(channels: int) -> None:
     assert preset("paper", in_channels=channels, mean=mean).mean == mean
 
 
+SHORT_RULES = [
+    ({"expansion": -1}, "expansion must be an integer of at least 1, got -1"),
+    (
+        {"bottleneck_channels": (64, 96, 0)},
+        "bottleneck_channels must be three integers of at least 1, got (64, 96, 0)",
+    ),
+    ({"bottleneck_repeats": 3}, "bottleneck_repeats must be three integers of at least 1, got 3"),
+    (
+        {"bottleneck_repeats": [10**9, 2, 1]},
+        "bottleneck_repeats must be at most 64 each, got (1000000000, 2, 1)",
+    ),
+    (
+        {"expansion": 2, "bottlenecks": Config().bottlenecks},
+        "bottlenecks must not be given together with bottleneck_channels, bottleneck_repeats, expansion, "
+        "got {'expansion': 2}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), SHORT_RULES)
+def test_rules_of_the_short_way_to_write_bottlenecks(values: dict[str, Any], message: str) -> None:
+    for make in (lambda: preset("tramac", **values), lambda: Config.from_dict(values)):
+        with pytest.raises(ValueError) as error:
+            make()
+        assert str(error.value) == message
+
+
+def test_the_short_way_to_write_bottlenecks() -> None:
+    short = {"bottleneck_channels": [64, 96, 128], "bottleneck_repeats": [3, 3, 3], "expansion": 6}
+    assert Config.from_dict(short) == Config() == preset("paper", **short)
+    narrow = preset("paper", downsample_channels=(8, 12, 20), bottleneck_repeats=(1, 2, 1))
+    assert narrow.bottlenecks == (
+        ((120, 64, 2),),
+        ((384, 96, 2), (576, 96, 1)),
+        ((576, 128, 1),),
+    )
+    assert narrow.stage_channels == (64, 96, 128)
+    free = (((33, 7, 1),), ((5, 16, 2), (90, 16, 1)), ((64, 24, 2),))
+    assert preset("paper", downsample_channels=(8, 12, 20), bottlenecks=free).bottlenecks == free
+
+
 def test_config_is_a_value() -> None:
     config = preset("mmseg", aux=True, pyramid_bins=[1, 2])
     assert config.pyramid_bins == (1, 2)
     assert config.pyramid_branch_channels == 64
-    assert Config(**config.to_dict()) == config
-    assert Config(**json.loads(json.dumps(config.to_dict()))) == config
-    assert hash(config) == hash(Config(**config.to_dict()))
+    assert Config.from_dict(config.to_dict()) == config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(Config.from_dict(config.to_dict()))
     with pytest.raises(FrozenInstanceError):
         config.aux = False  # type: ignore[misc]

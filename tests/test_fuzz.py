@@ -45,7 +45,7 @@ from test_ops import LABEL_ULPS, Case, Size
 from torch import Tensor
 
 from fastscnn_fast import ops
-from fastscnn_fast.arch.config import PRESETS, Config
+from fastscnn_fast.arch.config import PRESETS, Config, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program import reference
@@ -176,8 +176,8 @@ def configs(draw: st.DrawFn) -> Config:
         "pyramid_channels": draw(WIDTH),
         "fusion_channels": draw(WIDTH),
     }
-    preset = PRESETS[draw(st.sampled_from(sorted(PRESETS)))]
-    return replace(preset, **draw(st.sampled_from(SWITCHES)), **fields)
+    name = draw(st.sampled_from(sorted(PRESETS)))
+    return preset(name, **draw(st.sampled_from(SWITCHES)), **fields)
 
 
 def check_network(

@@ -22,7 +22,7 @@ from hypothesis import given, strategies as st
 from layouts import SMALL
 
 from fastscnn_fast import FusedFastSCNN, cli, fuse, ops
-from fastscnn_fast.arch.config import Config
+from fastscnn_fast.arch.config import Config, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
@@ -341,15 +341,15 @@ def test_64_bit_offsets_are_used_where_32_may_not_do() -> None:
 @installed
 def test_offsets_of_64_bits_reach_the_kernels() -> None:
     """The stem's input is then the first that needs them."""
-    huge = network_plan(Config(**SMALL), (1, 3, 2**15, 2**15 - 1), torch.float16)
+    huge = network_plan(preset("paper", **SMALL), (1, 3, 2**15, 2**15 - 1), torch.float16)
     assert huge.launches[0].arguments["WIDE"] is True
-    plan = network_plan(Config(**SMALL), (4096, 3, 512, 1024), torch.float16)
+    plan = network_plan(preset("paper", **SMALL), (4096, 3, 512, 1024), torch.float16)
     assert not any(launch.arguments.get("WIDE", False) for launch in plan.launches)
 
 
 @installed
 def test_an_empty_batch_launches_nothing() -> None:
-    plan = network_plan(Config(**SMALL), (0, 3, 33, 49), torch.float32)
+    plan = network_plan(preset("paper", **SMALL), (0, 3, 33, 49), torch.float32)
     assert plan.bytes == 0
     for one in plan.launches:
         assert 0 in one.grid
@@ -432,6 +432,6 @@ def test_a_failed_call_leaves_the_pool_in_order() -> None:
 @installed
 def test_logits_of_one_pixel_are_planes_too() -> None:
     """Strides alone do not tell planes of 1x1 from pixels, and a pixel's padding would be the next image's."""
-    plan = network_plan(Config(**SMALL), (3, 3, 8, 8), torch.float16)
+    plan = network_plan(preset("paper", **SMALL), (3, 3, 8, 8), torch.float16)
     last = [launch.arguments["LAST"] for launch in plan.launches if "LAST" in launch.arguments]
-    assert last[-1] == Config(**SMALL).num_classes
+    assert last[-1] == preset("paper", **SMALL).num_classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -11,6 +12,19 @@ AuxTap = Literal["downsample", "global"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+#: An inverted residual's width after expansion, its output channels and the stride of its depthwise convolution.
+Block = tuple[int, int, int]
+Stages = tuple[tuple[Block, ...], ...]
+
+#: The short way to write bottlenecks, with the paper's values (Table 1): :func:`bottlenecks`.
+SHORT: dict[str, Any] = {
+    "bottleneck_channels": (64, 96, 128),
+    "bottleneck_repeats": (3, 3, 3),
+    "expansion": 6,
+}
+#: More blocks than any network has: a config from a file may ask for any number.
+MOST_BLOCKS = 64
+
 #: The smallest height and width of the network's input: one pixel of the 1/32 features.
 SMALLEST_SIDE = 32
 
@@ -19,7 +33,9 @@ SMALLEST_SIDE = 32
 class Config:
     """One Fast-SCNN architecture (Poudel et al., BMVC 2019, Table 1). The defaults are the ``paper`` preset.
 
-    Sizes are channel counts unless said otherwise. More than 8 pooling bins run unfused. ``mean`` and
+    Sizes are channel counts unless said otherwise. ``bottlenecks`` holds the blocks of each of the three
+    stages as (expanded, output, stride); :func:`preset` also takes the short way to write them, stages of
+    ``bottleneck_channels`` channels, ``bottleneck_repeats`` blocks and an ``expansion``. More than 8 pooling bins run unfused. ``mean`` and
     ``std`` normalise pictures scaled to [0, 1], one value per input channel. ``size`` (height, width) is that
     of the whole pictures that the weights were trained on: ``segment`` runs every picture at that many
     pixels; None: at its own size.
@@ -31,9 +47,11 @@ class Config:
     num_classes: int = 19
     in_channels: int = 3
     downsample_channels: tuple[int, int, int] = (32, 48, 64)
-    bottleneck_channels: tuple[int, int, int] = (64, 96, 128)
-    bottleneck_repeats: tuple[int, int, int] = (3, 3, 3)
-    expansion: int = 6
+    bottlenecks: Stages = (
+        ((384, 64, 2), (384, 64, 1), (384, 64, 1)),
+        ((384, 96, 2), (576, 96, 1), (576, 96, 1)),
+        ((576, 128, 1), (768, 128, 1), (768, 128, 1)),
+    )
     pyramid_bins: tuple[int, ...] = (1, 2, 3, 6)
     pyramid_channels: int = 128
     fusion_channels: int = 128
@@ -62,7 +80,7 @@ class Config:
         for name in _TUPLES:
             value = getattr(self, name)
             if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, _frozen(value))
         self._check_counts()
         self._check_switches()
         self._check_normalisation()
@@ -72,16 +90,21 @@ class Config:
         for name in _COUNTS:
             value = getattr(self, name)
             _rule(_is_count(value), name, "must be an integer of at least 1", value)
-        for name in _TRIPLES:
-            value = getattr(self, name)
-            good = isinstance(value, tuple) and len(value) == 3 and all(map(_is_count, value))
-            _rule(good, name, "must be three integers of at least 1", value)
+        _check_triple("downsample_channels", self.downsample_channels)
+        stages = self.bottlenecks
+        good = isinstance(stages, tuple) and len(stages) == 3
+        good = good and all(isinstance(s, tuple) and 1 <= len(s) <= MOST_BLOCKS for s in stages)
+        good = good and all(map(_is_block, (block for stage in stages for block in stage)))
+        rule = (
+            f"must be three stages of 1 to {MOST_BLOCKS} blocks (expanded, output, stride 1 or 2)"
+        )
+        _rule(good, "bottlenecks", rule, stages)
         _rule(self.in_channels <= 4, "in_channels", "must be from 1 to 4", self.in_channels)
         bins = self.pyramid_bins
         good = isinstance(bins, tuple) and len(bins) > 0 and all(map(_is_count, bins))
         _rule(good, "pyramid_bins", "must be a non-empty tuple of integers of at least 1", bins)
-        last = self.bottleneck_channels[2]
-        rule = f"must divide bottleneck_channels[2] = {last} by their number without remainder"
+        last = self.stage_channels[2]
+        rule = f"must divide the {last} channels of the last bottleneck by their number without remainder"
         _rule(last % len(bins) == 0, "pyramid_bins", rule, bins)
 
     def _check_switches(self) -> None:
@@ -128,24 +151,107 @@ class Config:
     @property
     def pyramid_branch_channels(self) -> int:
         """Channels of one pyramid branch: the paper's 128 -> 32 for four bins."""
-        return self.bottleneck_channels[2] // len(self.pyramid_bins)
+        return self.stage_channels[2] // len(self.pyramid_bins)
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Output channels of each stage of bottlenecks: the paper's 64, 96 and 128."""
+        return tuple(stage[-1][1] for stage in self.bottlenecks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that ``Config(**values)`` takes back."""
+        """Plain values that :meth:`from_dict` takes back."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Config:
+        """The config with these fields, the paper's values where one is missing; bottlenecks also the short way.
+
+        Raises:
+            ValueError: an unknown field, or a rule of :class:`Config` is broken.
+        """
+        return replace(_PAPER, **_written_out(values))
+
+
+def bottlenecks(
+    in_channels: int, channels: Sequence[int], repeats: Sequence[int], expansion: int
+) -> Stages:
+    """Three stages of like blocks, the first blocks of the first two with stride 2 (Poudel et al., Table 1).
+
+    Args:
+        in_channels: channels of the first block's input.
+        channels: output channels of each stage.
+        repeats: blocks of each stage.
+        expansion: by how much a block expands its input channels.
+
+    Raises:
+        ValueError: an argument is not an integer of at least 1 or three of them; the message names it.
+    """
+    _check_triple("bottleneck_channels", channels)
+    _check_triple("bottleneck_repeats", repeats)
+    _rule(
+        max(repeats) <= MOST_BLOCKS,
+        "bottleneck_repeats",
+        f"must be at most {MOST_BLOCKS} each",
+        tuple(repeats),
+    )
+    _rule(_is_count(expansion), "expansion", "must be an integer of at least 1", expansion)
+    stages = []
+    for index, (out, blocks) in enumerate(zip(channels, repeats)):
+        stride = 2 if index < 2 else 1
+        first = (expansion * in_channels, out, stride)
+        stages.append((first, *((expansion * out, out, 1),) * (blocks - 1)))
+        in_channels = out
+    return tuple(stages)
+
+
+def _written_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` for fields of Config, bottlenecks that are written the short way in full.
+
+    Raises:
+        ValueError: an unknown field, or bottlenecks in both ways.
+    """
+    known = {*(field.name for field in fields(Config)), *SHORT}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"overrides must be fields of Config ({', '.join(sorted(known))}), got {unknown[0]!r}"
+        )
+    full = {name: value for name, value in values.items() if name not in SHORT}
+    short = {name: _frozen(value) for name, value in values.items() if name in SHORT}
+    if "bottlenecks" in full:
+        _rule(
+            not short, "bottlenecks", f"must not be given together with {', '.join(SHORT)}", short
+        )
+    elif short or "downsample_channels" in full:
+        before = _frozen(full.get("downsample_channels", _PAPER.downsample_channels))
+        _check_triple("downsample_channels", before)
+        channels, repeats, expansion = (SHORT | short).values()
+        full["bottlenecks"] = bottlenecks(before[2], channels, repeats, expansion)
+    return full
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, also within lists, as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 _COUNTS = (
     "num_classes",
     "in_channels",
-    "expansion",
     "pyramid_channels",
     "fusion_channels",
     "aux_channels",
     "fusion_dilation",
 )
-_TRIPLES = ("downsample_channels", "bottleneck_channels", "bottleneck_repeats")
-_TUPLES = (*_TRIPLES, "pyramid_bins", "aux_taps", "mean", "std", "size")
+_TUPLES = (
+    "downsample_channels",
+    "bottlenecks",
+    "pyramid_bins",
+    "aux_taps",
+    "mean",
+    "std",
+    "size",
+)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "stem_padding": (0, 1),
     "dsconv_mid_activation": ("none", "relu", "relu6"),
@@ -163,6 +269,16 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_block(value: Any) -> bool:
+    good = isinstance(value, tuple) and len(value) == 3 and all(map(_is_count, value))
+    return good and value[2] in (1, 2)
+
+
+def _check_triple(name: str, value: Any) -> None:
+    good = isinstance(value, tuple) and len(value) == 3 and all(map(_is_count, value))
+    _rule(good, name, "must be three integers of at least 1", value)
 
 
 def _rule(holds: bool, name: str, rule: str, value: Any) -> None:
@@ -222,7 +338,7 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str, **overrides: Any) -> Config:
-    """The preset called ``name`` with some fields replaced.
+    """The preset called ``name`` with some fields replaced; bottlenecks also the short way (:data:`SHORT`).
 
     Grey, RGBA or other input: ``mean`` and ``std`` must then be given too unless ``in_channels`` is 3;
     left out, they become 0.5 and 0.25 for every channel.
@@ -232,14 +348,8 @@ def preset(name: str, **overrides: Any) -> Config:
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    known = {field.name for field in fields(Config)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ValueError(
-            f"overrides must be fields of Config ({', '.join(sorted(known))}), got {unknown[0]!r}"
-        )
     channels = overrides.get("in_channels", 3)
     if channels in (1, 2, 4):
         overrides.setdefault("mean", (0.5,) * channels)
         overrides.setdefault("std", (0.25,) * channels)
-    return replace(PRESETS[name], **overrides)
+    return replace(PRESETS[name], **_written_out(overrides))

@@ -112,17 +112,18 @@ class InvertedResidual(nn.Module):
     def __init__(
         self,
         in_channels: int,
+        mid_channels: int,
         out_channels: int,
         stride: int,
-        expansion: int,
         activation: Activation,
     ) -> None:
         super().__init__()
-        mid = in_channels * expansion
         self.residual = stride == 1 and in_channels == out_channels
-        self.expand = ConvBNAct(in_channels, mid, activation=activation)
-        self.depthwise = ConvBNAct(mid, mid, 3, stride, groups=mid, activation=activation)
-        self.project = ConvBNAct(mid, out_channels, activation="none")
+        self.expand = ConvBNAct(in_channels, mid_channels, activation=activation)
+        self.depthwise = ConvBNAct(
+            mid_channels, mid_channels, 3, stride, groups=mid_channels, activation=activation
+        )
+        self.project = ConvBNAct(mid_channels, out_channels, activation="none")
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(self.depthwise(self.expand(x)))
@@ -134,7 +135,7 @@ class PyramidPooling(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        channels, branch = config.bottleneck_channels[2], config.pyramid_branch_channels
+        channels, branch = config.stage_channels[2], config.pyramid_branch_channels
         self.bins = config.pyramid_bins
         self.input_first = config.pyramid_input_first
         self.align_corners = config.align_corners
@@ -161,18 +162,17 @@ class GlobalFeatures(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        act, expansion = config.bottleneck_activation, config.expansion
-
-        def stage(in_channels: int, index: int, stride: int) -> nn.Sequential:
-            out = config.bottleneck_channels[index]
-            blocks = [InvertedResidual(in_channels, out, stride, expansion, act)]
-            for _ in range(config.bottleneck_repeats[index] - 1):
-                blocks.append(InvertedResidual(out, out, 1, expansion, act))
-            return nn.Sequential(*blocks)
-
-        self.bottleneck1 = stage(config.downsample_channels[2], 0, 2)
-        self.bottleneck2 = stage(config.bottleneck_channels[0], 1, 2)
-        self.bottleneck3 = stage(config.bottleneck_channels[1], 2, 1)
+        channels = config.downsample_channels[2]
+        stages = []
+        for blocks in config.bottlenecks:
+            stage = nn.Sequential()
+            for mid, out, stride in blocks:
+                stage.append(
+                    InvertedResidual(channels, mid, out, stride, config.bottleneck_activation)
+                )
+                channels = out
+            stages.append(stage)
+        self.bottleneck1, self.bottleneck2, self.bottleneck3 = stages
         self.pyramid = PyramidPooling(config)
 
     def forward(self, x: Tensor) -> Tensor:

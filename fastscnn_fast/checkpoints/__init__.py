@@ -15,7 +15,7 @@ import pickletools
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..arch.config import PRESETS, Config, preset as config_preset
+from ..arch.config import MOST_BLOCKS, PRESETS, Block, Config, preset as config_preset
 from ..runtime.model import FastSCNN
 
 MAX_BYTES = 1 << 30
@@ -77,7 +77,7 @@ class Layout:
     def modules(self, config: Config) -> Iterator[str]:
         """Every module that holds tensors: the same order in each layout."""
         counts = {"downsample": 2, "classifier": 2, "pyramid_branch": len(config.pyramid_bins)}
-        counts |= {f"bottleneck{i + 1}": n for i, n in enumerate(config.bottleneck_repeats)}
+        counts |= {f"bottleneck{i + 1}": n for i, n in enumerate(map(len, config.bottlenecks))}
         taps = {f"aux_{tap}" for tap in config.aux_taps if config.aux}
         for block, kind in _BLOCKS.items():
             if block.startswith("aux_") and block not in taps:
@@ -464,10 +464,18 @@ def _derive(shapes: Shapes, layout: Layout, base: Config) -> dict[str, Any]:
         shape = shapes.get(f"{layout.module(block, part, index)}.weight", ())
         return shape[dimension] if len(shape) == 4 else default
 
-    down, necks = base.downsample_channels, base.bottleneck_channels
+    def stage(index: int, blocks: Sequence[Block]) -> tuple[Block, ...]:
+        """Widths by the tensors; strides, which they do not show, by the base."""
+        name = f"bottleneck{index}"
+        count = min(_count(shapes, layout, name), MOST_BLOCKS) or len(blocks)
+        known = [*blocks, *[(0, 0, 1)] * (count - len(blocks))][:count]
+        return tuple(
+            (size(mid, 0, name, 0, i), size(out, 0, name, 4, i), stride)
+            for i, (mid, out, stride) in enumerate(known)
+        )
+
+    down = base.downsample_channels
     taps = tuple(tap for tap in base.aux_taps if _has(shapes, layout, f"aux_{tap}"))
-    repeats = tuple(_count(shapes, layout, f"bottleneck{i}") for i in (1, 2, 3))
-    expanded, before = (size(0, d, "bottleneck1") for d in (0, 1))
     as_many = _count(shapes, layout, "pyramid_branch") in (0, len(base.pyramid_bins))
     return {
         "num_classes": size(base.num_classes, 0, "logits"),
@@ -476,9 +484,9 @@ def _derive(shapes: Shapes, layout: Layout, base: Config) -> dict[str, Any]:
             size(down[0], 0, "stem"),
             *(size(down[i + 1], 0, "downsample", 2, i) for i in (0, 1)),
         ),
-        "bottleneck_channels": tuple(size(necks[i], 0, f"bottleneck{i + 1}", 4) for i in (0, 1, 2)),
-        "bottleneck_repeats": tuple(n or m for n, m in zip(repeats, base.bottleneck_repeats)),
-        "expansion": expanded // before if before else base.expansion,
+        "bottlenecks": tuple(
+            stage(i, blocks) for i, blocks in enumerate(base.bottlenecks, start=1)
+        ),
         "pyramid_bins": base.pyramid_bins if as_many else None,
         "pyramid_channels": size(base.pyramid_channels, 0, "pyramid_out"),
         "fusion_channels": size(base.fusion_channels, 0, "fusion_low"),
@@ -687,7 +695,7 @@ def _safetensors(path: Path, size: int) -> tuple[Any, Config | None, torch.dtype
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if _METADATA not in metadata:
         return state, None, None
-    config = _config(f"{path}: in its config", Config, **json.loads(metadata[_METADATA]))
+    config = _config(f"{path}: in its config", Config.from_dict, json.loads(metadata[_METADATA]))
     if _DTYPE not in metadata:
         return state, config, None
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}

@@ -222,18 +222,15 @@ def program(config: Config) -> tuple[Layer, ...]:
         Layer("dsconv", "downsample.dsconv2", c2, c3, stride=2, mid_activation=mid),
     ]
     channels = c3
-    for index, (out, repeats) in enumerate(
-        zip(config.bottleneck_channels, config.bottleneck_repeats)
-    ):
-        for block in range(repeats):
-            stride = 2 if block == 0 and index < 2 else 1
+    for stage, blocks in enumerate(config.bottlenecks, start=1):
+        for index, (mid_channels, out, stride) in enumerate(blocks):
             layers.append(
                 Layer(
                     "inverted_residual",
-                    f"bottleneck{index + 1}.{block}",
+                    f"bottleneck{stage}.{index}",
                     channels,
                     out,
-                    mid_channels=channels * config.expansion,
+                    mid_channels=mid_channels,
                     stride=stride,
                     activation=config.bottleneck_activation,
                     residual=stride == 1 and channels == out,
