@@ -1,6 +1,6 @@
 """How each op's work is cut into programs: a small reviewed table, and the rule for what it does not list.
 
-The table was chosen on machine code (resident warps, tensor-core instructions, no spills: tests/test_aot.py),
+The table was chosen on machine code (resident warps, tensor-core instructions, no spills: tests/gpu/test_aot.py),
 not by timing: it is not measured on a GPU. ``fastscnn_fast tune`` measures and keeps better ones.
 """
 

@@ -32,7 +32,7 @@ from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program.layers import OPS, program
 from fastscnn_fast.program.memory import Buffer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 built = pytest.mark.skipif(
     registry._cuda_module is None, reason=f"fastscnn_fast._cuda: {registry._cuda_missing}"
@@ -282,7 +282,7 @@ def test_weights_of_both_backends_are_the_same_bytes(host: Any) -> None:
 def test_no_triton_is_needed() -> None:
     """With the package triton out of reach the kernels of this backend are planned and run."""
     code = (
-        "import sys; sys.modules['triton'] = None; sys.path.insert(0, 'tests');"
+        "import sys; sys.modules['triton'] = None; sys.path.insert(0, 'tests/support');"
         "import torch, cuda_host; from fastscnn_fast import fuse; from fastscnn_fast.backends import registry;"
         "from helpers import small_network;"
         "registry._cuda_module = cuda_host.shared(); x = torch.randn(1, 3, 32, 32);"

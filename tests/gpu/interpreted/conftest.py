@@ -1,6 +1,6 @@
 """Triton's interpreter has to be asked for before triton is imported: these tests run in a process of their own.
 
-TRITON_INTERPRET=1 python -m pytest tests/interpreted [-m "slow or not slow"]
+TRITON_INTERPRET=1 python -m pytest tests/gpu/interpreted [-m "slow or not slow"]
 """
 
 from __future__ import annotations

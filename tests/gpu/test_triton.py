@@ -1,6 +1,6 @@
 """The Triton backend without a kernel running: who can run it, what it packs, what it plans.
 
-Its numerics are tests/interpreted/, which runs here in a process of its own, and test_gpu.py.
+Its numerics are tests/gpu/interpreted/, which runs here in a process of its own, and test_gpu.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run_interpreted(*arguments: str, timeout: int) -> None:
     folder = Path(__file__).parent / "interpreted"
     done = subprocess.run(
         [*command, str(folder)],
-        cwd=folder.parent.parent,
+        cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ from fastscnn_fast.backends import registry
 from fastscnn_fast.checkpoints import CAMVID11
 from fastscnn_fast.program.layers import plan
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "benchmarks" / "bench_ops.py"
 BENCH_MODEL = ROOT / "benchmarks" / "bench_model.py"
 GPU = ROOT / "benchmarks" / "gpu.py"

@@ -21,7 +21,7 @@ import pybind11
 
 from fastscnn_fast.backends.gpu.machine import nvidia_program
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 BUILT = ROOT / "build" / "cuda_host"
 COMPILER = os.environ.get("CXX", "g++")

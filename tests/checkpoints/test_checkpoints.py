@@ -65,7 +65,7 @@ def test_every_layout_comes_back_byte_for_byte(name: str, tmp_path: Path) -> Non
     check_round_trip(random_state(key_lists()[name]), name, tmp_path / "weights.pth")
 
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="no complete key lists beside the checkout")

@@ -17,10 +17,10 @@ from workers import Labels, openmp_libraries
 from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse
 from fastscnn_fast.backends import registry
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 BEGIN = """
 import ctypes, os, sys, threading
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {support!r}]
 import torch
 from helpers import small_network
 from workers import openmp_libraries, running_threads
@@ -56,7 +56,7 @@ def fast(model: FastSCNN) -> FusedFastSCNN:
 
 def python(script: str, seed: int) -> None:
     """Runs a script in a fresh process, where no thread was started and every warning is an error."""
-    begin = BEGIN.format(root=str(TESTS.parent), tests=str(TESTS), seed=seed)
+    begin = BEGIN.format(root=str(ROOT), support=str(ROOT / "tests" / "support"), seed=seed)
     warnings = ["-W", "error", "-W", "ignore::DeprecationWarning"]  # 3.12 warns of forks
     subprocess.run([sys.executable, *warnings, "-c", begin + script], check=True, timeout=120)
 

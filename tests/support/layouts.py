@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
-LISTS = Path(__file__).parent / "data" / "layout_keys.txt"
+LISTS = Path(__file__).parent / "layout_keys.txt"
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 SMALL = {
     "downsample_channels": (16, 16, 32),

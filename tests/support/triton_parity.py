@@ -1,4 +1,4 @@
-"""What tests/gpu_parity.py shows of any GPU backend, of Triton's, and what only its kernels have: tiles, two sizes of offsets."""
+"""What gpu_parity.py shows of any GPU backend, of Triton's, and what only its kernels have: tiles, two sizes of offsets."""
 
 from __future__ import annotations
 

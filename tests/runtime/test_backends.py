@@ -235,7 +235,7 @@ for run in (lambda: fuse(model, "cpu"), registry.isa, lambda: ops.network(x, fas
     else:
         raise AssertionError("no error")
 """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "error", "-c", script]
     subprocess.run(command, check=True, cwd=root, timeout=120)
 
@@ -252,7 +252,7 @@ with torch.no_grad():
     model(x), model(x.to(torch.uint8)), fuse(model).probabilities(x), fuse(model).labels(x)
 assert not torch.cuda.is_initialized()
 """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(
         command, check=True, cwd=root, timeout=120, capture_output=True, text=True

@@ -1,6 +1,6 @@
 """The GPU backends on a GPU: every case of the interpreter's and the emulation's, and what only a device shows.
 
-python -m pytest tests/test_gpu.py -m gpu
+python -m pytest tests/gpu/test_gpu.py -m gpu
 """
 
 from __future__ import annotations
