@@ -23,13 +23,13 @@ from torch import Tensor
 from fastscnn_fast import FastSCNN, bench, fuse, load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
+from fastscnn_fast.backends.gpu import measure
 from fastscnn_fast.bench import Bounds, Call, Contestant, Parity, Plain, Probe, Result, Timer
 from fastscnn_fast.cli.options import DTYPES, count, size
 from fastscnn_fast.data import classes as data
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program import memory, reference
 from fastscnn_fast.program.layers import Layer
-from fastscnn_fast.runtime import graphs
 
 OURS, COMPILED, TENSORRT, GRAPHED = (
     "fastscnn_fast",
@@ -59,7 +59,7 @@ class Rotating:
     def __init__(
         self, function: Callable[[Tensor], Tensor], x: Tensor, place: Callable[[Tensor], Tensor]
     ) -> None:
-        self.count = graphs.copies(x.nbytes, x.device)
+        self.count = measure.copies(x.nbytes, x.device)
         self._function = function
         self._inputs = cycle([place(x.clone()) for _ in range(self.count)])
 
@@ -94,7 +94,7 @@ def in_a_row(call: Call, pictures: int, calls: int) -> Probe:
     """A CUDA graph of a call on each copy, replayed ``calls`` times: a layer without its launch from Python."""
     assert isinstance(call, Rotating)
     runs = [call] * call.count
-    return lambda: [ms / pictures for ms in graphs.milliseconds(runs, calls)]
+    return lambda: [ms / pictures for ms in measure.milliseconds(runs, calls)]
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def network_contestants(
 
 
 @dataclass(frozen=True)
-class Place:
+class NetworkLayer:
     """A layer of the network with its true inputs, in the arithmetic's dtype."""
 
     layer: Layer
@@ -233,15 +233,15 @@ class Place:
         return reference.run(self.layer, inputs, weights, self.size)
 
 
-def places(given: Given, dtype: torch.dtype) -> list[Place]:
+def places(given: Given, dtype: torch.dtype) -> list[NetworkLayer]:
     """The distinct layers, in order."""
-    found: dict[Any, Place] = {}
+    found: dict[Any, NetworkLayer] = {}
     x = given.x.to(dtype).contiguous(memory_format=torch.channels_last)
     high, full = x, (given.x.shape[2], given.x.shape[3])
     folded = fold(given.model)
     for index, (layer, tensors) in enumerate(zip(folded.layers, folded.tensors)):
         inputs = (high, x) if layer.op == "feature_fusion" else (x,)
-        place = Place(layer, inputs, tensors, full)
+        place = NetworkLayer(layer, inputs, tensors, full)
         found.setdefault((layer.encode(), x.shape), place)
         x = place.run(*inputs, dtype=dtype)
         if index == 2:  # the end of learning to downsample
@@ -252,7 +252,7 @@ def places(given: Given, dtype: torch.dtype) -> list[Place]:
 class PlainLayer(torch.nn.Module):
     """A layer in plain torch, in a dtype and memory format: a function of its first input."""
 
-    def __init__(self, place: Place, dtype: torch.dtype, format: torch.memory_format) -> None:
+    def __init__(self, place: NetworkLayer, dtype: torch.dtype, format: torch.memory_format) -> None:
         super().__init__()
         self._layer, self._size = place.layer, place.size
         self._rest = [x.contiguous(memory_format=format) for x in place.inputs[1:]]
@@ -265,7 +265,7 @@ class PlainLayer(torch.nn.Module):
 
 
 def layer_contestants(
-    place: Place, arithmetic: str, ours: Sequence[str], compile_: bool
+    place: NetworkLayer, arithmetic: str, ours: Sequence[str], compile_: bool
 ) -> Iterator[Contestant]:
     """Peers first. torch.compile and TensorRT on GPUs only."""
     dtype, layer, (x, *rest) = DTYPES[arithmetic], place.layer, place.inputs

@@ -21,6 +21,7 @@ from .arch.network import normalise
 from .backends import registry
 from .data import classes as data
 from .plots import figure
+from .program.parity import relative_error
 from .runtime.fused import FusedFastSCNN
 from .runtime.model import FastSCNN
 
@@ -112,17 +113,6 @@ class Result:
     def fields(self) -> dict[str, Any]:
         values = asdict(self)
         return values.pop("where") | values
-
-
-def relative_error(y: Tensor, exact: Tensor) -> float:
-    """``||y - exact|| / ||exact - its mean per channel||`` over (N, C, H, W): no offset can hide an error.
-
-    A NaN or infinity anywhere in ``y`` gives infinity.
-    """
-    if not y.isfinite().all():
-        return float("inf")
-    spread = (exact - exact.mean((0, 2, 3), keepdim=True)).norm()
-    return float((y.double() - exact).norm() / spread)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastscnn_fast.lower.gpu import chunk, columns, last_columns, padded
+from fastscnn_fast.lower.gpu import chunk, columns, last_columns, computed_channels
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
@@ -131,9 +131,9 @@ def launches(
                 "out_pixel": out.strides[2],
                 "out_channel": out.strides[3],
                 "X_PITCH": x.strides[2],
-                "IN": padded(layer.in_channels),
-                "OUT": padded(layer.out_channels),
-                "LAST": padded(last) if out.strides[2] >= padded(last) else last,
+                "IN": computed_channels(layer.in_channels),
+                "OUT": computed_channels(layer.out_channels),
+                "LAST": computed_channels(last) if out.strides[2] >= computed_channels(last) else last,
                 "STRIDE": layer.stride,
                 "DILATION": layer.dilation,
                 "MID_ACTIVATION": layer.mid_activation,

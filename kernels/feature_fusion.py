@@ -13,7 +13,7 @@ from math import ceil
 import triton
 import triton.language as tl
 
-from fastscnn_fast.lower.gpu import chunk, columns, padded
+from fastscnn_fast.lower.gpu import chunk, columns, computed_channels
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
@@ -172,7 +172,7 @@ def launches(
     result.append(
         Launch(
             feature_fusion_kernel,
-            (across * height * images, cdiv(padded(o), block_out)),
+            (across * height * images, cdiv(computed_channels(o), block_out)),
             {
                 "high": high,
                 "low": refined,
@@ -190,9 +190,9 @@ def launches(
                 "HIGH_PITCH": high.strides[2],
                 "LOW_PITCH": refined.strides[2],
                 "OUT_PITCH": out.strides[2],
-                "IN": padded(c),
-                "MID": padded(layer.mid_channels),
-                "OUT": padded(o),
+                "IN": computed_channels(c),
+                "MID": computed_channels(layer.mid_channels),
+                "OUT": computed_channels(o),
                 "TAPS": 1 if layer.dense else 3,
                 "DILATION": dilation,
                 "Y_SPAN": span(dilation, low_height, height, align),

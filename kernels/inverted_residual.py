@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastscnn_fast.lower.gpu import chunks, columns, padded
+from fastscnn_fast.lower.gpu import chunks, columns, computed_channels
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, rounded_up, wide
 
@@ -153,10 +153,10 @@ def launches(
                 "tiles_across": across,
                 "x_image": x.strides[0],
                 "out_image": out.strides[0],
-                "IN": padded(layer.in_channels),
+                "IN": computed_channels(layer.in_channels),
                 "IN_PITCH": x.strides[2],
                 "MID": mid,
-                "OUT": padded(layer.out_channels),
+                "OUT": computed_channels(layer.out_channels),
                 "OUT_PITCH": out.strides[2],
                 "STRIDE": layer.stride,
                 "RESIDUAL": layer.residual,

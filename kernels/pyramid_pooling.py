@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastscnn_fast.lower.gpu import CELLS, chunk, columns, padded
+from fastscnn_fast.lower.gpu import CELLS, chunk, columns, computed_channels
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, power_of_two, wide
 
@@ -263,7 +263,7 @@ def convolution(
     side = 3 if len(weight.shape) == 3 and weight.shape[0] == 9 else 1
     return Launch(
         out_convolution_kernel,
-        (tiles * images, cdiv(padded(o), block_out)),
+        (tiles * images, cdiv(computed_channels(o), block_out)),
         {
             "x": x,
             "shares": shares or x,
@@ -277,8 +277,8 @@ def convolution(
             "shares_image": (shares or x).strides[0],
             "out_image": out.strides[0],
             "X_PITCH": x.strides[2],
-            "IN": padded(c),
-            "OUT": padded(o),
+            "IN": computed_channels(c),
+            "OUT": computed_channels(o),
             "OUT_PITCH": out.strides[2],
             "SIDE": side,
             "BINS": bins,
@@ -307,14 +307,14 @@ def launches(
     row_cells = max(power_of_two(sum(bins)), 16)
     cells = sum(b * b for b in bins)
     block_in = min(chunk(c), 64)
-    sums = Buffer.dense("pyramid_sums", torch.float32, (images, height, row_cells, padded(c)))
+    sums = Buffer.dense("pyramid_sums", torch.float32, (images, height, row_cells, computed_channels(c)))
     out_row = weights["grid_weight"].shape[-1]
     shares = Buffer.dense("pyramid_shares", x.dtype, (images, taps, cells, out_row))
     blocks = sum(cdiv(b * b, CELLS) for b in bins)
     return [
         Launch(
             row_sums_kernel,
-            (height * images, padded(c) // block_in),
+            (height * images, computed_channels(c) // block_in),
             {
                 "x": x,
                 "sums": sums,
@@ -323,7 +323,7 @@ def launches(
                 "x_image": x.strides[0],
                 "sums_image": sums.strides[0],
                 "X_PITCH": x.strides[2],
-                "IN": padded(c),
+                "IN": computed_channels(c),
                 "BINS": bins,
                 "BLOCK_CELLS": row_cells,
                 "PRECISION": precision,
@@ -347,9 +347,9 @@ def launches(
                 "width": width,
                 "sums_image": sums.strides[0],
                 "shares_image": shares.strides[0],
-                "IN": padded(c),
+                "IN": computed_channels(c),
                 "MID": weights["branch_weight"].shape[-1],
-                "OUT": padded(o),
+                "OUT": computed_channels(o),
                 "TAPS": taps,
                 "BINS": bins,
                 "ROW_CELLS": row_cells,

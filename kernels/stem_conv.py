@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastscnn_fast.lower.gpu import columns, padded, stem_terms
+from fastscnn_fast.lower.gpu import columns, computed_channels, stem_terms
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
@@ -112,7 +112,7 @@ def launches(
                 "x_column": x_column,
                 "out_image": out.strides[0],
                 "CHANNELS": channels,
-                "OUT": padded(layer.out_channels),
+                "OUT": computed_channels(layer.out_channels),
                 "OUT_PITCH": out.strides[2],
                 "PADDING": layer.padding,
                 "ACTIVATION": layer.activation,

@@ -539,7 +539,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     layers = []
     chosen: dict[str, choices.Choice] = {}
-    for found in tune.tune(model, args.size, args.batch, dtype, args.precision, device):
+    for found in tune.tune(fold(model), args.size, args.batch, dtype, args.precision, device):
         print(found.summary, flush=True)
         layers.append(found)
         if found.best is not None:

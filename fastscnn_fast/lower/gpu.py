@@ -1,6 +1,6 @@
 """Packed weights: which pieces a layer has, where they lie, and how they are filled.
 
-Matrices are (K, N) row-major, so that a program's loads are contiguous; K is padded to :func:`padded`, N to
+Matrices are (K, N) row-major, so that a program's loads are contiguous; K is padded to :func:`computed_channels`, N to
 whole blocks of :func:`columns`, all with zeros: kernels load them without masks, and channels that exist
 only in memory come out as zeros. Biases, depthwise weights and the stem's normalisation are float32.
 """
@@ -22,19 +22,19 @@ _MOST_COLUMNS = 128
 CELLS = 16  # of the pooled grids that one program takes
 
 
-def padded(channels: int) -> int:
-    """Channels of an activation that are stored: those and zeros to a multiple of 16."""
+def computed_channels(channels: int) -> int:
+    """Channels that kernels compute: those and zeros to a multiple of 16; pixel_pitch() has as many or more."""
     return rounded_up(channels, 16)
 
 
 def chunk(channels: int) -> int:
     """The most channels, a power of two up to 128, of which the padded channels are a multiple."""
-    return min(padded(channels) & -padded(channels), 128)
+    return min(computed_channels(channels) & -computed_channels(channels), 128)
 
 
 def chunks(channels: int) -> tuple[int, ...]:
     """The padded channels in as few powers of two up to 128 as there are, the largest first."""
-    left, sizes = padded(channels), []
+    left, sizes = computed_channels(channels), []
     for size in (128, 64, 32, 16):
         sizes += [size] * (left // size)
         left %= size
@@ -43,12 +43,12 @@ def chunks(channels: int) -> tuple[int, ...]:
 
 def columns(channels: int) -> int:
     """Columns of a product that a program takes at a time."""
-    return min(power_of_two(padded(channels)), _MOST_COLUMNS)
+    return min(power_of_two(computed_channels(channels)), _MOST_COLUMNS)
 
 
 def last_columns(classes: int) -> int:
     """Columns of dsconv's second product, all of which one program takes."""
-    return power_of_two(padded(classes))
+    return power_of_two(computed_channels(classes))
 
 
 def stem_terms(channels: int) -> int:
@@ -61,7 +61,7 @@ def _matrix(k: int, n: int) -> tuple[int, int]:
 
 def shapes(layer: Layer) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Shape of each piece, and whether it has the network's dtype (else float32)."""
-    c, o, m = padded(layer.in_channels), layer.out_channels, layer.mid_channels
+    c, o, m = computed_channels(layer.in_channels), layer.out_channels, layer.mid_channels
     o_row = _matrix(0, o)[1]
     if layer.op == "stem_conv":
         return {
@@ -92,7 +92,7 @@ def shapes(layer: Layer) -> dict[str, tuple[tuple[int, ...], bool]]:
             "project_bias": ((o_row,), False),
         }
     if layer.op == "pyramid_pooling":
-        branches, taps, mid = len(layer.bins), layer.kernel**2, power_of_two(padded(m))
+        branches, taps, mid = len(layer.bins), layer.kernel**2, power_of_two(computed_channels(m))
         return {
             "branch_weight": ((branches, c, mid), True),
             "branch_bias": ((branches, mid), False),
@@ -106,7 +106,7 @@ def shapes(layer: Layer) -> dict[str, tuple[tuple[int, ...], bool]]:
             "refine_weight": refine,
             "refine_bias": ((refine[0][1],), False),
             "low_weight": (_matrix(c, o), True),
-            "high_weight": (_matrix(padded(m), o), True),
+            "high_weight": (_matrix(computed_channels(m), o), True),
             "bias": ((o_row,), False),
         }
     return {}

@@ -20,6 +20,8 @@ OPS = (
     "upsample_classify",
 )
 ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "relu6")
+#: What the last layer makes of the logits.
+OUTPUTS = ("logits", "probabilities", "labels")
 
 Shape = tuple[int, ...]
 

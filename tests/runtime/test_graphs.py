@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse
 from fastscnn_fast.backends import backend as engines, registry
+from fastscnn_fast.backends.gpu import measure
 from fastscnn_fast.runtime import graphs
 from fastscnn_fast.runtime.graphs import MOST, Call, Graphs
 
@@ -307,7 +308,7 @@ def test_a_capture_warms_up_beside_and_replays_behind_the_last_replay(log: list[
 
 def test_runs_are_timed_within_one_graph(log: list[str]) -> None:
     runs = [lambda: log.append("call") for _ in range(4)]
-    assert graphs.milliseconds(runs, rounds=2) == [1.5, 1.5]
+    assert measure.milliseconds(runs, rounds=2) == [1.5, 1.5]
     assert log == [
         *("wait for stream", "call", "call", "call", "wait for stream"),
         *("capture", "call", "call", "call", "call", "captured", "replay"),
@@ -322,8 +323,8 @@ def test_as_many_copies_as_exceed_the_cache_twice(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     device = torch.device("cuda:0")
-    assert [graphs.copies(n, device) for n in (10**9, 10**7, 10**3)] == [2, 11, 512]
-    assert graphs.copies(10**3, torch.device("cpu")) == 2
+    assert [measure.copies(n, device) for n in (10**9, 10**7, 10**3)] == [2, 11, 512]
+    assert measure.copies(10**3, torch.device("cpu")) == 2
 
 
 @pytest.mark.gpu

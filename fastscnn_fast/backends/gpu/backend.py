@@ -17,9 +17,10 @@ from ...program.memory import Buffer, dense
 from ...program.reference import Weights
 from .. import registry
 from . import choices
+from .arena import Pool
 from .choices import Choices
 from .cuda import ALIGNMENT
-from .plan import Place, Plan, Pool, activation, input_names, network_plan, op_plan
+from .plan import PlacedLayer, Plan, activation_buffer, input_names, network_plan, op_plan
 from .tiles import INTERPRETER, Architecture
 
 # Layouts of packed weights after those of the cpu backend, by dtype and precision.
@@ -60,7 +61,7 @@ def _picture(where: Where) -> Buffer:
 def _plane(name: str, where: Where) -> Buffer:
     """A plane in the layout of memory.py, whatever strides torch tells of dimensions of size 1."""
     dtype, (n, c, h, w), _ = where
-    return activation(name, dtype, n, h, w, c)
+    return activation_buffer(name, dtype, n, h, w, c)
 
 
 def _strided(name: str, where: Where) -> Buffer:
@@ -88,7 +89,7 @@ def _op_plan(
         of = _strided if layer.op == "upsample_classify" else _plane
         buffers = [of(name, where) for name, where in zip(input_names(layer), inputs)]
     result = Buffer("out", *out) if layer.op == "upsample_classify" else _plane("out", out)
-    place = Place(layer, tuple(buffers), result, pieces)
+    place = PlacedLayer(layer, tuple(buffers), result, pieces)
     how = products(precision, architecture)
     return op_plan(place, dtype, architecture, output, how, chosen, backend)
 

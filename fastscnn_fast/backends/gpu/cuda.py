@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from ...lower.gpu import padded
-from ...program.layers import ACTIVATIONS, Layer
+from ...lower.gpu import computed_channels
+from ...program.layers import ACTIVATIONS, OUTPUTS, Layer
 from ...program.memory import Buffer
 from .. import registry
 from . import nvcc
 
 # As csrc/cuda/fastscnn_cuda.h numbers them.
 _TYPES = {dtype: i for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.uint8))}  # fmt: skip
-_OUTPUTS = ("logits", "probabilities", "labels")
 #: Bytes of which the address of every plane and piece of weights is a multiple.
 ALIGNMENT = 16
 #: The struct of each op's arguments.
@@ -120,7 +119,7 @@ def step(
     dtype: torch.dtype,
     output: str,
 ) -> CudaStep:
-    """``layer`` on ``inputs`` (feature_fusion: (high, low)), laid out as engine.places does."""
+    """``layer`` on ``inputs`` (feature_fusion: (high, low)), laid out as plan.placed() does."""
     made = _STEPS[layer.op](layer, inputs, out, weights, output)
     return replace(made, sizes={"type": _TYPES[dtype], **made.sizes})
 
@@ -214,7 +213,7 @@ def _pyramid_pooling(
     images, height, width, channels = x.shape
     cells = sum(bins**2 for bins in layer.bins)
     # Sums over the columns of each bin of a row; of each cell of all grids, its share of each tap.
-    sums = (images, height, sum(layer.bins), padded(channels))
+    sums = (images, height, sum(layer.bins), computed_channels(channels))
     shares = (images, layer.kernel**2, cells, weights["grid_weight"].shape[-1])
     scratch = {
         "sums": Buffer.dense("pyramid_sums", torch.float32, sums),
@@ -279,7 +278,7 @@ def _upsample_classify(
         "type": _TYPES[x.dtype],
         "out_type": _TYPES[out.dtype],
         "classes": classes,
-        "output": _OUTPUTS.index(output),
+        "output": OUTPUTS.index(output),
         "align_corners": int(layer.align_corners),
         "images": images,
         "low_height": low_height,

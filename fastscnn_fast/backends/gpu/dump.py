@@ -19,7 +19,7 @@ from ...program.memory import Buffer
 from . import cuda, nvcc
 from .cuda import CudaStep
 from .machine import MULTIPROCESSORS
-from .plan import Place, Plan, activation, op_plan, planes
+from .plan import PlacedLayer, Plan, activation_buffer, logits_buffer, op_plan
 
 if TYPE_CHECKING:
     from . import aot
@@ -175,7 +175,7 @@ def launches(
     (pieces,), _ = weights.layout([layer], dtype, TAG.size)
 
     def plane(memory: str, channels: int, height: int, width: int) -> Buffer:
-        return activation(memory, dtype, 1, height, width, channels)
+        return activation_buffer(memory, dtype, 1, height, width, channels)
 
     if layer.op == "stem_conv":
         inputs = [Buffer.dense("x", torch.uint8 if raw else dtype, (1, *step.inputs[0]))]
@@ -183,7 +183,7 @@ def launches(
         inputs = [plane(name, *x) for name, x in zip(("high", "low"), step.inputs)]
     elif layer.op == "upsample_classify":
         classes, height, width = step.inputs[0]
-        inputs = [planes("x", 1, height, width, classes)]
+        inputs = [logits_buffer("x", 1, height, width, classes)]
     else:
         inputs = [plane("x", *step.inputs[0])]
     channels, height, width = step.output
@@ -192,10 +192,10 @@ def launches(
         shape = (1, height, width) if labels else (1, *step.output)
         out = Buffer.dense("out", torch.uint8 if labels else dtype, shape)
     elif layer.last_channels:
-        out = planes("out", 1, height, width, channels)
+        out = logits_buffer("out", 1, height, width, channels)
     else:
         out = plane("out", channels, height, width)
-    place = Place(layer, tuple(inputs), out, pieces)
+    place = PlacedLayer(layer, tuple(inputs), out, pieces)
     return op_plan(place, dtype, architecture, output, backend=backend)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from ...kernels.launch import Tile
-from ...lower.gpu import chunk, padded
+from ...lower.gpu import chunk, computed_channels
 from ...program.layers import Layer
 from ...program.memory import cdiv
 
@@ -152,6 +152,6 @@ def _block(
         programs = cdiv(pixels, lanes * block[0] * block[1])
         return cdiv(programs, processors) * expanded(block)
 
-    channels = padded(layer.in_channels) * dtype.itemsize
+    channels = computed_channels(layer.in_channels) * dtype.itemsize
     fitting = [block for block in _BLOCKS if expanded(block) * lanes * channels <= most]
     return min(fitting or _BLOCKS[-1:], key=longest)

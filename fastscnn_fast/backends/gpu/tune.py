@@ -1,7 +1,8 @@
 """``fastscnn_fast tune``: the fastest way to run each layer of a network on this GPU, parity first.
 
 A layer's contestants are its Triton kernel in several tiles where Triton is installed, the CUDA C++ kernel where
-it was built, and plain torch with batch norm folded, in channels-last memory, each as the network's plan would run it (:mod:`.engine`). Not measured on a GPU.
+it was built, and plain torch with batch norm folded, in channels-last memory, each as the network's plan would run
+it (:mod:`.plan`). Not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ... import ops
-from ...bench import relative_error
 from ...kernels.launch import Tile
 from ...lower import gpu as layout
-from ...lower.fold import FoldedWeights, fold
-from ...lower.pack import TAG
+from ...lower.fold import FoldedWeights
+from ...lower.pack import TAG, encode, parsed
 from ...program import reference
+from ...program.layers import OUTPUTS
 from ...program.memory import Buffer
-from ...runtime import graphs
-from ...runtime.model import FastSCNN
+from ...program.parity import relative_error
 from .. import registry
-from .backend import products
+from . import measure
+from .arena import Pool
+from .backend import ENGINES, products
 from .choices import CUDA, TORCH, Choice, Choices
-from .plan import Place, Pool, input_names, op_plan, places
+from .plan import PlacedLayer, input_names, op_plan, placed
 from .tiles import Architecture
 
 #: Milliseconds of a run, several times: of these in turns, which read and write different memory.
 Clock = Callable[[Sequence[Callable[[], None]]], Sequence[float]]
-Tiles = Callable[[Place, torch.dtype, Architecture], Sequence[Tile]]
+Tiles = Callable[[PlacedLayer, torch.dtype, Architecture], Sequence[Tile]]
 
 #: By dtype: a single op may err so much, or that many times what torch errs in that dtype, whichever is more.
 _BOUNDS = {torch.float32: (1e-6, 2.0), torch.bfloat16: (0.0, 1.5), torch.float16: (0.0, 1.5)}
@@ -42,7 +43,7 @@ _TF32_ERROR = 2.0**-10  # of factors of 11 bits
 _OTHER_LABELS = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
-def candidates(place: Place, dtype: torch.dtype, architecture: Architecture) -> list[Tile]:
+def candidates(place: PlacedLayer, dtype: torch.dtype, architecture: Architecture) -> list[Tile]:
     """Tiles to try, the one in use without tuning first."""
     pixels, blocks, areas, warps, stages = _CANDIDATES[place.layer.op]
     tried = [
@@ -127,7 +128,7 @@ def named(choice: Choice) -> str:
 
 
 def tune(
-    model: FastSCNN,
+    folded: FoldedWeights,
     sizes: Sequence[tuple[int, int]],
     batch: int,
     dtype: torch.dtype,
@@ -136,24 +137,24 @@ def tune(
     clock: Clock | None = None,
     tiles: Tiles = candidates,
 ) -> Iterator[Found]:
-    """Measures each distinct layer of ``model`` at each (height, width), in every output, on ``device``.
+    """Measures each distinct layer of a network at each (height, width), in every output, on ``device``.
 
     Args:
-        clock: :func:`graphs.milliseconds` by default.
+        clock: :func:`.measure.milliseconds` by default.
         tiles: which tiles to try.
 
     Raises:
         CannotRun: no GPU backend can run, and why.
     """
-    on = (model.config, device, dtype)
+    on = (folded.config, device, dtype)
     able = [name for name in registry.able(*on, precision) if name in registry.GPU_BACKENDS]
     if not able:
         whys = registry.why_not(registry.GPU_BACKENDS, *on)
         raise registry.CannotRun(f"no GPU backend can run: {whys}")
     precision = registry.choose_precision(precision, "auto", able[0], device, dtype)
-    clock = graphs.milliseconds if clock is None else clock
-    folded = fold(model)
-    packed = ops.pack(folded.layers, folded.tensors, able[0], dtype, precision).to(device)
+    clock = measure.milliseconds if clock is None else clock
+    program = parsed(encode(folded.layers))
+    packed = ENGINES[able[0]].pack(program, folded.tensors, dtype, precision).to(device)
     exact = [{k: w.to(device) for k, w in tensors.items()} for tensors in folded.tensors]
     pieces, _ = layout.layout(folded.layers, dtype, TAG.size)
     architecture = registry.architecture(device)
@@ -185,10 +186,10 @@ def _networks(
     batch: int,
     dtype: torch.dtype,
     pieces: Sequence[dict[str, Buffer]],
-) -> Iterator[tuple[list[Place], str]]:
+) -> Iterator[tuple[list[PlacedLayer], str]]:
     """The places of every kind of call, and its output."""
     config = folded.config
-    outputs = [name for name in ops.OUTPUTS if name != "labels" or config.num_classes <= 256]
+    outputs = [name for name in OUTPUTS if name != "labels" or config.num_classes <= 256]
     for height, width in sizes:
         for output, kind in product(outputs, (dtype, torch.uint8)):
             picture = Buffer.dense("x", kind, (batch, config.in_channels, height, width))
@@ -196,10 +197,10 @@ def _networks(
             out = Buffer.dense("out", dtype, shape)
             if output == "labels":
                 out = Buffer.dense("out", torch.uint8, (batch, height, width))
-            yield list(places(folded.layers, picture, out, pieces, dtype)), output
+            yield list(placed(folded.layers, picture, out, pieces, dtype)), output
 
 
-def _shapes(place: Place) -> str:
+def _shapes(place: PlacedLayer) -> str:
     return ", ".join("x".join(map(str, b.shape)) for b in (*place.inputs, place.out))
 
 
@@ -215,7 +216,7 @@ class _How:
 
 
 def _trials(
-    place: Place,
+    place: PlacedLayer,
     exact_weights: Mapping[str, Tensor],
     output: str,
     options: Sequence[Choice],
@@ -251,7 +252,7 @@ def _trials(
             yield Trial(choice, None, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _external(place: Place) -> Place:
+def _external(place: PlacedLayer) -> PlacedLayer:
     """The same place in memories that are given with each call."""
     names = input_names(place.layer)
     inputs = tuple(replace(buffer, memory=name) for buffer, name in zip(place.inputs, names))
@@ -263,12 +264,12 @@ def _whole(buffer: Buffer) -> int:
     return buffer.shape[0] * buffer.strides[0] * buffer.dtype.itemsize
 
 
-def _copies(place: Place, device: torch.device) -> int:
+def _copies(place: PlacedLayer, device: torch.device) -> int:
     touched = sum(map(_whole, (*place.inputs, place.out)))
-    return graphs.copies(touched, device)
+    return measure.copies(touched, device)
 
 
-def _memory(place: Place, device: torch.device) -> dict[str, Tensor]:
+def _memory(place: PlacedLayer, device: torch.device) -> dict[str, Tensor]:
     """Inputs, normally distributed, and an output, as (N, C, H, W); what pads channels is zero."""
     memory = {}
     for buffer in (*place.inputs, place.out):
