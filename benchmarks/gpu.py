@@ -23,13 +23,14 @@ from torch import Tensor
 from fastscnn_fast import FastSCNN, bench, fuse, load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
-from fastscnn_fast.backends.gpu import measure
+from fastscnn_fast.backends.gpu.measure import copies, milliseconds
 from fastscnn_fast.bench import Bounds, Call, Contestant, Parity, Plain, Probe, Result, Timer
 from fastscnn_fast.cli.options import DTYPES, count, size
 from fastscnn_fast.data import classes as data
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program import memory, reference
 from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.runtime import graphs
 
 OURS, COMPILED, TENSORRT, GRAPHED = (
     "fastscnn_fast",
@@ -59,7 +60,7 @@ class Rotating:
     def __init__(
         self, function: Callable[[Tensor], Tensor], x: Tensor, place: Callable[[Tensor], Tensor]
     ) -> None:
-        self.count = measure.copies(x.nbytes, x.device)
+        self.count = copies(x.nbytes, x.device)
         self._function = function
         self._inputs = cycle([place(x.clone()) for _ in range(self.count)])
 
@@ -94,7 +95,7 @@ def in_a_row(call: Call, pictures: int, calls: int) -> Probe:
     """A CUDA graph of a call on each copy, replayed ``calls`` times: a layer without its launch from Python."""
     assert isinstance(call, Rotating)
     runs = [call] * call.count
-    return lambda: [ms / pictures for ms in measure.milliseconds(runs, calls)]
+    return lambda: [ms / pictures for ms in milliseconds(runs, calls)]
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,9 @@ def places(given: Given, dtype: torch.dtype) -> list[NetworkLayer]:
 class PlainLayer(torch.nn.Module):
     """A layer in plain torch, in a dtype and memory format: a function of its first input."""
 
-    def __init__(self, place: NetworkLayer, dtype: torch.dtype, format: torch.memory_format) -> None:
+    def __init__(
+        self, place: NetworkLayer, dtype: torch.dtype, format: torch.memory_format
+    ) -> None:
         super().__init__()
         self._layer, self._size = place.layer, place.size
         self._rest = [x.contiguous(memory_format=format) for x in place.inputs[1:]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastscnn_fast.lower.gpu import chunk, columns, last_columns, computed_channels
+from fastscnn_fast.lower.gpu import chunk, columns, computed_channels, last_columns
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
@@ -133,7 +133,9 @@ def launches(
                 "X_PITCH": x.strides[2],
                 "IN": computed_channels(layer.in_channels),
                 "OUT": computed_channels(layer.out_channels),
-                "LAST": computed_channels(last) if out.strides[2] >= computed_channels(last) else last,
+                "LAST": computed_channels(last)
+                if out.strides[2] >= computed_channels(last)
+                else last,
                 "STRIDE": layer.stride,
                 "DILATION": layer.dilation,
                 "MID_ACTIVATION": layer.mid_activation,

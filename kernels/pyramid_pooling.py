@@ -307,7 +307,9 @@ def launches(
     row_cells = max(power_of_two(sum(bins)), 16)
     cells = sum(b * b for b in bins)
     block_in = min(chunk(c), 64)
-    sums = Buffer.dense("pyramid_sums", torch.float32, (images, height, row_cells, computed_channels(c)))
+    sums = Buffer.dense(
+        "pyramid_sums", torch.float32, (images, height, row_cells, computed_channels(c))
+    )
     out_row = weights["grid_weight"].shape[-1]
     shares = Buffer.dense("pyramid_shares", x.dtype, (images, taps, cells, out_row))
     blocks = sum(cdiv(b * b, CELLS) for b in bins)

@@ -25,6 +25,7 @@ from ..backends import registry
 from ..checkpoints import CAMVID11, load_checkpoint, read_details
 from ..data import classes as data
 from ..export import export_onnx
+from ..lower.fold import fold
 from ..program.layers import OPS
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.model import FastSCNN

@@ -18,9 +18,8 @@ from torch.autograd import forward_ad
 from ..backends import backend as engines, cpu
 from ..lower.pack import encode as encode, parsed
 from ..program import reference
-from ..program.layers import OPS, OUTPUTS, Layer
+from ..program.layers import OPS, OUTPUTS as OUTPUTS, Layer
 from ..program.memory import activation
-
 
 
 def pack(

@@ -25,9 +25,9 @@ from helpers import small_network
 from fastscnn_fast import fuse, ops
 from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
-from fastscnn_fast.backends.gpu import backend as engine, choices, cuda, nvcc, tune
+from fastscnn_fast.backends.gpu import backend as gpu_backend, choices, cuda, nvcc, tune
 from fastscnn_fast.backends.gpu.cuda import CudaStep
-from fastscnn_fast.backends.gpu.plan import TorchStep
+from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program.layers import OPS, program
 from fastscnn_fast.program.memory import Buffer
@@ -215,7 +215,7 @@ def test_steps_fill_every_field_that_the_header_has() -> None:
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(registry, "_cuda_module", cuda_host.shared())
     yield registry.cuda_module()
-    engine._network_plan.cache_clear()
+    gpu_backend._network_plan.cache_clear()
 
 
 def plan_of(name: str, chosen: choices.Choices = choices.NONE, backend: str = "cuda") -> Any:
@@ -223,7 +223,7 @@ def plan_of(name: str, chosen: choices.Choices = choices.NONE, backend: str = "c
     picture = (torch.uint8, (2, 3, 96, 160), (3 * 96 * 160, 1, 480, 3))
     out = (torch.uint8, (2, 96, 160), (96 * 160, 160, 1))
     arguments = (ops.encode(layers), picture, out, torch.float16, "labels", 86, "highest")
-    return engine._network_plan(*arguments, chosen, backend)
+    return gpu_backend._network_plan(*arguments, chosen, backend)
 
 
 @emulated
@@ -451,7 +451,7 @@ def test_tuning_tries_the_kernels_and_checks_them(host: Any) -> None:
     times = itertools.count()  # the first is the fastest
     sizes = [(32, 48)]
     found = list(
-        tune.tune(small_network(), sizes, 1, torch.float16, "highest", CPU, clock, no_tiles)
+        tune.tune(fold(small_network()), sizes, 1, torch.float16, "highest", CPU, clock, no_tiles)
     )
     assert len(found) >= len(OPS)
     for layer in found:
@@ -466,7 +466,7 @@ def test_tuning_in_high_precision_runs_what_a_call_would(
 ) -> None:
     """Without Triton there is no TF32, and "highest" with a logged reason."""
     monkeypatch.setattr(registry, "find_spec", lambda name: None)
-    arguments = (small_network(), [(32, 48)], 1, torch.float32, "high", CPU)
+    arguments = (fold(small_network()), [(32, 48)], 1, torch.float32, "high", CPU)
     found = list(tune.tune(*arguments, lambda runs: [1.0 for run in runs]))
     for layer in found:
         assert [trial.choice for trial in layer.trials] == [choices.CUDA, choices.TORCH]
@@ -477,7 +477,7 @@ def test_tuning_needs_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_cuda_module", None)
     says = "no GPU backend can run: cuda: .*; triton: "
     with pytest.raises(registry.CannotRun, match=says):
-        list(tune.tune(small_network(), [(32, 48)], 1, torch.float64, "highest", CPU))
+        list(tune.tune(fold(small_network()), [(32, 48)], 1, torch.float64, "highest", CPU))
 
 
 def test_choices_are_of_the_extension_as_built(

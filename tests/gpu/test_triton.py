@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,8 @@ from fastscnn_fast.lower.pack import TAG
 from fastscnn_fast.program.layers import Layer, program
 
 if TYPE_CHECKING or find_spec("triton") is not None:
-    from fastscnn_fast.backends.gpu import plan as engine
+    from fastscnn_fast.backends.gpu import arena
+    from fastscnn_fast.backends.gpu.plan import EXTERNAL, Plan, network_plan as plan_of_network
     from fastscnn_fast.kernels import launch
     from fastscnn_fast.program import memory
 
@@ -255,20 +257,20 @@ def test_export() -> None:
 # ---------------------------------------------------------------- plans
 
 
-def network_plan(config: Config, shape: tuple[int, ...], dtype: torch.dtype) -> engine.Plan:
+def network_plan(config: Config, shape: tuple[int, ...], dtype: torch.dtype) -> Plan:
     from fastscnn_fast.lower import gpu as layout
 
     layers = program(config)
     pieces, _ = layout.layout(layers, dtype, 64)
     picture = memory.Buffer.dense("x", dtype, shape)
     out = memory.Buffer.dense("out", dtype, (shape[0], config.num_classes, *shape[2:]))
-    return engine.network_plan(layers, picture, out, pieces, dtype, 80, "logits")
+    return plan_of_network(layers, picture, out, pieces, dtype, 80, "logits")
 
 
-def lives(plan: engine.Plan) -> Iterator[tuple[str, int, int, int, int]]:
+def lives(plan: Plan) -> Iterator[tuple[str, int, int, int, int]]:
     """Name, first and last launch, first byte and end of each scratch memory."""
     names = {b.memory for launch in plan.launches for b in launch.buffers.values()}
-    for name in names - set(engine.EXTERNAL):
+    for name in names - set(EXTERNAL):
         at = [
             (index, buffer)
             for index, launch in enumerate(plan.launches)
@@ -280,7 +282,7 @@ def lives(plan: engine.Plan) -> Iterator[tuple[str, int, int, int, int]]:
         yield name, at[0][0], at[-1][0], begin, end
 
 
-def assert_disjoint(plan: engine.Plan) -> None:
+def assert_disjoint(plan: Plan) -> None:
     memories = list(lives(plan))
     for one in memories:
         _, first, last, begin, end = one
@@ -299,7 +301,7 @@ def assert_disjoint(plan: engine.Plan) -> None:
 )
 def test_memories_in_use_at_once_do_not_overlap(launches: list[list[tuple[int, int]]]) -> None:
     """Launches of any scratch memories, each of any sizes."""
-    plan = engine.Plan.of(
+    plan = Plan.of(
         [
             launch.Launch(
                 None,
@@ -369,12 +371,12 @@ class Kernel:
         return lambda scratch, **_: self.during(scratch)
 
 
-def plan_of(kernel: Kernel, size: int = 100) -> engine.Plan:
+def plan_of(kernel: Kernel, size: int = 100) -> Plan:
     scratch = memory.Buffer.dense("scratch", torch.uint8, (size,))
-    return engine.Plan.of([launch.Launch(kernel, (1,), {"scratch": scratch}, 4, 2)])
+    return Plan.of([launch.Launch(kernel, (1,), {"scratch": scratch}, 4, 2)])
 
 
-def free(pool: engine.Pool) -> int:
+def free(pool: arena.Pool) -> int:
     return sum(map(len, pool._free.values()))
 
 
@@ -382,7 +384,7 @@ def free(pool: engine.Pool) -> int:
 def test_a_pool_is_bounded_and_keeps_the_most_recent() -> None:
     seen: list[int] = []
     plan = plan_of(Kernel(lambda scratch: seen.append(scratch.data_ptr())))
-    pool = engine.Pool(most=3)
+    pool = arena.Pool(most=3)
     for key in (0, 1, 2, 0, 3, 4):
         pool.run(key, plan, CPU, {"weights": torch.zeros(0)})
         assert free(pool) <= 3
@@ -394,13 +396,13 @@ def test_a_pool_is_bounded_and_keeps_the_most_recent() -> None:
 def test_concurrent_calls_have_arenas_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls that wait for each other within their kernels; one arena each, and no more later."""
     both, seen, errors = Barrier(2, timeout=30), set(), []
-    monkeypatch.setattr(engine, "_INTERPRETER", engine.nullcontext())  # no interpreter runs here
+    monkeypatch.setattr(arena, "_INTERPRETER", nullcontext())  # no interpreter runs here
 
     def during(scratch: torch.Tensor) -> None:
         seen.add(scratch.data_ptr())
         both.wait()
 
-    pool, plan = engine.Pool(), plan_of(Kernel(during))
+    pool, plan = arena.Pool(), plan_of(Kernel(during))
 
     def call() -> None:
         try:
@@ -422,7 +424,7 @@ def test_a_failed_call_leaves_the_pool_in_order() -> None:
     def fail(scratch: torch.Tensor) -> None:
         raise RuntimeError("a launch failed")
 
-    pool = engine.Pool()
+    pool = arena.Pool()
     with pytest.raises(RuntimeError, match="a launch failed"):
         pool.run("key", plan_of(Kernel(fail)), CPU, {"weights": torch.zeros(0)})
     pool.run("key", plan_of(Kernel()), CPU, {"weights": torch.zeros(0)})

@@ -1,4 +1,4 @@
-"""Tuning: measured with a clock of the test's own under Triton's interpreter, kept, and followed by the engine.
+"""Tuning: measured with a clock of the test's own under Triton's interpreter, kept, and followed by calls.
 
 Triton decides when it is imported whether it interprets, so one test runs the rest of this file in a process
 of their own.
@@ -22,6 +22,7 @@ from helpers import err, noise, randomise, small_network
 
 from fastscnn_fast import FastSCNN, bench, cli, fuse
 from fastscnn_fast.backends import registry
+from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import encode
 from fastscnn_fast.program.layers import program
 
@@ -55,10 +56,11 @@ def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture
 
 
 if INTERPRETED:
-    from fastscnn_fast.backends.gpu import backend as engine, choices, tune
+    from fastscnn_fast.backends.gpu import backend as gpu_backend, choices, tune
     from fastscnn_fast.backends.gpu.choices import TORCH, Choice
-    from fastscnn_fast.backends.gpu.plan import Place, Plan, TorchStep
+    from fastscnn_fast.backends.gpu.plan import PlacedLayer, Plan
     from fastscnn_fast.backends.gpu.tiles import INTERPRETER
+    from fastscnn_fast.backends.gpu.torch_step import TorchStep
     from fastscnn_fast.kernels.launch import Tile
 
 
@@ -93,7 +95,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return messages
 
 
-def places(model: FastSCNN, output: str = "logits") -> list[Place]:
+def places(model: FastSCNN, output: str = "logits") -> list[PlacedLayer]:
     from fastscnn_fast.lower.gpu import layout
 
     layers = program(model.config)
@@ -111,12 +113,12 @@ def keys(model: FastSCNN, output: str = "logits") -> dict[str, str]:
 
 
 def plan(model: FastSCNN) -> Plan:
-    """The engine's, of a call with one contiguous picture."""
+    """What is made for a call with one contiguous picture."""
     x, out = torch.empty(1, 3, *SIZE), torch.empty(1, 5, *SIZE)
-    return engine._network_plan(
+    return gpu_backend._network_plan(
         encode(program(model.config)),
-        engine._where(x),
-        engine._where(out),
+        gpu_backend._where(x),
+        gpu_backend._where(out),
         torch.float32,
         "logits",
         INTERPRETER,
@@ -245,7 +247,6 @@ def test_torch_steps_follow_weights_that_change(model: FastSCNN) -> None:
 @pytest.mark.parametrize("preset", ["mmseg", "mmseg_legacy", "leftthomas"])
 def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
     from fastscnn_fast.lower import gpu as weights
-    from fastscnn_fast.lower.fold import fold
     from fastscnn_fast.lower.pack import plain_weights
 
     folded = fold(FastSCNN(num_classes=7, preset=preset).eval())
@@ -262,7 +263,7 @@ def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
 
 @interpreted
 def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.MonkeyPatch) -> None:
-    def two(place: Place, dtype: torch.dtype, architecture: Any) -> list[Tile]:
+    def two(place: PlacedLayer, dtype: torch.dtype, architecture: Any) -> list[Tile]:
         usual = place.tile(dtype, architecture)
         return [usual, replace(usual, pixels=128)] if place.layer.op == "stem_conv" else [usual]
 
@@ -275,14 +276,14 @@ def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.Mon
         pixels = step.arguments.get("BLOCK_PIXELS") or step.arguments["BLOCK_COLUMNS"]
         return [5 - pixels / 1e3]
 
-    right = TorchStep.plain
+    right = TorchStep._unpack
 
     def wrong_fusion(step: TorchStep, pieces: Any) -> Any:
         plain = right(step, pieces)
         return {k: w * 1.1 if k == "low_weight" else w for k, w in plain.items()}
 
-    monkeypatch.setattr(TorchStep, "plain", wrong_fusion)
-    found = list(tune.tune(model, [SIZE], 1, torch.float32, "highest", CPU, clock, two))
+    monkeypatch.setattr(TorchStep, "_unpack", wrong_fusion)
+    found = list(tune.tune(fold(model), [SIZE], 1, torch.float32, "highest", CPU, clock, two))
     assert len({f.key for f in found}) == len(found)
     by_name = {f.name: f for f in found}
     assert {"stem", "stem uint8", "upsample logits", "upsample labels"} <= set(by_name)
@@ -294,18 +295,18 @@ def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.Mon
     assert set(keys(model).values()) <= {f.key for f in found}
     assert pyramid.row()["torch ms"] == pyramid.row()["best ms"] == "1.0000"
     choices.save({f.key: f.best.choice for f in found if f.best}, CPU)
-    monkeypatch.setattr(TorchStep, "plain", right)
+    monkeypatch.setattr(TorchStep, "_unpack", right)
     assert sum(isinstance(step, TorchStep) for step in plan(model).steps) == 1
     check(model)
 
 
 @interpreted
 def test_a_candidate_that_does_not_run_is_left_out(model: FastSCNN) -> None:
-    def broken(place: Place, dtype: torch.dtype, architecture: Any) -> list[Tile]:
+    def broken(place: PlacedLayer, dtype: torch.dtype, architecture: Any) -> list[Tile]:
         return [Tile(100)]  # no power of two
 
     (stem, *_) = tune.tune(
-        model, [SIZE], 1, torch.float32, "highest", CPU, lambda runs: [1.0], broken
+        fold(model), [SIZE], 1, torch.float32, "highest", CPU, lambda runs: [1.0], broken
     )
     kernel, torchs = stem.trials
     assert kernel.ms is None and kernel.problem and stem.best == torchs
@@ -335,7 +336,7 @@ def test_the_command_prints_and_keeps_what_it_found(
     measured = tune.tune
 
     def quick(*args: Any) -> Any:
-        return measured(*args, lambda runs: [1.0, 2.0, 3.0], lambda *of: [Place.tile(*of)])
+        return measured(*args, lambda runs: [1.0, 2.0, 3.0], lambda *of: [PlacedLayer.tile(*of)])
 
     monkeypatch.setattr(tune, "tune", quick)
     assert cli.main(["tune", "--size", "64x96", "--dtype", "float32"]) == 0
@@ -354,7 +355,7 @@ def test_on_a_gpu_no_layer_is_slower_than_torch_and_the_network_is_right(
 
     device = torch.device("cuda", torch.cuda.current_device())
     network = copy.deepcopy(model).to(device)
-    found = list(tune.tune(network, [SIZE], 1, torch.float32, "highest", device))
+    found = list(tune.tune(fold(network), [SIZE], 1, torch.float32, "highest", device))
     for layer in found:
         *_, torchs = layer.trials
         assert layer.best is not None and torchs.ms is not None, layer

@@ -13,7 +13,7 @@ from helpers import Kernels, err, small_network
 
 from fastscnn_fast import fuse
 from fastscnn_fast.arch.config import PRESETS, Config, preset
-from fastscnn_fast.backends import cpu as engine, registry
+from fastscnn_fast.backends import cpu as cpu_backend, registry
 
 CPU = torch.device("cpu")
 built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
@@ -200,8 +200,8 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     assert fast(x).isfinite().all()
     cpu = registry.cpu_module()
     with pytest.raises(ValueError, match="isa must be one that this processor runs, got 'sse9'"):
-        _, *call = engine._call(fast.program, fast.weights, fast.dtype)
-        cpu.network(("sse9", *call), engine._picture(x), "logits", 0)
+        _, *call = cpu_backend._call(fast.program, fast.weights, fast.dtype)
+        cpu.network(("sse9", *call), cpu_backend._picture(x), "logits", 0)
 
 
 def test_without_the_extension_everything_runs_in_plain_torch():

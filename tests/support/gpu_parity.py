@@ -54,7 +54,8 @@ from torch import Tensor
 
 from fastscnn_fast import ops
 from fastscnn_fast.arch.config import PRESETS, preset
-from fastscnn_fast.backends.gpu import backend as engine, plan as launching
+from fastscnn_fast.backends.gpu import arena, backend as gpu_backend
+from fastscnn_fast.backends.gpu.plan import Plan
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
 from fastscnn_fast.program.layers import Layer, plan
@@ -115,10 +116,10 @@ class GpuCase(Case):
         return run_poisoned(self.layer.op, *arguments, backend=BACKEND).cpu()
 
 
-class PoisonedBound(launching._Bound):
+class PoisonedBound(arena.Bound):
     """Its arena lies between guard zones and holds NaN before each run."""
 
-    def __init__(self, plan: launching.Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device) -> None:
         offsets = {name: at + GUARD for name, at in plan.offsets.items()}
         super().__init__(replace(plan, offsets=offsets, bytes=plan.bytes + 2 * GUARD), device)
 
@@ -133,11 +134,11 @@ class PoisonedBound(launching._Bound):
 def poisoned_arenas(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plans, arenas and tiles are the test's own."""
     monkeypatch.setattr(sys.modules[__name__], "BACKEND", backend)
-    monkeypatch.setattr(launching, "_Bound", PoisonedBound)
-    monkeypatch.setattr(engine, "_pool", launching.Pool())
+    monkeypatch.setattr(arena, "Bound", PoisonedBound)
+    monkeypatch.setattr(gpu_backend, "_pool", arena.Pool())
     yield
-    engine._op_plan.cache_clear()
-    engine._network_plan.cache_clear()
+    gpu_backend._op_plan.cache_clear()
+    gpu_backend._network_plan.cache_clear()
 
 
 def check(case: GpuCase, least: float = 0.0) -> None:

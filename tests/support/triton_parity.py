@@ -16,7 +16,7 @@ from test_ops import (
     upsample,
 )
 
-from fastscnn_fast.backends.gpu import plan as launching, tiles
+from fastscnn_fast.backends.gpu import plan, tiles
 from fastscnn_fast.kernels import (
     dsconv,
     feature_fusion,
@@ -74,7 +74,7 @@ def test_offsets_of_64_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     ),
 )
 def test_other_tiles(layer: Layer, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "tile", lambda *_: tile)
+    monkeypatch.setattr(plan, "tile", lambda *_: tile)
     sizes: tuple[Size, ...] = ((5, 17),)
     if layer.op in ("feature_fusion", "upsample_classify"):
         sizes = ((5, 17), (2, 5)) if layer.op == "feature_fusion" else ((3, 5), (11, 37))
@@ -90,7 +90,7 @@ def test_tiles_of_gpus(
 ) -> None:
     """The tiles of the table, whatever runs them."""
     monkeypatch.setattr(
-        launching,
+        plan,
         "tile",
         lambda layer, dtype, _, pixels: tiles.tile(layer, dtype, architecture, pixels),
     )
