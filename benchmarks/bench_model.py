@@ -27,7 +27,7 @@ from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
 from fastscnn_fast.bench import Contestant, Parity, Plain, Probe, Result
 from fastscnn_fast.cli.options import count, size
-from fastscnn_fast.data import classes as data
+from fastscnn_fast.data.scenes import street
 from fastscnn_fast.export import export_onnx
 from fastscnn_fast.program.layers import plan
 
@@ -50,7 +50,7 @@ class Input:
 
     @staticmethod
     def draw(model: FastSCNN, batch: int, size: tuple[int, int], folder: Path) -> Input:
-        streets = [bench.picture_tensor(data.street(seed, *size)[0]) for seed in range(batch)]
+        streets = [bench.picture_tensor(street(seed, *size)[0]) for seed in range(batch)]
         return Input(model, torch.cat(streets), folder)
 
     @property

@@ -27,8 +27,10 @@ from fastscnn_fast import FastSCNN
 from fastscnn_fast.arch.network import normalise
 from fastscnn_fast.backends import registry
 from fastscnn_fast.cli.options import size
-from fastscnn_fast.data.datasets import Batch, Examples, Streets
-from fastscnn_fast.train.trainer import Objective, Recipe, Trainer
+from fastscnn_fast.data.datasets import Batch, Examples
+from fastscnn_fast.data.sources import Streets
+from fastscnn_fast.train import Recipe, Trainer
+from fastscnn_fast.train.step import Objective
 
 WEIGHTS = (1.0, 0.4, 0.4)
 

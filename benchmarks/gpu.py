@@ -26,7 +26,7 @@ from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu.measure import copies, milliseconds
 from fastscnn_fast.bench import Bounds, Call, Contestant, Parity, Plain, Probe, Result, Timer
 from fastscnn_fast.cli.options import DTYPES, count, size
-from fastscnn_fast.data import classes as data
+from fastscnn_fast.data.scenes import street
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program import memory, reference
 from fastscnn_fast.program.layers import Layer
@@ -113,7 +113,7 @@ class Given:
 
     @staticmethod
     def draw(model: FastSCNN, batch: int, size: tuple[int, int], device: torch.device) -> Given:
-        streets = [bench.picture_tensor(data.street(seed, *size)[0]) for seed in range(batch)]
+        streets = [bench.picture_tensor(street(seed, *size)[0]) for seed in range(batch)]
         return Given(model, torch.cat(streets).to(device))
 
     def where(self, what: str, arithmetic: str) -> dict[str, str]:

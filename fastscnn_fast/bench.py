@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .arch.network import normalise
 from .backends import registry
-from .data import classes as data
+from .data.scenes import street
 from .plots import figure
 from .program.parity import relative_error
 from .runtime.fused import FusedFastSCNN
@@ -122,7 +122,7 @@ def untrained_model(preset: str = "paper", num_classes: int = 19) -> FastSCNN:
     Every batch norm has the statistics of a drawn street, and the last convolution is scaled so that each
     class has logits of mean 0 and variance 1 there: otherwise one class would win everywhere.
     """
-    x = picture_tensor(data.street(0, 192, 256)[0])
+    x = picture_tensor(street(0, 192, 256)[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FastSCNN(num_classes, preset)
@@ -317,7 +317,7 @@ def bench(
     """:func:`compare` on a drawn street at each (height, width)."""
     results = []
     for height, width in sizes:
-        x = normalised(model, picture_tensor(data.street(0, height, width)[0]))
+        x = normalised(model, picture_tensor(street(0, height, width)[0]))
         results += compare(model, fast, x, rounds, compiled)
     return results
 

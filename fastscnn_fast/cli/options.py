@@ -1,24 +1,89 @@
-"""Types of command-line options that several commands share."""
+"""Options that several commands share, and the types of their values."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 
-from ..arch.config import SMALLEST_SIDE
+from ..arch.config import PRESETS, SMALLEST_SIDE
 from ..backends import registry
+from ..checkpoints import CAMVID11
+
+#: A parser, or a group of its options.
+Parser = argparse._ActionsContainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_weights(command: Parser) -> None:
+    command.add_argument(
+        "--weights",
+        type=Path,
+        metavar="F",
+        default=CAMVID11,
+        help="checkpoint, .safetensors or .pth (the package's own, CamVid's 11 classes)",
+    )
+
+
+def add_backend(command: Parser) -> None:
+    command.add_argument(
+        "--backend",
+        choices=("auto", *registry.BACKENDS),
+        default="auto",
+        help="kernels to run on (%(default)s: the best that can)",
+    )
+
+
+def add_preset(command: Parser) -> None:
+    command.add_argument(
+        "--preset", choices=PRESETS, default="paper", help="architecture (%(default)s)"
+    )
+
+
+def add_sizes(command: Parser) -> None:
+    command.add_argument(
+        "--size",
+        type=size,
+        nargs="+",
+        metavar="HxW",
+        default=[(512, 1024)],
+        help="picture sizes (512x1024)",
+    )
+
+
+def add_dtype(command: Parser, default: str) -> None:
+    command.add_argument(
+        "--dtype", choices=DTYPES, default=default, help="dtype to compute in (%(default)s)"
+    )
+
+
+def add_precision(command: Parser) -> None:
+    command.add_argument(
         "--precision",
         choices=registry.PRECISIONS,
         default="highest",
         help="of float32 products (%(default)s); high is faster on processors with AMX",
+    )
+
+
+def add_data(command: Parser) -> None:
+    """Where labelled pictures are."""
+    command.add_argument(
+        "data",
+        metavar="DATA",
+        help="folder with SPLIT/images and SPLIT/labels, or Cityscapes' own, or streets[:COUNT]",
+    )
+    command.add_argument(
+        "--classes",
+        type=int,
+        metavar="K",
+        help="number of classes, unless DATA/classes.txt names them",
+    )
+    command.add_argument(
+        "--ignore", type=int, metavar="ID", help="label id that counts as no class (255)"
     )
 
 

@@ -1,0 +1,1 @@
+"""Pictures and their labels: read, drawn, checked and augmented, before any network sees them."""

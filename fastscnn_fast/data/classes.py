@@ -1,13 +1,8 @@
-"""Class names, palettes, and street scenes with exact labels that the package draws itself."""
+"""Names and colours of classes: CamVid's, Cityscapes', and some for any other number."""
 
 from __future__ import annotations
 
 import colorsys
-
-import numpy as np
-from numpy.typing import NDArray
-
-from .scenes import IGNORE, Scene
 
 Colour = tuple[int, int, int]
 
@@ -80,7 +75,7 @@ CITYSCAPES_PALETTE: tuple[Colour, ...] = (
     (119, 11, 32),
 )
 #: The label that belongs to no class in CamVid; the losses and scores leave it out.
-CAMVID_IGNORE = IGNORE
+CAMVID_IGNORE = 11
 
 
 def class_names(num_classes: int) -> tuple[tuple[str, ...], tuple[Colour, ...]]:
@@ -99,25 +94,3 @@ def _spread_colours(count: int) -> tuple[Colour, ...]:
         r, g, b = colorsys.hsv_to_rgb(k * golden % 1, 0.75, (0.95, 0.7, 0.5)[k % 3])
         colours.append((round(r * 255), round(g * 255), round(b * 255)))
     return tuple(colours)
-
-
-def street(
-    seed: int, height: int = 360, width: int = 480
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A street scene, drawn from the driver's seat, and its labels.
-
-    The scene follows from ``seed``; ``height`` and ``width`` only choose its resolution and frame. The
-    same three numbers always give the same bytes (with the same NumPy and Pillow).
-
-    Returns:
-        picture (height, width, 3) uint8 and labels (height, width) uint8 in CamVid's classes;
-        ``CAMVID_IGNORE`` marks litter bins and the driver's own bonnet.
-
-    Raises:
-        ValueError: a negative seed, or a side below 1 pixel.
-    """
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-    if height < 1 or width < 1:
-        raise ValueError(f"height and width must be at least 1, got {height}x{width}")
-    return Scene(seed, height, width).render()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,16 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ..backends import registry
-from ..checkpoints import CAMVID11, load_checkpoint, read_details
-from ..cli import options
-from ..data.datasets import Examples, open_source
+from ..data.datasets import Examples
 from ..plots import figure
 from ..runtime.fused import fuse
 from ..runtime.model import FastSCNN
 from ..runtime.segment import labelled, segment
-
-_MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
 
 #: A picture, uint8 (H, W, 3) -> its labels, uint8 (H, W)
 Labeller = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -150,126 +144,6 @@ def save_csv(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
         writer.writerow(["true \\ predicted", *classes, "IoU"])
         for name, row, iou in zip(classes, confusion.matrix, confusion.iou):
             writer.writerow([name, *row.tolist(), f"{iou:.6f}"])
-
-
-# --- the command -----------------------------------------------------------------------------------------
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What says where examples are; the same in ``train`` and ``evaluate``."""
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="folder with SPLIT/images and SPLIT/labels, or Cityscapes' own, or streets[:COUNT]",
-    )
-    parser.add_argument(
-        "--classes",
-        type=int,
-        metavar="K",
-        help="number of classes, unless DATA/classes.txt names them",
-    )
-    parser.add_argument(
-        "--ignore", type=int, metavar="ID", help="label id that counts as no class (255)"
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``evaluate``."""
-    add_data_arguments(parser)
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        default=CAMVID11,
-        metavar="F",
-        help="checkpoint (the package's own, CamVid's 11 classes)",
-    )
-    parser.add_argument("--split", default="val", help="part of DATA (%(default)s)")
-    parser.add_argument(
-        "--size",
-        type=options.size,
-        metavar="HxW",
-        help="size the network runs at (as in segment); scores are on labels of full size",
-    )
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        choices=options.DTYPES,
-        default=list(options.DTYPES),
-        help="dtypes to compare on the fused path (all)",
-    )
-    options.add_precision(parser)
-    parser.add_argument(
-        "--device", default="auto", help="torch device for all of them (auto: GPU, else CPU)"
-    )
-    parser.add_argument("-o", "--out", type=Path, help="folder for confusion.csv and confusion.png")
-    parser.set_defaults(run=main)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Runs ``evaluate``: plain torch first, then each dtype on the fused path against it."""
-    device = options.device(args.device)
-    model = load_checkpoint(args.weights).float().to(device)
-    source = open_source(args.data, args.split, args.classes, args.ignore)
-    examples = load(source, memory=_MEMORY, workers=2)
-    if len(examples.classes) != model.config.num_classes:
-        raise ValueError(
-            f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "
-            f"{len(examples.classes)}"
-        )
-    names = read_details(args.weights).get("classes", examples.classes)
-    if tuple(names) != examples.classes:
-        raise ValueError(
-            f"{args.weights}: has classes {', '.join(names)}; {args.data} has {', '.join(examples.classes)}"
-        )
-    runs = {"plain torch, float32": labeller(model, "plain", torch.float32, args.size)}
-    for name in args.dtype:
-        dtype = options.DTYPES[name]
-        precision = args.precision if dtype == torch.float32 else "highest"
-        backend = registry.choose("auto", model.config, device, dtype, precision)
-        precision = registry.choose_precision(precision, "auto", backend, device, dtype)
-        shown = name if precision == "highest" else f"{name}, {precision}"
-        runs[f"fused, {backend}, {shown}"] = labeller(model, backend, dtype, args.size, precision)
-    scores, equal, seconds = compare(runs, examples)
-
-    reference, *_ = runs
-    print(scores[reference].table(examples.classes))
-    print(f"\n{len(examples)} pictures{_where(args.size, model.config.size)}")
-    print(
-        f"{'network':<26}  {'mIoU':>7}  {'change':>9}  {'accuracy':>8}  {'equal pixels':>12}  {'ms':>7}"
-    )
-    for name, confusion in scores.items():
-        print(
-            f"{name:<26}  {confusion.miou:7.5f}  {confusion.miou - scores[reference].miou:+9.6f}"
-            f"  {confusion.accuracy:8.5f}  {100 * equal[name]:10.5f} %"
-            f"  {1000 * seconds[name] / len(examples):7.1f}"
-        )
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_csv(scores[reference], examples.classes, args.out / "confusion.csv")
-        print(f"wrote {args.out}/confusion.csv")
-        try:
-            save_picture(scores[reference], examples.classes, args.out / "confusion.png")
-        except ImportError as error:
-            print(f"no picture: {error}")
-        else:
-            print(f"wrote {args.out}/confusion.png")
-    return 0
-
-
-def load(source: Any, **limits: Any) -> Examples:
-    """The checked examples of a source, with a progress bar where reading takes long."""
-
-    def bar(reading: Any, total: int) -> Any:
-        return tqdm(reading, "checking", total, unit="picture", delay=2, leave=False)
-
-    return Examples(source, progress=bar, **limits)
-
-
-def _where(asked: tuple[int, int] | None, trained: tuple[int, int] | None) -> str:
-    size = asked or trained
-    if size is None:
-        return ""
-    return f", {'run' if asked else 'trained'} at {size[0]}x{size[1]}"
 
 
 def compare(

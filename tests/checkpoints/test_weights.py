@@ -13,7 +13,8 @@ from PIL import Image
 from fastscnn_fast import FastSCNN, fuse, load_checkpoint, segment
 from fastscnn_fast.checkpoints import CAMVID11, read_details
 from fastscnn_fast.data.classes import CAMVID_CLASSES, CAMVID_IGNORE, CAMVID_PALETTE
-from fastscnn_fast.data.datasets import Examples, Streets, open_source
+from fastscnn_fast.data.datasets import Examples
+from fastscnn_fast.data.sources import Streets, open_source
 from fastscnn_fast.train.evaluate import compare, labeller, score
 
 CAMVID = os.environ.get("FASTSCNN_CAMVID", "")

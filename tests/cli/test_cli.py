@@ -15,7 +15,9 @@ from PIL import Image
 
 from fastscnn_fast import bench, checkpoints, cli, fuse, segment
 from fastscnn_fast.backends import registry
-from fastscnn_fast.data import classes as data
+from fastscnn_fast.cli import demo, options, results
+from fastscnn_fast.data.classes import CAMVID_CLASSES
+from fastscnn_fast.data.scenes import street
 from fastscnn_fast.program.parity import relative_error
 
 UNTRAINED_MODEL = functools.cache(bench.untrained_model)
@@ -37,9 +39,9 @@ def quick(monkeypatch, weights):
     torch.set_num_threads(1)
     monkeypatch.setattr(bench, "untrained_model", UNTRAINED_MODEL)
     monkeypatch.setattr(bench, "_PAUSE", 0.0)
-    monkeypatch.setattr(cli, "CAMVID11", weights)
-    monkeypatch.setattr(cli, "_DEMO_STREET", (12, 64, 96))
-    monkeypatch.setattr(cli, "_DEMO_ROUNDS", 1)
+    monkeypatch.setattr(options, "CAMVID11", weights)
+    monkeypatch.setattr(demo, "_STREET", (12, 64, 96))
+    monkeypatch.setattr(demo, "_ROUNDS", 1)
     yield
     torch.set_num_threads(threads)
 
@@ -48,7 +50,7 @@ def quick(monkeypatch, weights):
 def pictures(tmp_path):
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
-    image = Image.fromarray(data.street(2, 48, 64)[0])
+    image = Image.fromarray(street(2, 48, 64)[0])
     for name in ("a.png", "a.jpg", "b.png", "sub/a.png"):
         image.save(folder / name)
     (folder / "notes.txt").write_text("no picture")
@@ -68,9 +70,9 @@ def test_segment_writes_labels_and_overlay_for_each_picture(pictures, tmp_path, 
 
 def test_classes_are_called_as_the_weights_say(weights, tmp_path):
     model = UNTRAINED_MODEL(num_classes=11)
-    assert cli._legend(weights, model).classes[3] == "kind 3"
+    assert results.legend(weights, model).classes[3] == "kind 3"
     checkpoints.save_checkpoint(model, tmp_path / "plain.safetensors")
-    assert cli._legend(tmp_path / "plain.safetensors", model).classes == data.CAMVID_CLASSES
+    assert results.legend(tmp_path / "plain.safetensors", model).classes == CAMVID_CLASSES
 
 
 def test_results_are_no_pictures_the_next_time(pictures, capsys):
@@ -188,8 +190,8 @@ def test_demo_draws_segments_and_measures(tmp_path, capsys):
 
 @pytest.mark.parametrize(("size", "measured"), [((20, 50), "32x50"), ((96, 192), "64x128")])
 def test_demo_takes_a_picture_of_any_size(size, measured, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_DEMO_PIXELS", 64 * 128)
-    Image.fromarray(data.street(3, *size)[0]).save(tmp_path / "mine.png")
+    monkeypatch.setattr(demo, "_PIXELS", 64 * 128)
+    Image.fromarray(street(3, *size)[0]).save(tmp_path / "mine.png")
     out = tmp_path / "out"
     assert cli.main(["demo", str(tmp_path / "mine.png"), "-o", str(out)]) == 0
     assert f"| {measured} " in capsys.readouterr().out
@@ -250,7 +252,7 @@ def test_a_contestant_that_fails_parity_gets_no_speed_up():
     wrong = copy.deepcopy(model)
     with torch.no_grad():
         wrong.classifier.conv.weight.mul_(1.01)
-    x = bench.normalised(model, bench.picture_tensor(data.street(0, 64, 64)[0]))
+    x = bench.normalised(model, bench.picture_tensor(street(0, 64, 64)[0]))
     results = {r.name: r for r in bench.compare(model, fuse(wrong), x, 1, compiled=False)}
     assert results[bench.EAGER].passed and results[bench.EAGER_LAST].speedup == 1
     assert not results[bench.LOGITS].passed and results[bench.LOGITS].speedup is None
@@ -269,7 +271,7 @@ def test_the_untrained_model_is_always_the_same_and_predicts_every_class():
     assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
     assert not first.training
     with torch.no_grad():
-        labels = first.reference(bench.picture_tensor(data.street(1)[0])).argmax(1)
+        labels = first.reference(bench.picture_tensor(street(1)[0])).argmax(1)
     assert len(labels.unique()) == 5
 
 

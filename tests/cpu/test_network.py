@@ -39,7 +39,7 @@ from torch.random import fork_rng
 from fastscnn_fast import load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
-from fastscnn_fast.data.classes import street
+from fastscnn_fast.data.scenes import street
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program.layers import Layer, program
 from fastscnn_fast.runtime.fused import FusedFastSCNN, fuse

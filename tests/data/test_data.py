@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from fastscnn_fast.data import classes as data
+from fastscnn_fast.data.scenes import painter, street
 
 
 @pytest.fixture(scope="module")
 def streets() -> list[tuple[np.ndarray, np.ndarray]]:
-    return [data.street(seed) for seed in range(24)]
+    return [street(seed) for seed in range(24)]
 
 
 def test_a_street_is_a_picture_and_its_labels(streets):
@@ -23,7 +24,7 @@ def test_a_street_is_a_picture_and_its_labels(streets):
 
 def test_the_same_numbers_give_the_same_bytes_and_leave_the_global_generator_alone(streets):
     before = np.random.get_state()[1].copy()
-    again = data.street(5)
+    again = street(5)
     assert all(map(np.array_equal, again, streets[5]))
     assert np.array_equal(np.random.get_state()[1], before)
 
@@ -43,12 +44,12 @@ def test_every_class_is_in_most_scenes(streets):
 
 @pytest.mark.parametrize("size", [(1, 1), (32, 32), (33, 49), (200, 60), (128, 512)])
 def test_any_size(size):
-    picture, labels = data.street(3, *size)
+    picture, labels = street(3, *size)
     assert picture.shape == (*size, 3) and labels.shape == size
 
 
 def test_the_size_is_only_the_resolution():
-    small, large = data.street(7, 180, 240)[1], data.street(7, 360, 480)[1]
+    small, large = street(7, 180, 240)[1], street(7, 360, 480)[1]
     same = np.repeat(np.repeat(small, 2, 0), 2, 1) == large
     assert same.mean() > 0.93
 
@@ -77,9 +78,9 @@ def _scatter(picture: np.ndarray, labels: np.ndarray) -> float:
 
 def test_what_no_street_can_be():
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
-        data.street(-1)
+        street(-1)
     with pytest.raises(ValueError, match="height and width must be at least 1, got 0x5"):
-        data.street(0, 0, 5)
+        street(0, 0, 5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 11, 19, 21, 150, 256])
@@ -91,10 +92,8 @@ def test_every_class_count_has_names_and_distinct_colours(count):
 
 
 def test_the_ids_the_renderer_draws_are_camvids():
-    from fastscnn_fast.data import scenes as scene
-
     for name in data.CAMVID_CLASSES:
         attribute = {"SignSymbol": "SIGN"}.get(name, name.upper())
-        assert data.CAMVID_CLASSES[getattr(scene, attribute)] == name
+        assert data.CAMVID_CLASSES[getattr(painter, attribute)] == name
     assert data.class_names(11) == (data.CAMVID_CLASSES, data.CAMVID_PALETTE)
     assert data.class_names(19) == (data.CITYSCAPES_CLASSES, data.CITYSCAPES_PALETTE)

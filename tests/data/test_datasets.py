@@ -12,16 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFilter
 
-from fastscnn_fast.data.classes import CAMVID_CLASSES, CITYSCAPES_CLASSES, street
-from fastscnn_fast.data.datasets import (
-    Augmentation,
-    Batches,
-    DataError,
-    Example,
-    Examples,
-    Streets,
-    open_source,
-)
+from fastscnn_fast.data.augmentation import Augmentation
+from fastscnn_fast.data.classes import CAMVID_CLASSES, CITYSCAPES_CLASSES
+from fastscnn_fast.data.datasets import Batches, Examples
+from fastscnn_fast.data.scenes import street
+from fastscnn_fast.data.sources import DataError, Example, Streets, open_source
 
 Pixels = NDArray[np.uint8]
 PLAIN = {"scale": (1.0, 1.0), "flip": False, "colour": 0.0}

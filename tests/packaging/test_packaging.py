@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import fastscnn_fast
+
 ROOT = Path(__file__).parents[2]
 SITE = sysconfig.get_path("purelib")
 
@@ -62,7 +64,22 @@ import torch, sys, time
 before, start = set(sys.modules), time.process_time()
 import fastscnn_fast
 from fastscnn_fast import FastSCNN, fuse, load_checkpoint, segment
-print(time.process_time() - start, *{name.partition(".")[0] for name in set(sys.modules) - before})
+print(time.process_time() - start, *(set(sys.modules) - before))
+"""
+
+
+#: Parts of the package that segmenting pictures does not need.
+RARE = tuple(
+    f"fastscnn_fast.{name}" for name in ("train", "data.scenes", "bench", "export", "compat", "cli")
+)
+
+COMMAND_LINE = """
+import sys
+from fastscnn_fast import cli
+try:
+    cli.main(sys.argv[1:])
+finally:
+    print("modules:", *sys.modules)
 """
 
 
@@ -70,8 +87,21 @@ def test_import_is_light() -> None:
     """On top of torch: under a second of CPU time, and nothing that only some uses of the package need."""
     seconds, *modules = run(sys.executable, "-c", IMPORT_TIME).stdout.split()
     heavy = {"tqdm", "matplotlib", "triton", "onnx", "onnxscript", "onnxruntime", "openvino"}
-    assert not heavy & set(modules)
+    assert not heavy & {name.partition(".")[0] for name in modules}
+    assert not [name for name in modules if name.startswith(RARE)]
     assert float(seconds) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"), [("--help", "evaluate"), ("--version", fastscnn_fast.__version__)]
+)
+def test_a_command_is_loaded_when_it_is_run(argument: str, said: str) -> None:
+    """What every command shares loads not even torch."""
+    printed = run(sys.executable, "-c", COMMAND_LINE, argument).stdout
+    assert said in printed.partition("modules:")[0]
+    modules = printed.partition("modules:")[2].split()
+    assert {"torch", "numpy", "PIL"}.isdisjoint(modules) and "fastscnn_fast.cli" in modules
+    assert not [name for name in modules if name.startswith("fastscnn_fast.cli.")]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from PIL import Image
 
 from fastscnn_fast import FastSCNN, bench, fuse, segment
 from fastscnn_fast.data import classes as data
-from fastscnn_fast.runtime.segment import label_image, overlay, read_picture
+from fastscnn_fast.data.pictures import label_image, overlay, read_picture
+from fastscnn_fast.data.scenes import street
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def fast(model):
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    return data.street(1, 75, 101)[0]
+    return street(1, 75, 101)[0]
 
 
 def test_labels_of_raw_pixels_at_the_pictures_own_size(fast, pixels):

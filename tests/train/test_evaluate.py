@@ -17,7 +17,8 @@ from fastscnn_fast.arch.config import Config
 from fastscnn_fast.backends import registry
 from fastscnn_fast.checkpoints import read_details, save_checkpoint
 from fastscnn_fast.cli import main
-from fastscnn_fast.data.datasets import Examples, Streets
+from fastscnn_fast.data.datasets import Examples
+from fastscnn_fast.data.sources import Streets
 from fastscnn_fast.runtime.segment import labelled
 from fastscnn_fast.train import evaluate
 from fastscnn_fast.train.evaluate import Confusion

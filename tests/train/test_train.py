@@ -23,12 +23,15 @@ from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN, load_checkpoint
 from fastscnn_fast.checkpoints import read_details, save_checkpoint
-from fastscnn_fast.cli import main
-from fastscnn_fast.data.classes import street
-from fastscnn_fast.data.datasets import Batch, Examples, Streets, open_source
-from fastscnn_fast.train import trainer as train
+from fastscnn_fast.cli import main, train as command_line
+from fastscnn_fast.data.datasets import Batch, Examples
+from fastscnn_fast.data.scenes import street
+from fastscnn_fast.data.sources import Streets, open_source
+from fastscnn_fast.train import files, trainer as train
 from fastscnn_fast.train.evaluate import labeller, score
-from fastscnn_fast.train.trainer import Recipe, Trainer
+from fastscnn_fast.train.recipe import Recipe, learning_rate
+from fastscnn_fast.train.step import class_weights, parameter_groups, update_average
+from fastscnn_fast.train.trainer import Trainer
 
 SMALL = Recipe(
     epochs=3, batch=4, crop=(64, 64), dtype="float32", ema=0.9, photo=0.5, class_weights=1.1
@@ -88,15 +91,15 @@ def test_defaults_are_the_papers() -> None:
 
 
 def test_learning_rate() -> None:
-    assert train.learning_rate(Recipe(), 0, 100) == pytest.approx(0.045)
-    assert train.learning_rate(Recipe(batch=24), 50, 100) == pytest.approx(0.09 * 0.5**0.9)
-    assert train.learning_rate(Recipe(), 99, 100) == pytest.approx(0.045 * 0.01**0.9)
+    assert learning_rate(Recipe(), 0, 100) == pytest.approx(0.045)
+    assert learning_rate(Recipe(batch=24), 50, 100) == pytest.approx(0.09 * 0.5**0.9)
+    assert learning_rate(Recipe(), 99, 100) == pytest.approx(0.045 * 0.01**0.9)
 
 
 def test_what_decays() -> None:
     model = FastSCNN(5, aux=True)
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed, rest = train.parameter_groups(model, 4e-5)
+    decayed, rest = parameter_groups(model, 4e-5)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (4e-5, 0.0)
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
     for p in decayed["params"]:
@@ -107,8 +110,8 @@ def test_what_decays() -> None:
 
 
 def test_class_weights(streets: Examples) -> None:
-    assert train.class_weights(Recipe(), streets) is None
-    weights = train.class_weights(Recipe(class_weights=1.1), streets)
+    assert class_weights(Recipe(), streets) is None
+    weights = class_weights(Recipe(class_weights=1.1), streets)
     f = streets.pixels / streets.pixels.sum()
     assert weights is not None and (f * weights).sum() == pytest.approx(1)
     rare, common = int(f.argmin()), int(f.argmax())
@@ -122,7 +125,7 @@ def test_moving_average() -> None:
     for step in range(30):
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.classifier.conv.weight.detach()
-        train.update_average(average, model, 0.9, step)
+        update_average(average, model, 0.9, step)
     assert torch.allclose(average.classifier.conv.weight, expected, atol=1e-6)
 
 
@@ -150,7 +153,7 @@ def test_recipe_refuses(field: str, value: Any) -> None:
 
 def test_every_field_is_an_option(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
+    command_line.add_options(parser)
     changed = {"flip": False, "freeze_bn": True, "scale": (0.75, 1.5), "size": (64, 96), "seed": 3}
     words = ["--no-flip", "--freeze-bn", "--scale", "0.75", "1.5", "--size", "64x96", "--seed", "3"]
     args = parser.parse_args(["DATA", "-o", str(tmp_path), *words])
@@ -160,9 +163,9 @@ def test_every_field_is_an_option(tmp_path: Path) -> None:
 
 def test_atomic(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
-    with train.atomic(path) as new:
+    with files.atomic(path) as new:
         new.write_text("old")
-    with pytest.raises(RuntimeError), train.atomic(path) as new:
+    with pytest.raises(RuntimeError), files.atomic(path) as new:
         new.write_text("half of the n")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -318,7 +321,7 @@ def test_a_chart_that_cannot_be_drawn_stops_nothing(
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(train, "_draw_curves", fail)
+    monkeypatch.setattr(files, "_draw_curves", fail)
     assert Trainer(dataclasses.replace(SMALL, epochs=0.5), streets, None, tmp_path).run() == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["best.safetensors", "last.pt", "metrics.csv"]
@@ -488,9 +491,10 @@ def test_two_processes_are_one(folder: Path, tmp_path: Path) -> None:
 
 LIVE_PROCESSES = """
 import sys
-from fastscnn_fast import cli, train
+from fastscnn_fast import cli
+from fastscnn_fast.train import trainer
 rank = int(__import__("os").environ["RANK"])
-train._SAVE_SECONDS = 1e9 if rank else 0.2  # processes never agree on the time
+trainer._SAVE_SECONDS = 1e9 if rank else 0.2  # processes never agree on the time
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -502,7 +506,7 @@ def test_two_processes_with_live_batch_norms(folder: Path, tmp_path: Path) -> No
     script.write_text(LIVE_PROCESSES)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = [*OPTIONS, "--ema", "0.9", "--epochs", "4", "--device", "cpu"]
-    package = str(Path(train.__file__).parents[1])
+    package = str(Path(train.__file__).parents[2])
     for out, more in (("whole", []), ("whole", ["--resume"])):
         command = [script, "train", folder, "-o", tmp_path / out, *options, *more]
         result = run_command(*torchrun, *command, PYTHONPATH=package)

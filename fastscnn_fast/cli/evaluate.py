@@ -1,0 +1,104 @@
+"""``fastscnn_fast evaluate``: plain torch scored first, then each dtype on the fused path against it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..backends import registry
+from ..checkpoints import load_checkpoint, read_details
+from ..data.datasets import load
+from ..data.sources import open_source
+from ..train.evaluate import compare, labeller, save_csv, save_picture
+from . import options
+
+_MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Print IoU per class, mIoU and pixel accuracy of plain torch on full-size labels, and how"
+        " the fused network in each dtype differs from it."
+    )
+    options.add_data(command)
+    options.add_weights(command)
+    command.add_argument("--split", default="val", help="part of DATA (%(default)s)")
+    command.add_argument(
+        "--size",
+        type=options.size,
+        metavar="HxW",
+        help="size the network runs at (as in segment); scores are on labels of full size",
+    )
+    command.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=options.DTYPES,
+        default=list(options.DTYPES),
+        help="dtypes to compare on the fused path (all)",
+    )
+    options.add_precision(command)
+    command.add_argument(
+        "--device", default="auto", help="torch device for all of them (auto: GPU, else CPU)"
+    )
+    command.add_argument(
+        "-o", "--out", type=Path, help="folder for confusion.csv and confusion.png"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    device = options.device(args.device)
+    model = load_checkpoint(args.weights).float().to(device)
+    source = open_source(args.data, args.split, args.classes, args.ignore)
+    examples = load(source, memory=_MEMORY, workers=2)
+    if len(examples.classes) != model.config.num_classes:
+        raise ValueError(
+            f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "
+            f"{len(examples.classes)}"
+        )
+    names = read_details(args.weights).get("classes", examples.classes)
+    if tuple(names) != examples.classes:
+        raise ValueError(
+            f"{args.weights}: has classes {', '.join(names)}; {args.data} has {', '.join(examples.classes)}"
+        )
+    runs = {"plain torch, float32": labeller(model, "plain", torch.float32, args.size)}
+    for name in args.dtype:
+        dtype = options.DTYPES[name]
+        precision = args.precision if dtype == torch.float32 else "highest"
+        backend = registry.choose("auto", model.config, device, dtype, precision)
+        precision = registry.choose_precision(precision, "auto", backend, device, dtype)
+        shown = name if precision == "highest" else f"{name}, {precision}"
+        runs[f"fused, {backend}, {shown}"] = labeller(model, backend, dtype, args.size, precision)
+    scores, equal, seconds = compare(runs, examples)
+
+    reference, *_ = runs
+    print(scores[reference].table(examples.classes))
+    print(f"\n{len(examples)} pictures{_where(args.size, model.config.size)}")
+    print(
+        f"{'network':<26}  {'mIoU':>7}  {'change':>9}  {'accuracy':>8}  {'equal pixels':>12}  {'ms':>7}"
+    )
+    for name, confusion in scores.items():
+        print(
+            f"{name:<26}  {confusion.miou:7.5f}  {confusion.miou - scores[reference].miou:+9.6f}"
+            f"  {confusion.accuracy:8.5f}  {100 * equal[name]:10.5f} %"
+            f"  {1000 * seconds[name] / len(examples):7.1f}"
+        )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_csv(scores[reference], examples.classes, args.out / "confusion.csv")
+        print(f"wrote {args.out}/confusion.csv")
+        try:
+            save_picture(scores[reference], examples.classes, args.out / "confusion.png")
+        except ImportError as error:
+            print(f"no picture: {error}")
+        else:
+            print(f"wrote {args.out}/confusion.png")
+    return 0
+
+
+def _where(asked: tuple[int, int] | None, trained: tuple[int, int] | None) -> str:
+    size = asked or trained
+    if size is None:
+        return ""
+    return f", {'run' if asked else 'trained'} at {size[0]}x{size[1]}"

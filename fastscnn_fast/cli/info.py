@@ -1,0 +1,59 @@
+"""``fastscnn_fast info``: what this installation is made of."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .. import __version__, bench
+from ..arch.config import Config
+from ..backends import registry
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Print what this installation is made of, and why each backend can or cannot run."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    print(f"fastscnn_fast {__version__}, Python {platform.python_version()}")
+    print(f"processor: {bench.processor()}, {torch.get_num_threads()} threads")
+    packages = "torch numpy pillow safetensors matplotlib onnx onnxscript onnxruntime triton"
+    print("packages: " + ", ".join(f"{name} {_version(name)}" for name in packages.split()))
+    if registry.isas():
+        module = registry.cpu_module()
+        compiler = module.compiler if module.compiler[0].isalpha() else f"GCC {module.compiler}"
+        openmp = "with" if module.openmp else "WITHOUT"
+        print(f"C++ kernels: built by {compiler}, {openmp} OpenMP")
+        for arithmetic in registry.ARITHMETICS:
+            sets = ", ".join(registry.isas(arithmetic)) or "none"
+            print(f"instruction sets that run here, {arithmetic}: {sets}")
+        print(f"instruction set in use: {_or_error(registry.isa)}")
+    else:
+        print("C++ kernels: not built")
+    for name, reason in registry.report().items():
+        print(f"backend {name}: {'can run' if reason is None else f'cannot run: {reason}'}")
+    for dtype in registry.CPU_DTYPES:
+        choose = partial(registry.choose, "auto", Config(), torch.device("cpu"), dtype)
+        print(f"backend in use for {dtype} on the CPU: {_or_error(choose)}")
+    return 0
+
+
+def _or_error(name: Callable[[], str]) -> str:
+    try:
+        return name()
+    except (ValueError, RuntimeError) as error:
+        return f"none: {error}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,59 @@
+"""What several commands write and print: labelled pictures, measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import bench
+from ..checkpoints import read_details
+from ..data.classes import Colour, class_names
+from ..data.pictures import label_image, overlay
+from ..runtime.fused import FusedFastSCNN
+from ..runtime.model import FastSCNN
+
+#: Endings of the two results of a picture.
+LABELS, OVERLAY = "_labels.png", "_overlay.png"
+
+
+class Legend(NamedTuple):
+    """Names and colours of a network's classes."""
+
+    classes: Sequence[str]
+    palette: Sequence[Colour]
+
+
+def legend(weights: Path, model: FastSCNN) -> Legend:
+    """What the weights were saved with, else what is usual for so many classes."""
+    classes, palette = class_names(model.config.num_classes)
+    names = read_details(weights).get("classes")
+    return Legend(names if names and len(names) == len(classes) else classes, palette)
+
+
+def write(
+    name: Path, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], legend: Legend
+) -> list[Path]:
+    """Both results of one picture; returns their paths."""
+    files = [name.with_name(name.name + ending) for ending in (LABELS, OVERLAY)]
+    name.parent.mkdir(parents=True, exist_ok=True)
+    label_image(labels, legend.palette).save(files[0])
+    overlay(pixels, labels, *legend).save(files[1], compress_level=3)
+    return files
+
+
+def about(fast: FusedFastSCNN, command: str) -> dict[str, str]:
+    """What the measurements of ``fast`` depend on."""
+    return {"backend": fast.backend, **bench.machine(command)}
+
+
+def report(results: Sequence[bench.Result], about: dict[str, str]) -> None:
+    """Prints them as a table, what its columns mean, and what they depend on."""
+    print()
+    print(bench.table(results))
+    print()
+    print(bench.LEGEND)
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))

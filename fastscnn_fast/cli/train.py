@@ -1,0 +1,129 @@
+"""``fastscnn_fast train``: learn from labelled pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ..data.datasets import load
+from ..data.sources import open_source
+from ..train import Recipe, Trainer
+from ..train.files import BEST, LAST
+from ..train.processes import processes
+from . import options
+
+#: How a field of the recipe is written on the command line, by its type.
+_WRITTEN: dict[Any, dict[str, Any]] = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    int: {"type": int, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    float | None: {"type": float},
+    str: {},
+    str | None: {"metavar": "F"},
+    tuple[float, float]: {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")},
+    tuple[int, int] | None: {"type": options.size, "metavar": "HxW"},
+}
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The data, the run, and every field of :class:`Recipe`."""
+    command.description = (
+        "Train a network by the paper's recipe, or what the options make of it. Data errors are"
+        " found first and named by file. Ctrl-C and SIGTERM save before they stop. Under torchrun the"
+        " batch is shared by all processes."
+    )
+    options.add_data(command)
+    command.add_argument("-o", "--out", type=Path, required=True, help="the run's folder")
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the run in OUT, with the same options"
+    )
+    command.add_argument(
+        "--splits",
+        nargs=2,
+        default=("train", "val"),
+        metavar=("TRAIN", "VAL"),
+        help="parts of DATA to learn from and to choose by (train val)",
+    )
+    command.add_argument(
+        "--validations",
+        type=options.count,
+        default=100,
+        metavar="N",
+        help="how many over the run, at most one an epoch (%(default)s)",
+    )
+    command.add_argument("--device", default="auto", help="torch device (auto: GPU, else CPU)")
+    command.add_argument(
+        "--workers",
+        type=options.count,
+        default=2,
+        metavar="N",
+        help="threads that prepare examples (%(default)s)",
+    )
+    command.add_argument(
+        "--memory",
+        type=float,
+        default=8.0,
+        metavar="GIB",
+        help="of each process, to keep examples in (%(default)s)",
+    )
+    recipe = command.add_argument_group("recipe")
+    types = get_type_hints(Recipe)
+    for field in fields(Recipe):
+        among = field.metadata["among"]
+        recipe.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=field.default,
+            help=field.metadata["meaning"] + ("" if field.default is None else " (%(default)s)"),
+            **_WRITTEN[types[field.name]],
+            **({"choices": among} if among else {}),
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
+    device = options.device(args.device)
+    if args.out.exists() and not (args.out.is_dir() and os.access(args.out, os.W_OK)):
+        raise ValueError(f"--out must be a folder that can be written to, got {args.out}")
+    there = (args.out / LAST).exists()
+    if there and not args.resume:
+        raise ValueError(f"{args.out}: holds a run already; add --resume, or name another folder")
+    if args.resume and not there:
+        raise ValueError(f"{args.out}: holds no run ({LAST}) for --resume to go on with")
+    with processes(device) as group:
+        sources = [
+            open_source(args.data, split, args.classes, args.ignore) for split in args.splits
+        ]
+        limits = {"memory": args.memory * 2**30 / 2, "workers": args.workers}
+        train, val = (load(source, **limits) for source in sources)
+        trainer = Trainer(
+            recipe,
+            train,
+            val,
+            args.out,
+            device,
+            args.validations,
+            args.workers,
+            args.command_line,
+            group,
+        )
+        if args.resume:
+            trainer.resume()
+        if group.rank == 0:
+            _announce(trainer)
+        status = trainer.run()
+        if group.rank == 0 and status == 0:
+            print(f"mIoU {trainer.best:.4f} on {args.splits[1]}: {args.out}/{BEST}")
+        return status
+
+
+def _announce(trainer: Trainer) -> None:
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    crop = trainer.batches.augmentation.crop
+    print(
+        f"{len(trainer.train)} examples, {len(trainer.train.classes)} classes, crops {crop[0]}x{crop[1]};"
+        f" {parameters} parameters, {trainer.recipe.dtype}, {trainer.group.world} x {trainer.device};"
+        f" step {trainer.step} of {trainer.steps}"
+    )

@@ -1,0 +1,267 @@
+"""Where labelled pictures come from: folders, Cityscapes, drawn streets; and the checks of each file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from .classes import CAMVID_CLASSES, CAMVID_IGNORE, CITYSCAPES_CLASSES, class_names
+from .pictures import PICTURE_SUFFIXES, read_picture
+from .scenes import street
+
+Pixels = NDArray[np.uint8]
+
+#: The label that belongs to no class, unless a data set has another.
+IGNORE = 255
+#: What stands for a data set's folder where the streets are to be drawn.
+STREETS = "streets"
+_SHOWN = 20  # problems that an error lists
+# The first seed and the usual count of each split.
+_STREETS_OF = {"train": (0, 1000), "val": (1_000_000, 100)}
+
+#: Cityscapes' labelIds -> its 19 train ids; everything else is ignored.
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_CITYSCAPES_LAST = 33
+
+
+class DataError(ValueError):
+    """What is wrong with a data set, one line per file."""
+
+
+class Example(NamedTuple):
+    """A picture, uint8 (H, W, 3), and its labels, uint8 (H, W)."""
+
+    picture: Pixels
+    labels: Pixels
+
+
+class Source(Protocol):
+    """Where examples come from. ``read`` raises ValueError or OSError for a damaged example."""
+
+    classes: tuple[str, ...]
+    ignore: int
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str: ...
+    def read(self, index: int) -> Example: ...
+
+
+class Files:
+    """Pairs of files: a picture and its labels."""
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        classes: tuple[str, ...],
+        ignore: int = IGNORE,
+        table: Pixels | None = None,
+    ) -> None:
+        """``table`` (256,) replaces the labels in the files; what it maps to no class is ``ignore``."""
+        self.pairs, self.classes, self.ignore, self.table = list(pairs), classes, ignore, table
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return str(self.pairs[index][0])
+
+    def read(self, index: int) -> Example:
+        picture, labels = self.pairs[index]
+        pixels = _read_upright(picture)
+        ids = _read_labels(labels)
+        if ids.shape != pixels.shape[:2]:
+            raise ValueError(
+                f"{labels}: is {ids.shape[0]}x{ids.shape[1]}, its picture {picture} is "
+                f"{pixels.shape[0]}x{pixels.shape[1]}"
+            )
+        if self.table is not None:
+            _check_ids(ids, range(_CITYSCAPES_LAST + 1), IGNORE, str(labels))
+            ids = self.table[ids]
+        _check_ids(ids, range(len(self.classes)), self.ignore, str(labels))
+        return Example(pixels, ids)
+
+
+class Streets:
+    """``count`` procedural street scenes with CamVid's classes, drawn from ``seed`` on."""
+
+    classes: tuple[str, ...] = CAMVID_CLASSES
+
+    def __init__(
+        self,
+        count: int,
+        seed: int = 0,
+        size: tuple[int, int] = (360, 480),
+        ignore: int = CAMVID_IGNORE,
+    ) -> None:
+        self.count, self.seed, self.size, self.ignore = count, seed, size, ignore
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"street {self.seed + index}"
+
+    def read(self, index: int) -> Example:
+        picture, labels = street(self.seed + index, *self.size)
+        labels[labels == CAMVID_IGNORE] = self.ignore
+        return Example(picture, labels)
+
+
+def _read_upright(path: Path) -> Pixels:
+    pixels = read_picture(path)
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if turned != 1:  # its labels have no such tag
+        rule = "a picture with labels must be stored upright"
+        raise ValueError(f"{path}: {rule}, got EXIF orientation {turned}")
+    return pixels
+
+
+def _read_labels(path: Path) -> Pixels:
+    try:
+        with Image.open(path) as image:
+            raw = [part for tile in image.tile for part in np.atleast_1d(tile[3]).tolist()]
+            image.load()
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    rule = "labels must be 8-bit class ids in one channel"
+    if image.mode not in ("L", "P"):
+        raise ValueError(f"{path}: {rule}, got an image of mode {image.mode}")
+    packed = [mode for mode in raw if str(mode).startswith("L;")]
+    if packed:  # Pillow spreads fewer bits over 0 to 255
+        raise ValueError(f"{path}: {rule}, got an image of raw mode {packed[0]}")
+    return np.array(image)
+
+
+def _check_ids(labels: Pixels, known: range, ignore: int, name: str) -> None:
+    counts = np.bincount(labels.ravel(), minlength=256)
+    counts[known.start : known.stop] = 0
+    if 0 <= ignore < 256:
+        counts[ignore] = 0
+    if counts.any():
+        label = int(counts.argmax())
+        y, x = np.argwhere(labels == label)[0]
+        raise ValueError(
+            f"{name}: label id {label} (row {y}, column {x}) is neither a class, "
+            f"0 to {known.stop - 1}, nor the ignored id {ignore}"
+        )
+
+
+def open_source(
+    root: str | os.PathLike[str],
+    split: str,
+    num_classes: int | None = None,
+    ignore: int | None = None,
+) -> Source:
+    """The examples of one split of a data set.
+
+    ``root`` is a folder with ``<split>/images`` and ``<split>/labels`` (the same names, any suffix) whose
+    class names are the lines of ``classes.txt`` or numbers 0 to ``num_classes - 1``; or Cityscapes' own
+    folder (``leftImg8bit`` and ``gtFine``); or "streets", the procedural ones ("streets:500" for 500).
+
+    The latter two have their own classes and ignored ids: ``num_classes`` and ``ignore`` must be None.
+
+    Raises:
+        DataError: no such folder, an empty one, pictures without labels or the reverse, a wrong argument.
+    """
+    kind, _, count = os.fspath(root).partition(":")
+    root = Path(root)
+    own = kind == STREETS or (root / "leftImg8bit").is_dir()
+    for name, value in (("--classes", num_classes), ("--ignore", ignore)):
+        if own and value is not None:
+            raise DataError(f"{name} must be left out: {root} has its own, got {value}")
+    if kind == STREETS:
+        if count and not (count.isdecimal() and int(count) > 0):
+            raise DataError(f"streets must be followed by a number above 0, got {str(root)!r}")
+        if split not in _STREETS_OF:
+            raise DataError(f"split of streets must be train or val, got {split!r}")
+        first, usual = _STREETS_OF[split]
+        return Streets(int(count or usual), first)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    if own:
+        return _cityscapes(root, split)
+    return _folder(root, split, num_classes, IGNORE if ignore is None else ignore)
+
+
+def _folder(root: Path, split: str, num_classes: int | None, ignore: int) -> Files:
+    names = root / "classes.txt"
+    if names.is_file():
+        classes = _read_names(names)
+        if num_classes not in (None, len(classes)):
+            raise DataError(f"{names}: names {len(classes)} classes, --classes says {num_classes}")
+    elif num_classes is not None:
+        classes = class_names(num_classes)[0]
+    else:
+        raise DataError(f"{names}: missing; name the classes there, one a line, or give --classes")
+    if not 1 <= len(classes) <= 255:
+        raise DataError(f"{root}: must have 1 to 255 classes, got {len(classes)}")
+    if not len(classes) <= ignore <= 255:
+        raise DataError(f"--ignore must be {len(classes)} to 255, beyond the classes, got {ignore}")
+    folder = root / split
+    pictures, labels = _by_name(folder / "images"), _by_name(folder / "labels")
+    return Files(_paired(folder, pictures, labels), classes, ignore)
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    """A class name a line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: must be text in UTF-8: {error}") from None
+    names = [line.strip() for line in lines]
+    for number, name in enumerate(names, 1):
+        if not name or name in names[: number - 1]:
+            problem = "repeats " + repr(name) if name else "is empty"
+            raise DataError(f"{path}: each line must name another class, line {number} {problem}")
+    return tuple(names)
+
+
+def _by_name(folder: Path, ending: str = "") -> dict[str, Path]:
+    """Image files below ``folder`` by their path without suffix and ``ending``."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder (is the split called otherwise?)")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder).with_suffix(""))
+        known = path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+        if known and name.endswith(ending):
+            name = name.removesuffix(ending)
+            if name in found:
+                raise DataError(f"{path}: has the same name as {found[name]}")
+            found[name] = path
+    return found
+
+
+def _paired(
+    folder: Path, pictures: dict[str, Path], labels: dict[str, Path]
+) -> list[tuple[Path, Path]]:
+    if not pictures and not labels:
+        raise DataError(f"{folder}: holds no pictures")
+    problems = [f"{pictures[n]}: has no labels" for n in pictures if n not in labels]
+    problems += [f"{labels[n]}: has no picture" for n in labels if n not in pictures]
+    raise_problems(problems)
+    return [(pictures[name], labels[name]) for name in sorted(pictures)]
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises :class:`DataError` with the first of them, where there are any."""
+    if problems:
+        more = len(problems) - _SHOWN
+        tail = [f"... and {more} more"] if more > 0 else []
+        raise DataError("\n".join([*problems[:_SHOWN], *tail]))
+
+
+def _cityscapes(root: Path, split: str) -> Files:
+    table = np.full(256, IGNORE, np.uint8)
+    table[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
+    pictures = _by_name(root / "leftImg8bit" / split, "_leftImg8bit")
+    labels = _by_name(root / "gtFine" / split, "_gtFine_labelIds")
+    pairs = _paired(root / "leftImg8bit" / split, pictures, labels)
+    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table)

@@ -1,0 +1,116 @@
+"""What a run learns by: every choice that decides its result, and what each means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..arch.config import PRESETS
+
+_BATCH_OF_LR, _POWER = 12, 0.9
+
+
+def _choice(default: Any, meaning: str, among: Collection[str] = ()) -> Any:
+    """A field, its meaning in words and, where they are few, the values it may have."""
+    return field(default=default, metadata={"meaning": meaning, "among": tuple(among)})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a run learns; the defaults are the paper's.
+
+    Each field's metadata say its ``meaning`` and, where there are few, the values it may be ``among``.
+
+    Raises:
+        ValueError: a field breaks a rule; the message names the field, the rule and the value.
+    """
+
+    preset: str = _choice("paper", "architecture", PRESETS)
+    weights: str | None = _choice(
+        None,
+        "checkpoint of the preset to start from (random weights); where its classes are others in number,"
+        " the last convolution starts at random",
+    )
+    epochs: float = _choice(1000.0, "passes over the training examples")
+    batch: int = _choice(12, "examples per step over all processes")
+    accumulate: int = _choice(
+        1, "parts a process computes its share of the batch in, to save memory"
+    )
+    lr: float = _choice(0.045, "learning rate at batch 12; it is scaled with the batch")
+    weight_decay: float = _choice(
+        4e-5, "L2 on weights of convolutions, but for depthwise ones, batch norms and biases"
+    )
+    aux_weight: float = _choice(0.4, "weight of each auxiliary loss; 0: no auxiliary heads")
+    dropout: float | None = _choice(
+        None, "dropout before the last convolution of each head (the preset's own)"
+    )
+    size: tuple[int, int] | None = _choice(
+        None,
+        "size of a whole picture as the network's input (its own); labels are not resized along",
+    )
+    crop: tuple[int, int] | None = _choice(
+        None,
+        "size of a crop as the network's input (--size, or the first picture's, in whole multiples of 32)",
+    )
+    scale: tuple[float, float] = _choice((0.5, 2.0), "bounds of the random resize")
+    flip: bool = _choice(True, "mirror half of the examples")
+    colour: float = _choice(0.2, "strength of changes in brightness, contrast, saturation, hue")
+    photo: float = _choice(0.0, "strength of changes in gamma and colour cast, blur, noise")
+    streets: float = _choice(0.0, "share of procedural street scenes in the batches")
+    class_weights: float = _choice(
+        0.0, "C > 1 weighs a class of frequency f by 1 / log(C + f); 0: all classes alike"
+    )
+    ohem: float = _choice(
+        0.0, "online hard example mining: the hardest share of pixels to keep in any case; 0: off"
+    )
+    smoothing: float = _choice(0.0, "label smoothing")
+    ema: float = _choice(
+        0.0, "decay per step of a moving average of the weights, which is then what is kept; 0: off"
+    )
+    freeze_bn: bool = _choice(False, "keep the statistics of batch norm as they are")
+    dtype: str = _choice(
+        "auto",
+        "autocast to bfloat16, or none; auto: bfloat16 where the processor has it",
+        ("auto", "bfloat16", "float32"),
+    )
+    seed: int = _choice(0, "of initial weights, order, augmentation and dropout")
+
+    def __post_init__(self) -> None:
+        for name in ("size", "crop", "scale"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option.name} must be finite, got {value}")
+        rules = {
+            "epochs": (self.epochs > 0, "must be positive"),
+            "batch": (self.batch >= 1, "must be at least 1"),
+            "accumulate": (self.accumulate >= 1, "must be at least 1"),
+            "lr": (self.lr > 0, "must be positive"),
+            "weight_decay": (self.weight_decay >= 0, "must be at least 0"),
+            "aux_weight": (self.aux_weight >= 0, "must be at least 0"),
+            "dropout": (self.dropout is None or 0 <= self.dropout <= 0.99, "must be 0 to 0.99"),
+            "seed": (self.seed >= 0, "must be at least 0"),
+            "scale": (0 < self.scale[0] <= self.scale[1], "must be two numbers above 0 in order"),
+            "colour": (0 <= self.colour < 1, "must be at least 0 and below 1"),
+            "photo": (0 <= self.photo <= 2, "must be 0 to 2"),
+            "streets": (0 <= self.streets <= 1, "must be 0 to 1"),
+            "class_weights": (
+                self.class_weights == 0 or self.class_weights > 1,
+                "must be 0 or above 1",
+            ),
+            "ohem": (0 <= self.ohem <= 1, "must be 0 to 1"),
+            "smoothing": (0 <= self.smoothing < 1, "must be at least 0 and below 1"),
+            "ema": (0 <= self.ema < 1, "must be at least 0 and below 1"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} {rule}, got {getattr(self, name)}")
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """lr * batch / 12 * (1 - step / steps) ** 0.9"""
+    return recipe.lr * recipe.batch / _BATCH_OF_LR * (1 - step / steps) ** _POWER
