@@ -107,7 +107,7 @@ class Work:
             wide = self.case.dtype == torch.float32
             assert_labels(y, self.ref64, 1e-4 if wide else 2**-7 * self.ref64.abs().max().item())
         else:
-            assert_parity(y, self.own, self.ref64, *BOUNDS[self.case.arithmetic])
+            assert_parity(y, self.own, self.ref64, *BOUNDS[self.case.arithmetic].op)
 
     @property
     def bytes(self) -> int:

@@ -7,8 +7,8 @@ A fixed layer of a real network can be held to a multiple of torch's own error (
 one draw of chance against another: a result of few values, most of them clamped, may come out exact in one
 arithmetic and not in the other, and a sum may cancel to much less than what was rounded on its way. So an
 error passes as well where it is one that honest rounding makes of this very layer: that of the float64
-reference when every number that it makes is moved, up or down by chance, by MOST of itself (helpers.honest,
-the mean square over a few draws). MOST is as far as rounding goes, each time; it goes half as far in mean
+reference when every number that it makes is moved, up or down by chance, by Bound.rounding of itself (helpers.honest,
+the mean square over a few draws). That is as far as rounding goes, each time; it goes half as far in mean
 square, so errors must conspire to get past the bound, whatever the layer does to them.
 
 - bfloat16: 2^-8, half a unit in the last of 8 bits. Sums are float32.
@@ -28,6 +28,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import LABEL_ULPS, Case, Size
 from helpers import (
     BOUNDS,
     LAYOUTS,
@@ -40,8 +41,7 @@ from helpers import (
     threads,
 )
 from hypothesis import given, settings, strategies as st
-from test_network import Network, assert_chain
-from test_ops import LABEL_ULPS, Case, Size
+from networks import Network, assert_chain
 from torch import Tensor
 
 from fastscnn_fast import ops
@@ -54,7 +54,6 @@ from fastscnn_fast.runtime.model import FastSCNN
 
 pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
-MOST = {"float32": 1e-6, "bfloat16": 2**-8, "high": 3 * 2**-16}
 SEEDS, COUNTS, BATCHES = st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3)
 ARITHMETICS = st.sampled_from([name for name in registry.ARITHMETICS if registry.isas(name)])
 
@@ -112,7 +111,7 @@ def check_layer(case: Case, seed: int, count: int) -> None:
     labels = case.output == "labels"
     with threads(1):  # too small to share
         ref64, own = run64("logits" if labels else case.output), case.reference(inputs, weights)
-        others = [] if labels else honest(run64, MOST[case.arithmetic])
+        others = [] if labels else honest(run64, BOUNDS[case.arithmetic].rounding)
     with pytest.MonkeyPatch.context() as monkeypatch, threads(count):
         for isa in registry.isas(case.arithmetic):
             monkeypatch.setenv("FASTSCNN_ISA", isa)
@@ -121,7 +120,7 @@ def check_layer(case: Case, seed: int, count: int) -> None:
             if labels:
                 assert_labels(y, ref64, LABEL_ULPS * inputs[0].abs().max().item())
             else:
-                assert_honest(y, own, ref64, others, BOUNDS[case.arithmetic][0])
+                assert_honest(y, own, ref64, others, BOUNDS[case.arithmetic].op[0])
 
 
 @given(cases(), SEEDS, COUNTS)
@@ -199,12 +198,12 @@ def check_network(
 
     with threads(1):
         ref64, own = run64(), net.reference(x)
-        others = honest(run64, 4 * MOST[arithmetic], 8)
+        others = honest(run64, 4 * BOUNDS[arithmetic].rounding, 8)
     with pytest.MonkeyPatch.context() as monkeypatch:
         for isa in registry.isas(arithmetic):
             monkeypatch.setenv("FASTSCNN_ISA", isa)
             print(isa)
-            assert_honest(net.run(x), own, ref64, others, BOUNDS[arithmetic][0])
+            assert_honest(net.run(x), own, ref64, others, BOUNDS[arithmetic].op[0])
             assert_chain(net, x, ops.OUTPUTS if config.num_classes <= 256 else ops.OUTPUTS[:2])
 
 

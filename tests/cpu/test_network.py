@@ -9,18 +9,18 @@ and is held to the float32 bound where weights are trained.
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import Size
 from helpers import (
+    BOUNDS,
     LAYOUTS,
     Kernels,
     assert_labels,
@@ -29,9 +29,9 @@ from helpers import (
     lifelike,
     noise,
     random_weights,
-    run_poisoned,
     threads,
 )
+from networks import Network, assert_chain
 from PIL import Image
 from torch import Tensor
 from torch.random import fork_rng
@@ -40,66 +40,11 @@ from fastscnn_fast import load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
 from fastscnn_fast.data.scenes import street
-from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program.layers import Layer, program
-from fastscnn_fast.runtime.fused import FusedFastSCNN, fuse
+from fastscnn_fast.runtime.fused import fuse
 from fastscnn_fast.runtime.model import FastSCNN
 
 pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
-
-Size = tuple[int, ...]  # (height, width)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network in plain torch, in float64, and fused; ``reference`` is torch's own in the same dtype."""
-
-    model: FastSCNN
-    model64: FastSCNN
-    own: FastSCNN
-    fast: FusedFastSCNN
-
-    @staticmethod
-    def of(model: FastSCNN, arithmetic: str = "float32") -> Network:
-        dtype, precision = registry.ARITHMETICS[arithmetic]
-        own, model64 = copy.deepcopy(model).to(dtype), copy.deepcopy(model).double()
-        return Network(model, model64, own, fused(model, dtype, precision))
-
-    @cached_property
-    def layers(self) -> list[tuple[Layer, Tensor]]:
-        """Each with its own packed weights."""
-        folded = fold(self.model)
-        return [
-            (layer, ops.pack([layer], [tensors], "cpu", self.fast.dtype, self.fast.precision))
-            for layer, tensors in zip(folded.layers, folded.tensors)
-        ]
-
-    @property
-    def arithmetic(self) -> str:
-        return registry.arithmetic(self.fast.dtype, self.fast.precision)
-
-    def run(self, x: Tensor, output: str = "logits") -> Tensor:
-        """The fused result, poisoned."""
-        fast = self.fast
-        return run_poisoned("network", x, fast.weights, fast.program, fast.dtype, output)
-
-    def noise(self, batch: int, height: int, width: int) -> Tensor:
-        return noise(batch, self.model.config.in_channels, height, width).to(self.fast.dtype)
-
-    @torch.no_grad()
-    def reference64(self, x: Tensor) -> Tensor:
-        with threads(1):
-            return self.model64.reference(x if x.dtype == torch.uint8 else x.double())
-
-    @torch.no_grad()
-    def reference(self, x: Tensor) -> Tensor:
-        with threads(1):
-            return self.own.reference(x)
-
-
-def fused(model: FastSCNN, dtype: torch.dtype, precision: str) -> FusedFastSCNN:
-    """For the cpu backend, on whatever instruction set is forced."""
-    return FusedFastSCNN(fold(model), "cpu", dtype, precision)
 
 
 @cache
@@ -126,23 +71,15 @@ def prepared(name: str, dtype: torch.dtype, batch: int, size: Size, raw: bool = 
     return x, net.reference(x), net.reference64(x)
 
 
-# Logits may err by factor times torch's own error, or by floor. In "high" products are exact to 2^-18 where
-# float32's are to 2^-24, and what an untrained network makes of either is in torch's own error.
-BOUNDS = {"float32": (2.0, 1e-5), "bfloat16": (1.5, 1e-5), "high": (2.0**6, 1e-5)}
-# Labels may differ from the reference's at this share of pixels, or factor times as often as torch's own. In
-# "high" they do so more often than in float32 as much as the logits err more.
-SHARES = {"float32": 1e-4, "bfloat16": 5e-3, "high": 2.0**6 * 1e-4 / 2}
-
-
 def assert_share(labels: Tensor, own: Tensor, ref64: Tensor, arithmetic: str) -> None:
     wrong, owns = ((y != ref64.argmax(1)).double().mean().item() for y in (labels, own.argmax(1)))
-    largest = max(SHARES[arithmetic], BOUNDS[arithmetic][0] * owns)
+    largest = max(BOUNDS[arithmetic].labels, BOUNDS[arithmetic].network[0] * owns)
     assert wrong <= largest, f"{wrong:.2e} of the labels are wrong, torch's {owns:.2e}"
 
 
 def check(net: Network, x: Tensor, own: Tensor, ref64: Tensor) -> Tensor:
     """Parity of all three outputs; returns the labels."""
-    bound = BOUNDS[net.arithmetic]
+    bound = BOUNDS[net.arithmetic].network
     logits, probabilities, labels = (net.run(x, output) for output in ops.OUTPUTS)
     assert_parity(logits, own, ref64, *bound)
     assert_parity(probabilities, own.softmax(1), ref64.softmax(1), *bound)
@@ -228,10 +165,10 @@ def trained(arithmetic: str) -> tuple[Network, Tensor, Tensor, Tensor]:
 
 def test_trained_weights(best_kernels: Kernels) -> None:
     net, x, own, ref64 = trained(best_kernels.arithmetic)
-    bound = "bfloat16" if best_kernels.dtype == torch.bfloat16 else "float32"
-    assert_parity(net.run(x), own, ref64, *BOUNDS[bound])
+    bound = BOUNDS["bfloat16" if best_kernels.dtype == torch.bfloat16 else "float32"]
+    assert_parity(net.run(x), own, ref64, *bound.network)
     wrong = (net.run(x, "labels") != ref64.argmax(1)).double().mean().item()
-    assert wrong <= SHARES[bound]
+    assert wrong <= bound.labels
 
 
 PICTURES = sorted(Path(os.environ.get("FASTSCNN_PICTURES") or os.devnull).glob("*.*"))
@@ -269,7 +206,7 @@ def test_pictures_of_any_strides(layout: str, raw: bool, best_kernels: Kernels) 
 def test_raw_pixels(name: str, best_kernels: Kernels) -> None:
     x, own, ref64 = prepared(name, best_kernels.dtype, 2, (65, 96), raw=True)
     net = network(name, best_kernels.arithmetic)
-    assert_parity(net.run(x), own, ref64, *BOUNDS[net.arithmetic])
+    assert_parity(net.run(x), own, ref64, *BOUNDS[net.arithmetic].network)
 
 
 def test_non_finite_pixels(kernels: Kernels) -> None:
@@ -285,41 +222,6 @@ def test_non_finite_pixels(kernels: Kernels) -> None:
 
 
 # ---------------------------------------------------------------- arithmetic
-
-
-def chain(net: Network, x: Tensor) -> tuple[Tensor, Callable[[str], Tensor]]:
-    """The network as separate ops, each with its own packed weights: the small logits, and what becomes of them."""
-    size, high = (x.shape[2], x.shape[3]), x
-    *layers, (last, last_packed) = net.layers
-    for index, (layer, packed) in enumerate(layers):
-        if layer.op == "feature_fusion":
-            x = ops.feature_fusion(high, x, packed, layer)
-        elif layer.op == "stem_conv":
-            x = ops.stem_conv(x, packed, layer, dtype=net.fast.dtype)
-        else:
-            x = getattr(ops, layer.op)(x, packed, layer)
-        if index == 2:
-            high = x
-    return x, lambda output: ops.upsample_classify(x, last_packed, last, size, output)
-
-
-def assert_chain(net: Network, x: Tensor, outputs: Sequence[str] = ops.OUTPUTS) -> None:
-    """The network is its ops, bit for bit, but for the small logits, which stay float32 inside it.
-
-    In bfloat16 the op rounds these by 2^-8 of themselves, and both results are rounded once more. A
-    probability follows by at most half of what the logits move.
-    """
-    small, expected = chain(net, x)
-    moved = 2**-8 * small.abs().max().item()
-    for output in outputs:
-        y = net.run(x, output)
-        if net.fast.dtype != torch.bfloat16:
-            assert torch.equal(y, expected(output)), output
-        elif output == "labels":
-            assert_labels(y, expected("logits").double(), 4.1 * moved)
-        else:
-            largest = 3 * moved if output == "logits" else moved / 2 + 2 * 2**-8
-            assert ((y.double() - expected(output).double()).abs() <= largest).all(), output
 
 
 @pytest.mark.parametrize("name", PRESETS)

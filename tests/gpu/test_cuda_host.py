@@ -19,9 +19,9 @@ import cuda_host
 import gpu_parity
 import pytest
 import torch
+from cases import Case
 from gpu_parity import *  # noqa: F403
 from gpu_parity import GpuCase, check_odd, slow_unless
-from test_ops import Case
 
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry

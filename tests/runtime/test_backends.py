@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Kernels, err, small_network
+from helpers import BOUNDS, Kernels, assert_parity, err, small_network
 
 from fastscnn_fast import fuse
 from fastscnn_fast.arch.config import PRESETS, Config, preset
@@ -108,12 +109,13 @@ def test_the_report_has_a_line_for_every_backend():
 
 @built
 def test_every_instruction_set_computes_the_same(kernels):
-    x, model = torch.randn(1, 3, 70, 90), small_network()
+    x, model = torch.randn(1, 3, 70, 90).to(kernels.dtype), small_network()
     fast = fuse(model, "cpu", kernels.dtype, kernels.precision)
     assert (fast.dtype, fast.precision) == (kernels.dtype, kernels.precision)
-    bound = {"float32": 1e-5, "bfloat16": 5e-2, "high": 1e-3}[kernels.arithmetic]
+    own, model64 = copy.deepcopy(model).to(kernels.dtype), copy.deepcopy(model).double()
     with torch.no_grad():
-        assert err(fast(x.to(kernels.dtype)), model.reference(x).double()) < bound
+        y, owns, ref64 = fast(x), own.reference(x), model64.reference(x.double())
+    assert_parity(y, owns, ref64, *BOUNDS[kernels.arithmetic].network)
 
 
 @built
@@ -207,6 +209,7 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
 def test_without_the_extension_everything_runs_in_plain_torch():
     """One logged reason, no warning; a forced cpu backend says what is missing."""
     script = """
+import copy
 import logging, sys, torch
 sys.modules["fastscnn_fast._cpu"] = None
 messages = []

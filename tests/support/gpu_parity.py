@@ -20,20 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    GUARD,
-    LAYOUTS,
-    Guarded,
-    assert_labels,
-    assert_parity,
-    err,
-    in_layout,
-    lifelike,
-    noise,
-    run_poisoned,
-)
-from layouts import SMALL
-from test_ops import (
+from cases import (
     DSCONV,
     EXACT,
     FEATURE_FUSION,
@@ -50,6 +37,21 @@ from test_ops import (
     quarter,
     upsample,
 )
+from helpers import (
+    BOUNDS,
+    GUARD,
+    LAYOUTS,
+    Bound,
+    Guarded,
+    assert_labels,
+    assert_parity,
+    err,
+    in_layout,
+    lifelike,
+    noise,
+    run_poisoned,
+)
+from layouts import SMALL
 from torch import Tensor
 
 from fastscnn_fast import ops
@@ -73,15 +75,11 @@ ARITHMETICS = {
     "float16": (torch.float16, "highest"),
     "bfloat16": (torch.bfloat16, "highest"),
 }
-# Factor and floor of assert_parity. Both operands of a TF32 product are cut to 10 bits: each errs by up to
-# 2^-10, half of that on average, and up to three products follow each other.
-_TF32 = 1e-6 if INTERPRETED else 2.0**-9
-BOUNDS = {
-    "float32": (2.0, 1e-6),
-    "high": (2.0, _TF32),
-    "float16": (1.5, 1e-6),
-    "bfloat16": (1.5, 1e-6),
-}
+
+
+def bound(arithmetic: str) -> Bound:
+    name = "float32" if INTERPRETED else "tf32"
+    return BOUNDS[name if arithmetic == "high" else arithmetic]
 
 
 def how(arithmetic: str) -> tuple[torch.dtype, str]:
@@ -144,7 +142,7 @@ def poisoned_arenas(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 def check(case: GpuCase, least: float = 0.0) -> None:
     inputs, weights = case.inputs(), case.weights()
     own, ref64 = case.reference(inputs, weights), case.reference64(inputs, weights)
-    assert_parity(case.run(inputs, weights), own, ref64, *BOUNDS[case.arithmetic], least)
+    assert_parity(case.run(inputs, weights), own, ref64, *bound(case.arithmetic).op, least)
 
 
 def check_odd(case: GpuCase) -> None:
@@ -404,9 +402,6 @@ def test_positions_beyond_32_bits() -> None:
 
 # ---------------------------------------------------------------- networks
 
-# As in test_network.py: an untrained network amplifies rounding.
-FLOOR = 1e-5
-
 
 @cache
 def small_model(name: str) -> FastSCNN:
@@ -447,7 +442,6 @@ def test_networks(name: str, arithmetic: str, size: Size, raw: bool, output: str
         return run_poisoned("network", *arguments, backend=BACKEND).cpu()
 
     y = run(output)
-    factor, floor = BOUNDS[arithmetic]
     if output == "labels":
         # As in test_network.py: the logits are compared before they are rounded to their dtype.
         rounding = torch.finfo(fast.dtype).eps / 2 * ref64.abs().max().item()
@@ -456,7 +450,7 @@ def test_networks(name: str, arithmetic: str, size: Size, raw: bool, output: str
     else:
         if output == "probabilities":
             ref64, owns = ref64.softmax(1), owns.softmax(1)
-        assert_parity(y, owns, ref64, factor, max(floor, FLOOR))
+        assert_parity(y, owns, ref64, *bound(arithmetic).network)
 
 
 @torch.no_grad()
@@ -465,9 +459,8 @@ def test_a_batch_of_pictures_whose_logits_are_one_pixel() -> None:
     model, fast, x = small_model("paper"), fused("paper"), noise(2, 3, 8, 8)
     arguments = (x.to(DEVICE), fast.weights, fast.program, fast.dtype, "logits")
     y = run_poisoned("network", *arguments, backend=BACKEND).cpu()
-    factor, floor = BOUNDS["float32"]
     ref64 = copy.deepcopy(model).double().reference(x.double())
-    assert_parity(y, model.reference(x), ref64, factor, max(floor, FLOOR))
+    assert_parity(y, model.reference(x), ref64, *BOUNDS["float32"].network)
 
 
 def test_calls_of_a_network() -> None:

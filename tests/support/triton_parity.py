@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpu_parity import *  # noqa: F403
-from gpu_parity import GpuCase, check_odd, each_op
-from test_ops import (
+from cases import (
     DSCONV,
     FEATURE_FUSION,
     INVERTED_RESIDUAL,
@@ -15,6 +13,8 @@ from test_ops import (
     Size,
     upsample,
 )
+from gpu_parity import *  # noqa: F403
+from gpu_parity import GpuCase, check_odd, each_op
 
 from fastscnn_fast.backends.gpu import plan, tiles
 from fastscnn_fast.kernels import (

@@ -8,8 +8,8 @@ import cuda_host
 import gpu_parity
 import pytest
 import torch
+from cases import Case
 from gpu_parity import (
-    BOUNDS,
     ONE_OF_EACH,
     GpuCase,
     fused,
@@ -17,8 +17,7 @@ from gpu_parity import (
     slow_unless,
     small_model,
 )
-from helpers import err, noise
-from test_ops import Case
+from helpers import BOUNDS, err, noise
 
 from fastscnn_fast.backends import registry
 
@@ -44,7 +43,7 @@ def test_ops(case: Case, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gpu_parity, "BACKEND", "triton")
     triton = own.run(inputs, weights)
     ref64 = own.reference64(inputs, weights)
-    factor, floor = BOUNDS[arithmetic]
+    factor, floor = BOUNDS[arithmetic].op
     bound = max(factor * err(own.reference(inputs, weights), ref64), floor)
     least = max(1.0, ref64.square().mean().sqrt().item())
     assert err(cuda, triton.double(), least) <= bound
