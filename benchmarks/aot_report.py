@@ -28,8 +28,9 @@ from fastscnn_fast.backends.gpu.cuda import CudaStep, Described, described
 from fastscnn_fast.backends.gpu.machine import MULTIPROCESSORS, PRODUCTS, WIDE_LOADS, count
 from fastscnn_fast.backends.gpu.tiles import Architecture
 from fastscnn_fast.kernels.launch import Launch
-from fastscnn_fast.program.layers import Step, plan
+from fastscnn_fast.program.layers import SizedLayer
 from fastscnn_fast.program.memory import cdiv, rounded_up
+from fastscnn_fast.program.program import layer_sizes
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ((1024, 2048), (512, 1024), (256, 512))
@@ -233,12 +234,12 @@ def kernels(name: str, size: tuple[int, int]) -> Iterator[Row]:
 
 def cuda_steps(
     name: str, size: tuple[int, int], output: str
-) -> Iterator[tuple[Step, list[Described]]]:
+) -> Iterator[tuple[SizedLayer, list[Described]]]:
     """The network's layers with their launches in CUDA C++, none where that is not built."""
     if registry._cuda_module is None:
         return
     steps = aot.network(preset(name), size, DTYPE, 80, output, backend="cuda").steps
-    for layer, step in zip(plan(preset(name), *size), steps, strict=True):
+    for layer, step in zip(layer_sizes(preset(name), *size), steps, strict=True):
         assert isinstance(step, CudaStep)
         yield layer, described(step)
 

@@ -41,7 +41,7 @@ def _name(size: tuple[int, int]) -> str:
 
 
 def _fused(arithmetic: str, preset: str = "paper") -> FusedFastSCNN:
-    return fuse(bench.untrained_model(preset), "cpu", *registry.ARITHMETICS[arithmetic])
+    return fuse(bench.untrained_model(preset), "cpu", *registry.CPU_ARITHMETICS[arithmetic].asked)
 
 
 def _tasks(
@@ -111,10 +111,10 @@ def _start(arithmetic: str, preset: str, size: tuple[int, int], threads: int, ro
     torch.set_num_threads(threads)
     with torch.inference_mode():
         model = bench.untrained_model(preset)
-        x = torch.randn(1, 3, *size).to(registry.ARITHMETICS[arithmetic][0])
+        x = torch.randn(1, 3, *size).to(registry.CPU_ARITHMETICS[arithmetic].dtype)
         out = torch.zeros(1, model.config.num_classes, *size, dtype=x.dtype)
         times = [time.perf_counter()]
-        fast = fuse(model, "cpu", *registry.ARITHMETICS[arithmetic])
+        fast = fuse(model, "cpu", *registry.CPU_ARITHMETICS[arithmetic].asked)
         times.append(time.perf_counter())
         fast(x, out=out)
         times.append(time.perf_counter())
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [name for name in registry.ARITHMETICS if registry.isas(name)]
+    names = [name for name in registry.CPU_ARITHMETICS if registry.isas(name)]
     parser.add_argument("--arithmetics", nargs="+", choices=names, default=names)
     parser.add_argument("--threads", type=count, default=2, metavar="N")
     parser.add_argument("--rounds", type=count, default=20, metavar="R")

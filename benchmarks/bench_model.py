@@ -25,11 +25,12 @@ from torch import Tensor
 from fastscnn_fast import FastSCNN, FusedFastSCNN, bench, fuse, load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
-from fastscnn_fast.bench import Contestant, Parity, Plain, Probe, Result
+from fastscnn_fast.bench import Contestant, Plain, Probe, Result
 from fastscnn_fast.cli.options import count, size
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.export import export_onnx
-from fastscnn_fast.program.layers import plan
+from fastscnn_fast.program.parity import Parity
+from fastscnn_fast.program.program import layer_sizes
 
 OURS, ORT, OPENVINO, OPENVINO_BF16 = "fastscnn_fast", "onnxruntime", "OpenVINO", "OpenVINO bfloat16"
 FRESH = ", fresh output"
@@ -72,8 +73,10 @@ class Input:
     def eager(self) -> dict[str, Parity]:
         """How far eager torch is from the truth in each arithmetic's dtype."""
         return {
-            name: Parity.of(Plain(self.model, "logits", dtype)(self.x.to(dtype)), self.exact)
-            for name, (dtype, _) in registry.ARITHMETICS.items()
+            name: Parity.of(
+                Plain(self.model, "logits", one.dtype)(self.x.to(one.dtype)), self.exact
+            )
+            for name, one in registry.CPU_ARITHMETICS.items()
         }
 
     @cached_property
@@ -81,7 +84,7 @@ class Input:
         """Floating-point operations of a picture, by the stages of ``ops.network_stages``."""
         stages: dict[str, int] = {}
         blocks = 0
-        for step in plan(self.model.config, *self.pixels.shape[2:]):
+        for step in layer_sizes(self.model.config, *self.pixels.shape[2:]):
             part = step.layer.name.split(".")[0]
             stage = {"stem": "downsample", "fusion": "classifier", "upsample": "output"}.get(
                 part, part
@@ -183,7 +186,7 @@ def openvino(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
         return ov.Tensor(t.numpy(), shared_memory=True)
 
     def contestant(name: str, arithmetic: str, reuse: bool) -> Contestant:
-        dtype, _ = registry.ARITHMETICS[arithmetic]
+        dtype, _ = registry.CPU_ARITHMETICS[arithmetic].asked
         x, out = given.x.to(dtype), given.result(task, dtype)
         network = core.read_model(given.onnx(task))
         network.reshape({"x": list(x.shape)})
@@ -383,7 +386,7 @@ def _nets(model: FastSCNN, arithmetics: Sequence[str]) -> dict[str, FusedFastSCN
     """Ours, by arithmetic; one that cannot run here is left out with a word."""
     nets = {}
     for name in arithmetics:
-        dtype, precision = registry.ARITHMETICS[name]
+        dtype, precision = registry.CPU_ARITHMETICS[name].asked
         try:
             nets[name] = fuse(model, "cpu", dtype, precision)
         except registry.CannotRun as error:
@@ -416,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     several("--tasks", choices=TASKS, default=TASKS)
     several(
         "--arithmetics",
-        choices=registry.ARITHMETICS,
+        choices=registry.CPU_ARITHMETICS,
         help="all; high only with --weights, as untrained networks amplify what it rounds off",
     )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
@@ -446,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = args.weights is not None
     model = load_checkpoint(args.weights) if trained else bench.untrained_model(args.preset)
     if args.arithmetics is None:
-        args.arithmetics = [name for name in registry.ARITHMETICS if trained or name != "high"]
+        args.arithmetics = [name for name in registry.CPU_ARITHMETICS if trained or name != "high"]
     nets, peers, report = _nets(model, args.arithmetics), _installed(args.peers), Report()
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for one in args.size:

@@ -20,7 +20,8 @@ from fastscnn_fast import ops
 from fastscnn_fast.arch.config import Config, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.program import reference
-from fastscnn_fast.program.layers import Shape, Step, plan
+from fastscnn_fast.program.layers import Shape, SizedLayer
+from fastscnn_fast.program.program import layer_sizes
 
 Run = Callable[[], Tensor]
 
@@ -34,7 +35,7 @@ _ROOF_SECONDS = 0.02
 class Case:
     """A step of the plan, in one variant; ``calls`` is how often a forward pass to logits runs it."""
 
-    step: Step
+    step: SizedLayer
     calls: int
     variant: str
     arithmetic: str
@@ -45,7 +46,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return registry.ARITHMETICS[self.arithmetic][0]
+        return registry.CPU_ARITHMETICS[self.arithmetic].dtype
 
     @property
     def shape(self) -> str:
@@ -59,8 +60,8 @@ def _text(shape: Shape) -> str:
 
 
 def cases(config: Config, height: int, width: int, arithmetic: str = "float32") -> list[Case]:
-    """The distinct steps of ``plan(config, height, width)``, in the order of execution."""
-    steps = plan(config, height, width)
+    """The distinct steps of ``layer_sizes(config, height, width)``, in the order of execution."""
+    steps = layer_sizes(config, height, width)
     unnamed = [replace(step, layer=replace(step.layer, name="")) for step in steps]
     return [
         Case(step, 0 if number else unnamed.count(unnamed[index]), variant, arithmetic)
@@ -111,7 +112,7 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """Step.elements x 4 or, in bfloat16, x 2; less for pictures and labels of bytes."""
+        """SizedLayer.elements x 4 or, in bfloat16, x 2; less for pictures and labels of bytes."""
         return sum(t.nbytes for t in (*self.inputs, *self.weights.values(), self.own))
 
 
@@ -133,7 +134,9 @@ def _ours(work: Work) -> Run:
     if reason is not None:
         pytest.skip(reason)
     case, layer = work.case, work.case.step.layer
-    packed = ops.pack([layer], [work.weights], "cpu", *registry.ARITHMETICS[case.arithmetic])
+    packed = ops.pack(
+        [layer], [work.weights], "cpu", *registry.CPU_ARITHMETICS[case.arithmetic].asked
+    )
     op = getattr(ops, layer.op)
     if layer.op == "upsample_classify":
         return lambda: op(*work.inputs, packed, layer, case.step.output[1:], case.variant)

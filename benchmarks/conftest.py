@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--arithmetics",
         nargs="+",
-        choices=list(registry.ARITHMETICS),
+        choices=list(registry.CPU_ARITHMETICS),
         default=["float32"],
         help="default: float32",
     )

@@ -24,12 +24,14 @@ from fastscnn_fast import FastSCNN, bench, fuse, load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu.measure import copies, milliseconds
-from fastscnn_fast.bench import Bounds, Call, Contestant, Parity, Plain, Probe, Result, Timer
+from fastscnn_fast.bench import Call, Contestant, Plain, Probe, Result, Timer
 from fastscnn_fast.cli.options import DTYPES, count, size
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program import memory, reference
-from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.arithmetic import ARITHMETICS
+from fastscnn_fast.program.layers import PICTURE, Layer
+from fastscnn_fast.program.parity import Parity
 from fastscnn_fast.runtime import graphs
 
 OURS, COMPILED, TENSORRT, GRAPHED = (
@@ -42,9 +44,7 @@ TASKS = ("logits", "labels")
 PARTS = ("network", "layers")
 #: Of a layer, whose channels mean no classes.
 LAYER_BOUNDS = {
-    "float32": Bounds(1e-6, 1.0, 2.0),
-    "bfloat16": Bounds(0.0, 1.0, 1.5),
-    "float16": Bounds(0.0, 1.0, 1.5),
+    name: replace(one.layer_bounds, disagreement=1.0) for name, one in ARITHMETICS.items()
 }
 _WARM_UPS = 3
 
@@ -238,15 +238,14 @@ def places(given: Given, dtype: torch.dtype) -> list[NetworkLayer]:
     """The distinct layers, in order."""
     found: dict[Any, NetworkLayer] = {}
     x = given.x.to(dtype).contiguous(memory_format=torch.channels_last)
-    high, full = x, (given.x.shape[2], given.x.shape[3])
+    full = (given.x.shape[2], given.x.shape[3])
     folded = fold(given.model)
-    for index, (layer, tensors) in enumerate(zip(folded.layers, folded.tensors)):
-        inputs = (high, x) if layer.op == "feature_fusion" else (x,)
-        place = NetworkLayer(layer, inputs, tensors, full)
-        found.setdefault((layer.encode(), x.shape), place)
-        x = place.run(*inputs, dtype=dtype)
-        if index == 2:  # the end of learning to downsample
-            high = x
+    made: list[Tensor] = []
+    for layer, tensors in zip(folded.layers, folded.tensors):
+        inputs = tuple(x if at == PICTURE else made[at] for at in layer.inputs)
+        place = NetworkLayer(layer.alone, inputs, tensors, full)
+        found.setdefault((layer.alone, inputs[0].shape), place)
+        made.append(place.run(*inputs, dtype=dtype))
     return list(found.values())
 
 

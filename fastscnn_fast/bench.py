@@ -21,7 +21,8 @@ from .arch.network import normalise
 from .backends import registry
 from .data.scenes import street
 from .plots import figure
-from .program.parity import relative_error
+from .program.arithmetic import ARITHMETICS
+from .program.parity import Bounds, Parity
 from .runtime.fused import FusedFastSCNN
 from .runtime.model import FastSCNN
 
@@ -37,44 +38,8 @@ Probe = Callable[[], Sequence[float]]
 Timer = Callable[[Call, int, int], Probe]
 
 
-@dataclass(frozen=True)
-class Parity:
-    """How far a result is from float64: :func:`relative_error` of logits, and the share of other labels."""
-
-    error: float | None
-    disagreement: float
-
-    @staticmethod
-    def of(y: Tensor, exact: Tensor) -> Parity:
-        """Of logits (N, K, H, W), or of uint8 labels (N, H, W), whose error is None."""
-        labels = y if y.dtype == torch.uint8 else y.argmax(1)
-        error = None if y.dtype == torch.uint8 else relative_error(y, exact)
-        return Parity(error, float((labels != exact.argmax(1)).double().mean()))
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What parity allows, or ``factor`` times what eager torch itself errs, whichever is larger."""
-
-    error: float
-    disagreement: float
-    factor: float
-
-    def hold(self, result: Parity, eager: Parity) -> bool:
-        assert eager.error is not None
-        error = max(self.error, self.factor * eager.error)
-        disagreement = max(self.disagreement, self.factor * eager.disagreement)
-        return result.disagreement <= disagreement and (result.error or 0) <= error < np.inf
-
-
-_FLOAT32 = Bounds(1e-5, 1e-4, 2.0)
-#: By arithmetic.
-BOUNDS = {
-    "float32": _FLOAT32,
-    "high": _FLOAT32,
-    "bfloat16": Bounds(0.0, 5e-3, 1.5),
-    "float16": Bounds(0.0, 1e-3, 1.5),
-}
+#: What parity allows a network, by arithmetic.
+NETWORK_BOUNDS = {name: one.network_bounds for name, one in ARITHMETICS.items()}
 
 
 @dataclass(frozen=True)
@@ -233,7 +198,7 @@ def race(
     rounds: int,
     calls: int = 1,
     probes: Mapping[str, Probe] | None = None,
-    bounds: Mapping[str, Bounds] = BOUNDS,
+    bounds: Mapping[str, Bounds] = NETWORK_BOUNDS,
     timer: Timer | None = None,
 ) -> tuple[list[Result], dict[str, list[float]]]:
     """Parity first, then ``rounds`` turns of all contestants, of ``calls`` timed calls each.
@@ -388,7 +353,7 @@ def table(results: Sequence[Result]) -> str:
 LEGEND = (
     "speed-up: against eager channels-last torch. Against the plain network in float64 on the same input:\n"
     "error: ||y - y64|| / ||y64 - mean per class|| of the logits; other labels: share of pixels.\n"
-    f"Parity allows {_FLOAT32.error:g} and {100 * _FLOAT32.disagreement:g} %,"
+    f"Parity allows {NETWORK_BOUNDS['float32'].error:g} and {100 * NETWORK_BOUNDS['float32'].disagreement:g} %,"
     " or twice what eager float32 errs."
 )
 

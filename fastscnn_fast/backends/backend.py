@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..lower.pack import Program
+from ..program.arithmetic import Arithmetic
+from ..program.program import Program
 from ..program.reference import Weights
 
 #: The module of each backend's engine.
@@ -26,13 +27,10 @@ MODULES = {
 
 
 class Engine(Protocol):
-    """``layer`` and ``program`` are texts of packed.encode(); ``op`` is one of plan.OPS of one activation."""
-
-    dtypes: tuple[torch.dtype, ...]
-    precisions: tuple[str, ...]
+    """``layer`` and ``program`` are texts of Program; ``op`` is one of layers.OPS of one activation."""
 
     def pack(
-        self, program: Program, tensors: Sequence[Weights], dtype: torch.dtype, precision: str
+        self, program: Program, tensors: Sequence[Weights], arithmetic: Arithmetic
     ) -> Tensor: ...
 
     def tuned(self, device: torch.device) -> object:

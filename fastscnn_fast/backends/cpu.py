@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lower.pack import LAYOUT_AT, TAG, Program, check_dtype, flat, parsed, plain_weights
+from ..lower.pack import ARITHMETIC_AT, TAG, check_dtype, flat, plain_weights
+from ..program.arithmetic import Arithmetic
 from ..program.memory import dense
+from ..program.program import Program, parsed
 from ..program.reference import Weights
 from . import registry
-
-_LAYOUTS = {at: dtype for at, (dtype, _) in enumerate(registry.ARITHMETICS.values(), start=1)}
 
 _PICTURE_KINDS = {
     torch.float32: "float32",
@@ -38,9 +38,8 @@ def _call(
     if weights.device.type != "cpu":
         raise ValueError(f"weights must be on the cpu for backend cpu, got {weights.device}")
     address, size = weights.data_ptr(), weights.numel()
-    if size >= TAG.size:  # the layout alone decides how many bytes an element has
-        layout = ctypes.c_uint32.from_address(address + LAYOUT_AT).value
-        check_dtype(_LAYOUTS.get(layout, dtype), dtype)
+    if size >= TAG.size:  # the arithmetic alone decides how many bytes an element has
+        check_dtype(ctypes.c_uint32.from_address(address + ARITHMETIC_AT).value, dtype)
     threads = torch.get_num_threads()
     return (registry.isa(), parsed(program).integers, address, size, threads)
 
@@ -59,17 +58,14 @@ def _network(
 
 
 class _Engine:
-    dtypes = registry.CPU_DTYPES
-    precisions = registry.PRECISIONS
-
-    def pack(
-        self, program: Program, tensors: Sequence[Weights], dtype: torch.dtype, precision: str
-    ) -> Tensor:
+    def pack(self, program: Program, tensors: Sequence[Weights], arithmetic: Arithmetic) -> Tensor:
         plain = flat(plain_weights(program.layers, tensors, torch.float32), torch.float32)
-        cpu, arithmetic = registry.cpu_module(), registry.arithmetic(dtype, precision)
-        size = cpu.packed_bytes(program.integers, arithmetic)
+        cpu = registry.cpu_module()
+        size = cpu.packed_bytes(program.integers, arithmetic.name)
         packed = torch.empty(size, dtype=torch.uint8, device="cpu")
-        cpu.pack(program.integers, arithmetic, plain.data_ptr(), plain.numel(), packed.data_ptr())
+        cpu.pack(
+            program.integers, arithmetic.name, plain.data_ptr(), plain.numel(), packed.data_ptr()
+        )
         return packed
 
     def tuned(self, device: torch.device) -> None:

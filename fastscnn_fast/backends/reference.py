@@ -8,20 +8,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..lower.pack import TAG, Program, check_dtype, flat, layout_of, parsed, plain_weights, tag
+from ..lower.pack import TAG, arithmetic_of, flat, plain_weights, tag
 from ..program import reference
+from ..program.arithmetic import Arithmetic
+from ..program.program import Program, parsed
 from ..program.reference import Weights
-from . import registry
-
-_LAYOUT = 0
 
 
 def _unpack(weights: Tensor, program: Program, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     """The plain tensors, as views."""
-    layout, packed_dtype = layout_of(weights, program, "reference")
-    if layout != _LAYOUT:
-        raise ValueError("weights must be packed for the reference backend, got another layout")
-    check_dtype(registry.DTYPES[packed_dtype], dtype)
+    arithmetic_of(weights, program, "reference", dtype)
     plain = weights[TAG.size :].view(dtype)
     tensors, at = [], 0
     for layer in program.layers:
@@ -36,23 +32,19 @@ def _unpack(weights: Tensor, program: Program, dtype: torch.dtype) -> list[dict[
 def _fill(
     function: Callable[..., Tensor], out: Tensor, weights: Tensor, text: str, dtype: torch.dtype
 ) -> None:
-    """``function(layers, tensors)`` in the dtype asked for, whatever surrounds the call."""
+    """``function(program, tensors)`` in the dtype asked for, whatever surrounds the call."""
     program = parsed(text)
     tensors = _unpack(weights, program, dtype)
     with torch.autocast(out.device.type, enabled=False):
-        out.copy_(function(program.layers, tensors))
+        out.copy_(function(program, tensors))
 
 
 class _Engine:
-    dtypes = registry.DTYPES
-    precisions = ("highest",)
-
-    def pack(
-        self, program: Program, tensors: Sequence[Weights], dtype: torch.dtype, precision: str
-    ) -> Tensor:
+    def pack(self, program: Program, tensors: Sequence[Weights], arithmetic: Arithmetic) -> Tensor:
+        dtype = arithmetic.dtype
         plain = flat(plain_weights(program.layers, tensors, dtype), dtype)
         size = TAG.size + plain.numel() * plain.element_size()
-        head = tag(program, _LAYOUT, registry.DTYPES.index(dtype), size)
+        head = tag(program, "reference", arithmetic, size)
         return torch.cat([head, plain.view(torch.uint8)])
 
     def tuned(self, device: torch.device) -> None:
@@ -61,17 +53,17 @@ class _Engine:
     def stem_conv(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
     ) -> None:
-        _fill(lambda layers, w: reference.stem_conv(x, layers[0], w[0]), out, weights, layer, dtype)
+        _fill(lambda p, w: reference.stem_conv(x, p.layers[0], w[0]), out, weights, layer, dtype)
 
     def plane(self, op: str, out: Tensor, x: Tensor, weights: Tensor, layer: str) -> None:
         function = getattr(reference, op)
-        _fill(lambda layers, w: function(x, layers[0], w[0]), out, weights, layer, x.dtype)
+        _fill(lambda p, w: function(x, p.layers[0], w[0]), out, weights, layer, x.dtype)
 
     def feature_fusion(
         self, out: Tensor, high: Tensor, low: Tensor, weights: Tensor, layer: str
     ) -> None:
         _fill(
-            lambda layers, w: reference.feature_fusion(high, low, layers[0], w[0]),
+            lambda p, w: reference.feature_fusion(high, low, p.layers[0], w[0]),
             out,
             weights,
             layer,
@@ -82,7 +74,7 @@ class _Engine:
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, output: str
     ) -> None:
         _fill(
-            lambda layers, _: reference.upsample_classify(x, layers[0], out.shape[-2:], output),
+            lambda p, _: reference.upsample_classify(x, p.layers[0], out.shape[-2:], output),
             out,
             weights,
             layer,
@@ -98,9 +90,7 @@ class _Engine:
         dtype: torch.dtype,
         output: str,
     ) -> None:
-        _fill(
-            lambda layers, w: reference.network(x, layers, w, output), out, weights, program, dtype
-        )
+        _fill(lambda p, w: reference.network(x, p, w, output), out, weights, program, dtype)
 
 
 ENGINES = {"reference": _Engine()}

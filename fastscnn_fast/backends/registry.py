@@ -14,21 +14,11 @@ from types import ModuleType
 import torch
 
 from ..arch.config import Config
-from ..program.layers import program
+from ..program import arithmetic
+from ..program.program import fast_scnn
 
-#: The dtypes that networks compute in; which of them a backend can, it says itself.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-#: As in torch.set_float32_matmul_precision.
-PRECISIONS = ("highest", "high")
-
-#: The cpu backend's arithmetics by dtype and precision, in the order of their layouts of packed weights.
-ARITHMETICS = {
-    "float32": (torch.float32, "highest"),
-    "bfloat16": (torch.bfloat16, "highest"),
-    "high": (torch.float32, "high"),
-}
-CPU_DTYPES = tuple(dtype for dtype, precision in ARITHMETICS.values() if precision == "highest")
+#: The cpu backend's arithmetics by name.
+CPU_ARITHMETICS = arithmetic.of("cpu")
 
 #: Which share plans and packed weights.
 GPU_BACKENDS = ("cuda", "triton")
@@ -67,11 +57,11 @@ def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> st
         return _cpu_missing
     if device.type != "cpu":
         return f"device must be cpu, got {device}"
-    if dtype not in CPU_DTYPES:
-        return f"dtype must be {' or '.join(map(str, CPU_DTYPES))}, got {dtype}"
-    layers = [value for layer in program(config) for value in layer.encode()]
+    if (unknown := _unknown("cpu", dtype)) is not None:
+        return unknown
     try:
-        _cpu_module.packed_bytes(layers, arithmetic(dtype))
+        name = arithmetic.choose("cpu", dtype).name
+        _cpu_module.packed_bytes(fast_scnn(config).integers, name)
     except ValueError as error:
         return str(error)
     return None
@@ -80,16 +70,20 @@ def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> st
 def _reference_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "meta":
         return "the meta device holds no weights"
-    if dtype not in DTYPES:
-        return f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}"
-    return None
+    return _unknown("reference", dtype)
+
+
+def _unknown(backend: str, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` has no arithmetic of that dtype, None where it has."""
+    known = dtype in arithmetic.dtypes(backend)
+    return None if known else f"{arithmetic.dtype_rule(backend)}, got {dtype}"
 
 
 def _triton_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}"
+    if (unknown := _unknown("triton", dtype)) is not None:
+        return unknown
     if device.type == "cpu":
         return (
             None
@@ -99,7 +93,7 @@ def _triton_why_not(config: Config, device: torch.device, dtype: torch.dtype) ->
     if device.type != "cuda":
         return f"device must be cuda, got {device}"
     found = architecture(device)
-    if isinstance(found, int) and found < (80 if dtype == torch.bfloat16 else 75):
+    if isinstance(found, int) and found < int(arithmetic.choose("triton", dtype).needs["triton"]):
         return f"{dtype} needs a newer GPU than one of compute capability {found / 10}"
     return None
 
@@ -130,8 +124,8 @@ def _architecture(device: torch.device) -> int | str:
 def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
     if _cuda_module is None:
         return _cuda_missing
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}"
+    if (unknown := _unknown("cuda", dtype)) is not None:
+        return unknown
     wanted = "cpu" if _cuda_module.on_host else "cuda"  # tests run the kernels on the host
     if device.type != wanted:
         return f"device must be {wanted}, got {device}"
@@ -144,8 +138,8 @@ def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> s
     if code == 0:
         built = ", ".join(f"sm_{a}" for a in _cuda_module.architectures)
         return f"fastscnn_fast._cuda must be built for sm_{found}, it is for {built}"
-    if code < 80 and dtype != torch.float16:
-        # No bfloat16 there, and 64 KiB of shared memory, which float32's tiles exceed.
+    if code < int(arithmetic.choose("cuda", dtype).needs["cuda"]):
+        # On 7.5 there is no bfloat16, and 64 KiB of shared memory, which float32's tiles exceed.
         return f"{dtype} needs code for a GPU of compute capability 8.0 or newer, got sm_{code}"
     return None
 
@@ -231,18 +225,6 @@ def choose(
     return name
 
 
-def arithmetic(dtype: torch.dtype, precision: str = "highest") -> str:
-    """The cpu backend's arithmetic of that dtype and precision, a key of :data:`ARITHMETICS`.
-
-    Raises:
-        ValueError: it has none.
-    """
-    for name, pair in ARITHMETICS.items():
-        if pair == (dtype, precision):
-            return name
-    raise ValueError(f"precision must be 'highest' for {dtype}, got {precision!r}")
-
-
 def choose_precision(
     precision: str, name: str, backend: str, device: torch.device, dtype: torch.dtype
 ) -> str:
@@ -254,8 +236,9 @@ def choose_precision(
         ValueError: unknown precision.
         CannotRun: a backend with kernels was asked for by name, and cannot; the message says why.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in arithmetic.PRECISIONS:
+        known = ", ".join(arithmetic.PRECISIONS)
+        raise ValueError(f"precision must be one of {known}, got {precision!r}")
     if precision == "highest":
         return precision
     reason = _why_not_high(backend, device, dtype)
@@ -267,7 +250,8 @@ def choose_precision(
     return "highest"
 
 
-_HIGH = ("cpu", "triton")  # backends with arithmetic of precision "high"
+#: Backends with arithmetic of precision "high".
+_HIGH = tuple(arithmetic.ARITHMETICS["high"].needs)
 
 
 def _why_not_high(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -277,7 +261,11 @@ def _why_not_high(backend: str, device: torch.device, dtype: torch.dtype) -> str
         return f"dtype must be torch.float32, got {dtype}"
     if backend == "triton":
         found = architecture(device)
-        has_tf32 = found >= 80 if isinstance(found, int) else found in ("gfx942", "interpreter")
+        has_tf32 = (
+            found >= int(arithmetic.ARITHMETICS["high"].needs["triton"])
+            if isinstance(found, int)
+            else found in ("gfx942", "interpreter")
+        )
         return None if has_tf32 else f"it needs TF32, the GPU is of architecture {found}"
     if isa() not in isas("high"):
         return f"it needs AMX, the instruction set in use is {isa()}"
@@ -324,9 +312,11 @@ def training_module(device: torch.device) -> ModuleType | None:
     return _cpu_module if asked and device.type == "cpu" else None
 
 
-def isas(arithmetic: str = "float32") -> list[str]:
-    """Instruction sets with kernels of their own for ``arithmetic`` that this processor runs, the best last."""
-    return [] if _cpu_module is None else list(_cpu_module.instruction_sets(arithmetic))
+def isas(name: str = "float32") -> list[str]:
+    """Instruction sets with kernels of their own for that arithmetic that this processor runs, the best last."""
+    if _cpu_module is None or name not in CPU_ARITHMETICS:
+        return []
+    return list(_cpu_module.instruction_sets(name))
 
 
 def isa() -> str:
@@ -343,7 +333,7 @@ def isa() -> str:
 @cache
 def _isa(forced: str | None) -> str:
     cpu_module()
-    names = list(dict.fromkeys(name for arithmetic in ARITHMETICS for name in isas(arithmetic)))
+    names = list(dict.fromkeys(name for one in CPU_ARITHMETICS for name in isas(one)))
     if forced is None:
         return names[-1]
     if forced not in names:

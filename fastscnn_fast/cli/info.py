@@ -13,6 +13,7 @@ import torch
 from .. import __version__, bench
 from ..arch.config import Config
 from ..backends import registry
+from ..program.arithmetic import dtypes
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         compiler = module.compiler if module.compiler[0].isalpha() else f"GCC {module.compiler}"
         openmp = "with" if module.openmp else "WITHOUT"
         print(f"C++ kernels: built by {compiler}, {openmp} OpenMP")
-        for arithmetic in registry.ARITHMETICS:
+        for arithmetic in registry.CPU_ARITHMETICS:
             sets = ", ".join(registry.isas(arithmetic)) or "none"
             print(f"instruction sets that run here, {arithmetic}: {sets}")
         print(f"instruction set in use: {_or_error(registry.isa)}")
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         print("C++ kernels: not built")
     for name, reason in registry.report().items():
         print(f"backend {name}: {'can run' if reason is None else f'cannot run: {reason}'}")
-    for dtype in registry.CPU_DTYPES:
+    for dtype in dtypes("cpu"):
         choose = partial(registry.choose, "auto", Config(), torch.device("cpu"), dtype)
         print(f"backend in use for {dtype} on the CPU: {_or_error(choose)}")
     return 0

@@ -11,6 +11,7 @@ import torch
 from ..arch.config import PRESETS, SMALLEST_SIDE
 from ..backends import registry
 from ..checkpoints import CAMVID11
+from ..program.arithmetic import PRECISIONS
 
 #: A parser, or a group of its options.
 Parser = argparse._ActionsContainer
@@ -63,7 +64,7 @@ def add_dtype(command: Parser, default: str) -> None:
 def add_precision(command: Parser) -> None:
     command.add_argument(
         "--precision",
-        choices=registry.PRECISIONS,
+        choices=PRECISIONS,
         default="highest",
         help="of float32 products (%(default)s); high is faster on processors with AMX",
     )

@@ -17,7 +17,8 @@ from ..arch.network import (
     PlainFastSCNN,
     PyramidPooling,
 )
-from ..program.layers import Layer, program
+from ..program.layers import Layer
+from ..program.program import Program, fast_scnn
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class FoldedWeights:
     """The network without batch norm, in float64: ``tensors[i]`` holds ``layers[i].weights()`` by name."""
 
     config: Config
-    layers: tuple[Layer, ...]
+    program: Program
     tensors: tuple[dict[str, Tensor], ...]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.program.layers
 
 
 def fold_conv(block: ConvBNAct) -> tuple[Tensor, Tensor]:
@@ -134,9 +139,9 @@ def fold(model: PlainFastSCNN) -> FoldedWeights:
             (classifier.dsconv2, classifier.conv),
         )
     )
-    layers = program(config)
+    program = fast_scnn(config)
     tensors: list[dict[str, Tensor]] = []
-    for layer in layers:
+    for layer in program.layers:
         if layer.op == "stem_conv":
             weight, bias = fold_conv(downsample.stem)
             mean, std = (weight.new_tensor(v) for v in (config.mean, config.std))
@@ -152,4 +157,4 @@ def fold(model: PlainFastSCNN) -> FoldedWeights:
             tensors.append(_fusion(model.feature_fusion, layer))
         else:
             tensors.append({})
-    return FoldedWeights(config, layers, tuple(tensors))
+    return FoldedWeights(config, program, tuple(tensors))

@@ -1,52 +1,26 @@
-"""Layers as text and weights as one tagged tensor: what travels through the ops to every backend."""
+"""Weights as one tagged tensor: what travels through the ops to every backend."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..program.arithmetic import ARITHMETICS, Arithmetic
 from ..program.layers import Layer
+from ..program.program import Program
 
-# The tag before packed weights (csrc/cpu/program.h): magic, version, layout, dtype, hash of the layers, bytes.
+# The tag before packed weights (csrc/cpu/program.h): magic, version, layout, number of the arithmetic, hash of the
+# program, bytes.
 TAG = struct.Struct("<4I2Q32x")
-LAYOUT_AT = 8  # bytes into the tag
-MAGIC, VERSION = 0x4E435346, 1
-
-
-class Program(NamedTuple):
-    """Layers, as integers too, and a hash of those."""
-
-    layers: tuple[Layer, ...]
-    integers: tuple[int, ...]
-    hash: int
-
-
-def encode(layers: Sequence[Layer]) -> str:
-    """The text by which layers travel: the dispatcher would copy a list of integers value by value."""
-    return " ".join(str(value) for layer in layers for value in layer.encode())
-
-
-@lru_cache(maxsize=256)
-def parsed(program: str) -> Program:
-    """What :func:`encode` wrote.
-
-    Raises:
-        ValueError: it did not write that.
-    """
-    try:
-        integers = tuple(map(int, program.split()))
-    except ValueError:
-        raise ValueError(f"program must be as encode() writes it, got {program!r}") from None
-    value = 0xCBF29CE484222325
-    for v in integers:
-        value = (value ^ v) * 0x100000001B3 % 2**64
-    return Program(tuple(Layer.decode(integers)), integers, value)
+ARITHMETIC_AT = 12  # bytes into the tag
+MAGIC, VERSION = 0x4E435346, 2
+#: Numbers of the layouts; the two backends on GPUs share one.
+LAYOUTS = {"reference": 0, "cpu": 1, "triton": 2, "cuda": 2}
+_NUMBERS = {one.number: one for one in ARITHMETICS.values()}
 
 
 def plain_weights(
@@ -75,9 +49,9 @@ def flat(plain: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=dtype, device="cpu"), *parts])
 
 
-def tag(program: Program, layout: int, dtype_index: int, size: int) -> Tensor:
+def tag(program: Program, backend: str, arithmetic: Arithmetic, size: int) -> Tensor:
     """The tag's bytes, of weights of ``size`` bytes with it."""
-    bytes_ = TAG.pack(MAGIC, VERSION, layout, dtype_index, program.hash, size)
+    bytes_ = TAG.pack(MAGIC, VERSION, LAYOUTS[backend], arithmetic.number, program.hash, size)
     return torch.frombuffer(bytearray(bytes_), dtype=torch.uint8)
 
 
@@ -101,21 +75,25 @@ def _tag_of(weights: Tensor) -> tuple[int, ...]:
     return fields
 
 
-def layout_of(weights: Tensor, program: Program, backend: str) -> tuple[int, int]:
-    """Layout and dtype index of weights that were packed in Python.
+def arithmetic_of(
+    weights: Tensor, program: Program, backend: str, dtype: torch.dtype
+) -> Arithmetic:
+    """The arithmetic that weights were packed for, in Python, for ``backend`` and ``dtype``.
 
     Raises:
-        ValueError: weights of another format or of other layers.
+        ValueError: weights of another format, of other layers or for another dtype.
     """
-    magic, version, layout, dtype_index, program_hash, size = _tag_of(weights)
-    if (magic, version) != (MAGIC, VERSION):
+    magic, version, layout, number, program_hash, size = _tag_of(weights)
+    if (magic, version, layout) != (MAGIC, VERSION, LAYOUTS[backend]) or number not in _NUMBERS:
         raise ValueError(f"weights must be packed for the {backend} backend, got another layout")
     if program_hash != program.hash or size != weights.numel():
         raise ValueError("weights must be packed for these layers, got weights of other layers")
-    return layout, dtype_index
+    check_dtype(number, dtype)
+    return _NUMBERS[number]
 
 
-def check_dtype(packed: torch.dtype, dtype: torch.dtype) -> None:
-    """Raises ValueError where weights were packed for another dtype."""
-    if packed != dtype:
+def check_dtype(number: int, dtype: torch.dtype) -> None:
+    """Raises ValueError where weights were packed for an arithmetic of another dtype."""
+    if number in _NUMBERS and _NUMBERS[number].dtype != dtype:
+        packed = _NUMBERS[number].dtype
         raise ValueError(f"weights must be packed for {dtype}, got weights for {packed}")

@@ -1,7 +1,7 @@
 """The fused ops as ``torch.ops.fastscnn.*``: schemas, fake kernels, argument checks and dispatch.
 
-Every op takes its packed weights as one uint8 tensor (see :func:`pack`), its layers as the text that
-:func:`encode` makes, and a backend's name. Activations are (N, C, H, W) tensors in channels-last memory; a
+Every op takes its packed weights as one uint8 tensor (see :func:`pack`), its layers as the text of their
+program, and a backend's name. Activations are (N, C, H, W) tensors in channels-last memory; a
 result's channels are padded to a multiple of 64 bytes in memory, not in its shape. Results have the dtype
 that is computed in: x's own, or, for ops that also take raw pixels, the argument ``dtype``.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import backend as engines, cpu
-from ..lower.pack import encode as encode, parsed
-from ..program import reference
-from ..program.layers import OPS, OUTPUTS as OUTPUTS, Layer
+from ..program import arithmetic, reference
+from ..program.layers import OUTPUTS as OUTPUTS, Layer
 from ..program.memory import activation
+from ..program.program import Program, encode as encode, parsed
 
 
 def pack(
@@ -42,17 +42,8 @@ def pack(
         ValueError: a tensor is missing or of a wrong shape, or the backend has no such layout.
     """
     engine = engines.engine(backend)
-    _require(
-        dtype in engine.dtypes,
-        f"dtype must be {' or '.join(map(str, engine.dtypes))} for backend {backend}, got {dtype}",
-    )
-    allowed = engine.precisions if dtype == torch.float32 else ("highest",)
-    _require(
-        precision in allowed,
-        f"precision must be {' or '.join(map(repr, allowed))} for backend {backend} and {dtype},"
-        f" got {precision!r}",
-    )
-    return engine.pack(parsed(encode(layers)), tensors, dtype, precision)
+    chosen = arithmetic.choose(backend, dtype, precision)
+    return engine.pack(Program.of(layers), tensors, chosen)
 
 
 # ---------------------------------------------------------------- checks and shapes
@@ -61,6 +52,12 @@ def pack(
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def _known(backend: str) -> str:
+    """``backend`` itself, a ValueError where there is none of that name."""
+    engines.engine(backend)
+    return backend
 
 
 def _check_input(
@@ -83,7 +80,7 @@ def _check_input(
     if weights.dim() != 1 or not weights.is_contiguous():
         got = f"shape {tuple(weights.shape)}, strides {weights.stride()}"
         raise ValueError(f"weights must be contiguous and of one dimension, got {got}")
-    wanted = wanted or engines.engine(backend).dtypes
+    wanted = wanted or arithmetic.dtypes(_known(backend))
     if x.dtype not in wanted:
         allowed = ", ".join(map(str, wanted))
         raise TypeError(f"{name} must be of dtype {allowed} for backend {backend}, got {x.dtype}")
@@ -94,8 +91,8 @@ def _check_picture(
 ) -> None:
     """x may be raw pixels; ``dtype`` is what is computed in."""
     _check_input("x", x, channels, weights, backend, (dtype, torch.uint8))
-    if dtype not in engines.engine(backend).dtypes:
-        allowed = ", ".join(map(str, engines.engine(backend).dtypes))
+    if dtype not in arithmetic.dtypes(backend):
+        allowed = ", ".join(map(str, arithmetic.dtypes(backend)))
         raise TypeError(f"dtype must be {allowed} for backend {backend}, got {dtype}")
 
 
@@ -158,10 +155,9 @@ def _plane_result(op: str) -> Callable[..., Tensor]:
     def result(x: Tensor, weights: Tensor, layer: str, backend: str) -> Tensor:
         one = _layer(layer, op)
         _check_input("x", x, one.in_channels, weights, backend)
-        height, width = x.shape[2:]
-        if op != "pyramid_pooling":
-            height, width = one.output_size(height, width)
-        return activation(x, one.last_channels or one.out_channels, height, width, x.dtype)
+        size = (x.shape[2], x.shape[3])
+        height, width = one.result_size([size], size)
+        return activation(x, one.result_channels, height, width, x.dtype)
 
     return result
 
@@ -215,13 +211,13 @@ def _upsample_fill(
 def _network_spec(
     x: Tensor, weights: Tensor, program: str, dtype: torch.dtype, output: str, backend: str
 ) -> _Spec:
-    layers = parsed(program).layers
+    whole = parsed(program)
     _require(
-        len(layers) >= 9 and layers[0].op == OPS[0] and layers[-1].op == OPS[-1],
-        "program must be a whole network",
+        whole.is_network,
+        "program must be a whole network, from stem_conv on the picture to upsample_classify",
     )
-    _check_picture(x, layers[0].in_channels, weights, dtype, backend)
-    return _full_size(x, layers[-1].in_channels, x.shape[2], x.shape[3], dtype, output)
+    _check_picture(x, whole.layers[0].in_channels, weights, dtype, backend)
+    return _full_size(x, whole.layers[-1].in_channels, x.shape[2], x.shape[3], dtype, output)
 
 
 def _network_result(x: Tensor, *args: Any) -> Tensor:

@@ -1,15 +1,13 @@
-"""The network as a list of fused layers: the one source of layer shapes, weights, bytes and operations.
-
-``program(config)`` is independent of the input size and is what the engines run; ``plan(config, H, W)``
-adds the shapes, which tests, benchmarks and tools read.
-"""
+"""Layers: what each fused op reads, weighs, makes and costs; the one source of these facts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 
-from ..arch.config import Activation, Config
+from ..arch.config import Activation
+from .arithmetic import ARITHMETICS
 
 OPS = (
     "stem_conv",
@@ -25,7 +23,11 @@ OUTPUTS = ("logits", "probabilities", "labels")
 
 Shape = tuple[int, ...]
 
-_FIELDS = 14  # of an encoded layer, before its bins
+#: In place of a layer's index: the picture that the network is given.
+PICTURE = -1
+
+_FIELDS = 16  # of an encoded layer, before its inputs and bins
+_ARITHMETICS = ("", *ARITHMETICS)
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,15 @@ class Layer:
     activation     of the result (inverted_residual: after expand and depthwise, the result is linear)
     mid_activation dsconv: between depthwise and pointwise
     dense          feature_fusion: the resized branch is refined by a 1x1, not a depthwise 3x3
+    arithmetic     name of the one that it computes in; "": the network's
+    inputs         in a program: indices of the layers that it reads, feature_fusion (high, low), or PICTURE
     ============== =========================================================================
     """
 
     op: str
-    name: str
+    name: str = field(
+        compare=False
+    )  # of the place in a network: nothing that is computed depends on it
     in_channels: int
     out_channels: int
     mid_channels: int = 0
@@ -64,6 +70,25 @@ class Layer:
     dense: bool = False
     align_corners: bool = False
     bins: tuple[int, ...] = ()
+    arithmetic: str = ""
+    inputs: tuple[int, ...] = ()
+
+    @property
+    def alone(self) -> Layer:
+        """The layer outside of any network, as the single ops take it."""
+        return replace(self, name="", inputs=())
+
+    @property
+    def result_channels(self) -> int:
+        """Channels of what it makes, after the following 1x1 where there is one."""
+        return self.last_channels or self.out_channels
+
+    @property
+    def input_channels(self) -> tuple[int, ...]:
+        """Channels of each of its inputs."""
+        if self.op == "feature_fusion":
+            return (self.mid_channels, self.in_channels)
+        return (self.in_channels,)
 
     def encode(self) -> tuple[int, ...]:
         """The layer as integers, as ``csrc/cpu/layer.h`` reads them: a length and that many values."""
@@ -82,6 +107,9 @@ class Layer:
             int(self.residual),
             int(self.dense),
             int(self.align_corners),
+            _ARITHMETICS.index(self.arithmetic),
+            len(self.inputs),
+            *(index - PICTURE for index in self.inputs),
             *self.bins,
         )
         return (len(values), *values)
@@ -97,7 +125,8 @@ class Layer:
         while at < len(values):
             v = values[at + 1 : at + 1 + values[at]]
             whole = values[at] >= _FIELDS and len(v) == values[at] and min(v) >= 0
-            if not whole or v[0] >= len(OPS) or max(v[9:11]) >= len(ACTIVATIONS):
+            known = whole and v[0] < len(OPS) and max(v[9:11]) < len(ACTIVATIONS)
+            if not known or v[14] >= len(_ARITHMETICS) or v[15] > len(v) - _FIELDS:
                 raise ValueError(f"layers must be as encode() writes them, got {tuple(v)}")
             layers.append(
                 Layer(
@@ -116,7 +145,9 @@ class Layer:
                     residual=bool(v[11]),
                     dense=bool(v[12]),
                     align_corners=bool(v[13]),
-                    bins=tuple(v[_FIELDS:]),
+                    arithmetic=_ARITHMETICS[v[14]],
+                    inputs=tuple(index + PICTURE for index in v[_FIELDS : _FIELDS + v[15]]),
+                    bins=tuple(v[_FIELDS + v[15] :]),
                 )
             )
             at += 1 + values[at]
@@ -164,8 +195,16 @@ class Layer:
             }
         return {}
 
+    def result_size(self, inputs: Sequence[Shape], picture: Shape) -> tuple[int, int]:
+        """Size of the result for inputs and a picture of these sizes (height, width)."""
+        if self.op == "upsample_classify":
+            return (picture[0], picture[1])
+        if self.op in ("feature_fusion", "pyramid_pooling"):
+            return (inputs[0][0], inputs[0][1])
+        return self.output_size(*inputs[0])
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the result for an input of that size (not for upsample_classify)."""
+        """Size of a 3x3 convolution's result for an input of that size."""
         padding = self.padding if self.op == "stem_conv" else 1
         return (
             (height + 2 * padding - 3) // self.stride + 1,
@@ -174,7 +213,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Step:
+class SizedLayer:
     """A layer at a size: ``inputs`` and ``output`` are (C, H, W) shapes, feature_fusion's are (high, low)."""
 
     layer: Layer
@@ -212,99 +251,3 @@ class Step:
         """Elements that must move: each input, each weight and each output once."""
         weights = sum(prod(shape) for shape in self.layer.weights().values())
         return sum(map(prod, self.inputs)) + prod(self.output) + weights
-
-
-def program(config: Config) -> tuple[Layer, ...]:
-    """The network's layers in the order of execution (Poudel et al., Table 1)."""
-    c1, c2, c3 = config.downsample_channels
-    mid, align = config.dsconv_mid_activation, config.align_corners
-    layers = [
-        Layer("stem_conv", "stem", config.in_channels, c1, stride=2, padding=config.stem_padding),
-        Layer("dsconv", "downsample.dsconv1", c1, c2, stride=2, mid_activation=mid),
-        Layer("dsconv", "downsample.dsconv2", c2, c3, stride=2, mid_activation=mid),
-    ]
-    channels = c3
-    for stage, blocks in enumerate(config.bottlenecks, start=1):
-        for index, (mid_channels, out, stride) in enumerate(blocks):
-            layers.append(
-                Layer(
-                    "inverted_residual",
-                    f"bottleneck{stage}.{index}",
-                    channels,
-                    out,
-                    mid_channels=mid_channels,
-                    stride=stride,
-                    activation=config.bottleneck_activation,
-                    residual=stride == 1 and channels == out,
-                )
-            )
-            channels = out
-    low, fused = config.pyramid_channels, config.fusion_channels
-    layers += [
-        Layer(
-            "pyramid_pooling",
-            "pyramid",
-            channels,
-            low,
-            mid_channels=config.pyramid_branch_channels,
-            kernel=config.pyramid_kernel,
-            align_corners=align,
-            bins=config.pyramid_bins,
-        ),
-        Layer(
-            "feature_fusion",
-            "fusion",
-            low,
-            fused,
-            mid_channels=c3,
-            dilation=config.fusion_dilation,
-            dense=config.fusion_refine == "dense",
-            align_corners=align,
-        ),
-        Layer("dsconv", "classifier.dsconv1", fused, fused, mid_activation=mid),
-        Layer(
-            "dsconv",
-            "classifier.dsconv2",
-            fused,
-            fused,
-            last_channels=config.num_classes,
-            mid_activation=mid,
-        ),
-        Layer(
-            "upsample_classify",
-            "upsample",
-            config.num_classes,
-            config.num_classes,
-            activation="none",
-            align_corners=align,
-        ),
-    ]
-    return tuple(layers)
-
-
-def plan(config: Config, height: int, width: int) -> tuple[Step, ...]:
-    """Every layer of the network with its shapes for pictures of height x width.
-
-    Raises:
-        ValueError: the picture is too small for the first convolution.
-    """
-    smallest = 3 - 2 * config.stem_padding
-    if height < smallest or width < smallest:
-        raise ValueError(f"height and width must be at least {smallest}, got {height}x{width}")
-    steps: list[Step] = []
-    shape: Shape = (config.in_channels, height, width)
-    high: Shape = ()
-    for layer in program(config):
-        inputs: tuple[Shape, ...] = (shape,)
-        if layer.op == "feature_fusion":
-            inputs = (high, shape)
-            size = high[1:]
-        elif layer.op == "upsample_classify":
-            size = (height, width)
-        else:
-            size = layer.output_size(*shape[1:])
-        shape = (layer.last_channels or layer.out_channels, *size)
-        if layer.name == "downsample.dsconv2":
-            high = shape
-        steps.append(Step(layer, inputs, shape))
-    return tuple(steps)

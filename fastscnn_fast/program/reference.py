@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..arch.config import Activation
-from .layers import Layer
+from .layers import PICTURE, Layer
+from .program import Program
 
 Weights = Mapping[str, Tensor]
 
@@ -154,13 +155,11 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def network(
-    x: Tensor, layers: Sequence[Layer], weights: Sequence[Weights], output: str = "logits"
+    x: Tensor, program: Program, weights: Sequence[Weights], output: str = "logits"
 ) -> Tensor:
-    """The whole network: ``layers`` as :func:`fastscnn_fast.plan.program` lists them."""
-    size, high = x.shape[2:], x
-    for index, (layer, tensors) in enumerate(zip(layers, weights, strict=True)):
-        inputs = (high, x) if layer.op == "feature_fusion" else (x,)
-        x = run(layer, inputs, tensors, size, output)
-        if index == 2:  # the end of learning to downsample
-            high = x
-    return x
+    """The whole of ``program`` on pictures x (N, C, H, W), along its edges; ``weights`` a layer."""
+    made: list[Tensor] = []
+    for layer, tensors in zip(program.layers, weights, strict=True):
+        inputs = [x if index == PICTURE else made[index] for index in layer.inputs]
+        made.append(run(layer, inputs, tensors, x.shape[2:], output))
+    return made[-1]

@@ -10,6 +10,7 @@ from ..arch import structure
 from ..arch.network import PlainFastSCNN
 from ..backends import registry
 from ..lower.fold import FoldedWeights, fold
+from ..program.arithmetic import choose
 from .graphs import Graphs
 
 
@@ -47,8 +48,9 @@ class FusedFastSCNN(nn.Module):
         self.backend = backend
         self.dtype = dtype
         self.precision = precision
-        self.program = ops.encode(folded.layers)
-        packed = ops.pack(folded.layers, folded.tensors, backend, dtype, precision)
+        program = folded.program.computed_in(choose(backend, dtype, precision))
+        self.program = program.text
+        packed = ops.pack(program.layers, folded.tensors, backend, dtype, precision)
         self.register_buffer("weights", packed)
         self.eval()
 

@@ -281,7 +281,7 @@ def test_info_tells_instruction_sets_by_arithmetic(capsys):
     if not registry.isas():
         assert "C++ kernels: not built" in printed
         return
-    for arithmetic in registry.ARITHMETICS:
+    for arithmetic in registry.CPU_ARITHMETICS:
         sets = ", ".join(registry.isas(arithmetic)) or "none"
         assert f"instruction sets that run here, {arithmetic}: {sets}\n" in printed
     assert f"instruction set in use: {registry.isa()}\n" in printed

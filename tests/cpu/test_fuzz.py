@@ -55,7 +55,7 @@ from fastscnn_fast.runtime.model import FastSCNN
 pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 SEEDS, COUNTS, BATCHES = st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3)
-ARITHMETICS = st.sampled_from([name for name in registry.ARITHMETICS if registry.isas(name)])
+ARITHMETICS = st.sampled_from([name for name in registry.CPU_ARITHMETICS if registry.isas(name)])
 
 
 # ---------------------------------------------------------------- layers
@@ -194,7 +194,7 @@ def check_network(
         weights = [
             {name: w * 1 for name, w in named.items()} for named in folded.tensors
         ]  # moved too
-        return reference.network(x if raw else x.double(), folded.layers, weights)
+        return reference.network(x if raw else x.double(), folded.program, weights)
 
     with threads(1):
         ref64, own = run64(), net.reference(x)

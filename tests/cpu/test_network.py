@@ -40,7 +40,9 @@ from fastscnn_fast import load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
 from fastscnn_fast.data.scenes import street
-from fastscnn_fast.program.layers import Layer, program
+from fastscnn_fast.program import arithmetic as records
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.program import fast_scnn
 from fastscnn_fast.runtime.fused import fuse
 from fastscnn_fast.runtime.model import FastSCNN
 
@@ -54,18 +56,20 @@ def lifelike_model(name: str) -> FastSCNN:
         return lifelike(PRESETS[name])
 
 
-@lru_cache(maxsize=len(registry.ARITHMETICS))
+@lru_cache(maxsize=len(registry.CPU_ARITHMETICS))
 def network(name: str, arithmetic: str = "float32") -> Network:
     return Network.of(lifelike_model(name), arithmetic)
 
 
 Prepared = tuple[Tensor, Tensor, Tensor]  # pictures, torch's own logits and the float64 ones
-DTYPES = len(registry.CPU_DTYPES)  # arithmetics and instruction sets share what is prepared for one
+DTYPES = len(
+    records.dtypes("cpu")
+)  # arithmetics and instruction sets share what is prepared for one
 
 
 @lru_cache(maxsize=DTYPES)
 def prepared(name: str, dtype: torch.dtype, batch: int, size: Size, raw: bool = False) -> Prepared:
-    net = network(name, registry.arithmetic(dtype))
+    net = network(name, records.choose("cpu", dtype).name)
     pixels = torch.randint(256, (batch, 3, *size), dtype=torch.uint8)
     x = pixels if raw else net.noise(batch, *size)
     return x, net.reference(x), net.reference64(x)
@@ -137,14 +141,14 @@ def model_of_streets(name: str) -> FastSCNN:
         return lifelike(PRESETS[name], torch.cat([scene(seed, 120, 200) for seed in range(4)]))
 
 
-@lru_cache(maxsize=len(registry.ARITHMETICS))
+@lru_cache(maxsize=len(registry.CPU_ARITHMETICS))
 def network_of_streets(name: str, arithmetic: str) -> Network:
     return Network.of(model_of_streets(name), arithmetic)
 
 
 @lru_cache(maxsize=DTYPES)
 def drawn_picture(name: str, dtype: torch.dtype) -> Prepared:
-    net, x = network_of_streets(name, registry.arithmetic(dtype)), scene(0, 160, 264)
+    net, x = network_of_streets(name, records.choose("cpu", dtype).name), scene(0, 160, 264)
     return x, net.reference(x), net.reference64(x)
 
 
@@ -273,7 +277,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, output: str, raw: bool) -> No
 
 def test_wrong_arguments() -> None:
     fast, x = network("paper").fast, torch.zeros(1, 3, 33, 49)
-    layers = program(PRESETS["paper"])
+    layers = fast_scnn(PRESETS["paper"]).layers
 
     def run(x: Tensor = x, program: Any = fast.program, output: str = "logits") -> Tensor:
         return ops.network(x, fast.weights, program, output)
@@ -288,10 +292,10 @@ def test_wrong_arguments() -> None:
         with pytest.raises(ValueError, match="program must be a whole network"):
             run(program=ops.encode(wrong))
     with pytest.raises(ValueError, match="weights must be packed for these layers"):
-        run(program=ops.encode(program(PRESETS["tramac"])))
+        run(program=ops.encode(fast_scnn(PRESETS["tramac"]).layers))
 
 
-LAYERS = program(PRESETS["paper"])
+LAYERS = fast_scnn(PRESETS["paper"]).layers
 
 
 @pytest.mark.parametrize(

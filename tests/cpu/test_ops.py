@@ -47,7 +47,8 @@ from torch import Tensor
 from fastscnn_fast import ops
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
-from fastscnn_fast.program.layers import Layer, plan
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.program import layer_sizes
 
 pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
@@ -85,7 +86,7 @@ def size_of_numbers(case: Case) -> float:
 def real_cases(height: int, width: int) -> Iterator[Any]:
     seen = set()
     for name, config in PRESETS.items():
-        for step in plan(config, height, width):
+        for step in layer_sizes(config, height, width):
             sizes = tuple(shape[1:] for shape in step.inputs)
             if step.layer.op == "upsample_classify":
                 sizes += (step.output[1:],)

@@ -29,8 +29,9 @@ from fastscnn_fast.backends.gpu import backend as gpu_backend, choices, cuda, nv
 from fastscnn_fast.backends.gpu.cuda import CudaStep
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.lower.fold import fold
-from fastscnn_fast.program.layers import OPS, program
+from fastscnn_fast.program.layers import OPS
 from fastscnn_fast.program.memory import Buffer
+from fastscnn_fast.program.program import fast_scnn
 
 ROOT = Path(__file__).parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -121,7 +122,7 @@ def test_high_precision_is_tritons(
     with pytest.raises(registry.CannotRun, match=says):
         precision("cuda", "cuda")
     with pytest.raises(ValueError, match="precision must be 'highest' for backend cuda"):
-        layers = program(Config())
+        layers = fast_scnn(Config()).layers
         ops.pack(layers, [{}] * len(layers), "cuda", torch.float32, "high")
 
 
@@ -219,7 +220,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def plan_of(name: str, chosen: choices.Choices = choices.NONE, backend: str = "cuda") -> Any:
-    layers = program(PRESETS[name])
+    layers = fast_scnn(PRESETS[name]).layers
     picture = (torch.uint8, (2, 3, 96, 160), (3 * 96 * 160, 1, 480, 3))
     out = (torch.uint8, (2, 96, 160), (96 * 160, 160, 1))
     arguments = (ops.encode(layers), picture, out, torch.float16, "labels", 86, "highest")
@@ -230,7 +231,7 @@ def plan_of(name: str, chosen: choices.Choices = choices.NONE, backend: str = "c
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_plan_is_a_step_a_layer_and_at_most_twenty_launches(name: str, host: Any) -> None:
     steps = plan_of(name).steps
-    assert [step.op for step in steps] == [layer.op for layer in program(PRESETS[name])]
+    assert [step.op for step in steps] == [layer.op for layer in fast_scnn(PRESETS[name]).layers]
     launches = [one for step in steps for one in cuda.described(step)]
     assert len(launches) <= 20
     assert all(one.threads % 32 == 0 and one.grid[2] == 1 for one in launches)
@@ -246,7 +247,7 @@ def test_scratch_is_as_large_as_the_header_says(name: str, host: Any) -> None:
 
 @emulated
 def test_both_backends_follow_what_tuning_chose(host: Any) -> None:
-    layers = program(PRESETS["paper"])
+    layers = fast_scnn(PRESETS["paper"]).layers
     every = {step.op: step for step in plan_of("paper").steps}
     assert set(every) == set(OPS)
     fastest = choices.Choices(dict.fromkeys(keys_of("paper"), choices.TORCH))

@@ -20,7 +20,8 @@ from fastscnn_fast.backends.gpu import dump, nvcc
 from fastscnn_fast.backends.gpu.cuda import CudaStep, Described, described
 from fastscnn_fast.backends.gpu.machine import MULTIPROCESSORS, PRODUCTS, count
 from fastscnn_fast.cli import main
-from fastscnn_fast.program.layers import OPS, plan
+from fastscnn_fast.program.layers import OPS
+from fastscnn_fast.program.program import layer_sizes
 
 pytestmark = pytest.mark.skipif(
     bool(cuda_host.why_not() or nvcc.why_not()), reason=cuda_host.why_not() or nvcc.why_not()
@@ -66,7 +67,7 @@ def test_every_instantiation(op: str, architecture: int) -> None:
 
 def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Described]:
     """The launches of the preset's layers of ``op`` at full size, in every output."""
-    for index, step in enumerate(plan(PRESETS[name], 1024, 2048)):
+    for index, step in enumerate(layer_sizes(PRESETS[name], 1024, 2048)):
         if step.layer.op != op:
             continue
         for output in ("logits", "probabilities", "labels"):

@@ -25,7 +25,8 @@ from gpu_parity import GpuCase, check_odd, slow_unless
 
 from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
-from fastscnn_fast.program.layers import OPS, Layer, plan
+from fastscnn_fast.program.layers import OPS, Layer
+from fastscnn_fast.program.program import layer_sizes
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
 
@@ -52,7 +53,7 @@ def real_layers() -> Iterator[Any]:
     """Every layer of every preset, with all its channels."""
     seen = set()
     for name, config in PRESETS.items():
-        for step in plan(config, 104, 168):
+        for step in layer_sizes(config, 104, 168):
             sizes = tuple(shape[1:] for shape in step.inputs)
             if step.layer.op == "upsample_classify":
                 sizes += (step.output[1:],)

@@ -27,7 +27,8 @@ from fastscnn_fast.arch.config import Config, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
-from fastscnn_fast.program.layers import Layer, program
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.program import fast_scnn
 
 if TYPE_CHECKING or find_spec("triton") is not None:
     from fastscnn_fast.backends.gpu import arena
@@ -260,8 +261,8 @@ def test_export() -> None:
 def network_plan(config: Config, shape: tuple[int, ...], dtype: torch.dtype) -> Plan:
     from fastscnn_fast.lower import gpu as layout
 
-    layers = program(config)
-    pieces, _ = layout.layout(layers, dtype, 64)
+    program = fast_scnn(config)
+    pieces, _ = layout.layout(program.layers, dtype, 64)
     picture = memory.Buffer.dense("x", dtype, shape)
     out = memory.Buffer.dense("out", dtype, (shape[0], config.num_classes, *shape[2:]))
     return plan_of_network(layers, picture, out, pieces, dtype, 80, "logits")

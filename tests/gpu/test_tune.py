@@ -24,7 +24,7 @@ from fastscnn_fast import FastSCNN, bench, cli, fuse
 from fastscnn_fast.backends import registry
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import encode
-from fastscnn_fast.program.layers import program
+from fastscnn_fast.program.program import fast_scnn
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -98,7 +98,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def places(model: FastSCNN, output: str = "logits") -> list[PlacedLayer]:
     from fastscnn_fast.lower.gpu import layout
 
-    layers = program(model.config)
+    layers = fast_scnn(model.config).layers
     folded = type("Folded", (), {"config": model.config, "layers": layers})
     pieces, _ = layout(layers, torch.float32, 64)
     networks = tune._networks(folded, [SIZE], 1, torch.float32, pieces)
@@ -116,7 +116,7 @@ def plan(model: FastSCNN) -> Plan:
     """What is made for a call with one contiguous picture."""
     x, out = torch.empty(1, 3, *SIZE), torch.empty(1, 5, *SIZE)
     return gpu_backend._network_plan(
-        encode(program(model.config)),
+        encode(fast_scnn(model.config).layers),
         gpu_backend._where(x),
         gpu_backend._where(out),
         torch.float32,

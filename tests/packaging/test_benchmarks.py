@@ -21,7 +21,8 @@ from fastscnn_fast import bench, fuse, ops
 from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.checkpoints import CAMVID11
-from fastscnn_fast.program.layers import plan
+from fastscnn_fast.program.parity import Parity
+from fastscnn_fast.program.program import layer_sizes
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "benchmarks" / "bench_ops.py"
@@ -83,7 +84,7 @@ def test_the_network_is_measured_against_its_peers(tmp_path: Path, peers: list[s
     for task in ("logits", "labels"):
         own = {row["name"]: row for row in rows if row["task"] == task}
         expected = {"eager", "eager, channels-last", "eager, channels-last, bfloat16"}
-        for arithmetic in filter(registry.isas, registry.ARITHMETICS):
+        for arithmetic in filter(registry.isas, registry.CPU_ARITHMETICS):
             name = f"fastscnn_fast {arithmetic}"
             expected |= {name, f"{name}, fresh output"}
             expected |= {f"{name}, uint8 pixels"} if task == "labels" else set()
@@ -116,7 +117,7 @@ def test_the_stages_have_all_the_operations() -> None:
     given = module["Input"].draw(model, 1, (96, 160), Path())
     blocks = [f"block{i}" for i in range(9)]
     assert [*given.flops] == ["downsample", *blocks, "pyramid", "classifier", "output"]
-    assert sum(given.flops.values()) == sum(s.flops for s in plan(model.config, 96, 160))
+    assert sum(given.flops.values()) == sum(s.flops for s in layer_sizes(model.config, 96, 160))
     fast = fuse(model, "cpu")
     measured = ops.network_stages(given.x, fast.weights, fast.program)
     assert [name for name, _ in measured] == [*given.flops]
@@ -134,7 +135,7 @@ def test_facts() -> None:
 def test_every_step_is_benchmarked(name: str) -> None:
     config = preset(name)
     cases = runpy.run_path(str(BENCH))["cases"](config, 96, 160)
-    assert sum(case.calls for case in cases) == len(plan(config, 96, 160))
+    assert sum(case.calls for case in cases) == len(layer_sizes(config, 96, 160))
     assert len({case.name for case in cases}) == len(cases)
 
 
@@ -163,7 +164,7 @@ def test_a_time_needs_parity(tmp_path: Path) -> None:
         "test_op[stem-float32-ours]",
         "test_op[stem-uint8-float32-reference]",
     }
-    stem = plan(preset("paper"), 33, 40)[0]
+    stem = layer_sizes(preset("paper"), 33, 40)[0]
     floats, raw = (
         measured[f"test_op[stem-{kind}-reference]"] for kind in ("float32", "uint8-float32")
     )
@@ -234,7 +235,7 @@ def test_the_gpu_benchmark_measures_and_writes_with_a_clock_of_ours(tmp_path: Pa
         "network, labels",
         "stem",
     ]
-    assert len(races) == 2 + len({s.layer.encode() for s in plan(model.config, 64, 96)})
+    assert len(races) == 2 + len({s.layer.encode() for s in layer_sizes(model.config, 64, 96)})
     wrong = replace(results[-1], passed=False, median=nan, low=nan, high=nan, ratio=None)
     gpu["write"](tmp_path, [*results, wrong], {"GPU": "a GPU", "torch": "2", "date": "today"})
     text = (tmp_path / "gpu.md").read_text()
@@ -255,7 +256,7 @@ def test_the_gpu_benchmark_times_nothing_that_is_wrong() -> None:
     (plain, _, ours) = gpu["layer_contestants"](fusion, "float32", ["reference"], False)
     wrong = replace(ours, call=lambda: ours.call() * 1.001)
     exact = fusion.run(*(x.double() for x in fusion.inputs), dtype=torch.float64)
-    eager = {"float32": bench.Parity.of(plain.call(), exact)}
+    eager = {"float32": Parity.of(plain.call(), exact)}
     bounds = gpu["LAYER_BOUNDS"]
     for contestant, right in ((plain, True), (ours, True), (wrong, False)):
         (result,), _ = bench.race({}, [contestant], exact, eager, 1, bounds=bounds)

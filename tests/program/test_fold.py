@@ -54,7 +54,7 @@ def test_folding_is_exact(name: str) -> None:
         {key: tuple(w.shape) for key, w in tensors.items()} == layer.weights()
         for layer, tensors in zip(folded.layers, folded.tensors, strict=True)
     )
-    y, wanted = reference.network(x, folded.layers, folded.tensors), model.reference(x)
+    y, wanted = reference.network(x, folded.program, folded.tensors), model.reference(x)
     assert (y - wanted).norm() <= 1e-12 * (wanted - wanted.mean((0, 2, 3), keepdim=True)).norm()
 
 
@@ -65,7 +65,7 @@ def test_raw_pixels(name: str) -> None:
     model = model64(config)
     x = torch.randint(256, (1, config.in_channels, 33, 49), dtype=torch.uint8)
     folded = fold(model)
-    y = reference.network(x, folded.layers, folded.tensors)
+    y = reference.network(x, folded.program, folded.tensors)
     torch.testing.assert_close(y, model.reference(x), rtol=1e-11, atol=1e-11)
 
 

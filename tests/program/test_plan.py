@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastscnn_fast.arch.config import PRESETS, Config, preset
-from fastscnn_fast.program.layers import ACTIVATIONS, OPS, Layer, Step, plan, program
+from fastscnn_fast.program.layers import ACTIVATIONS, OPS, Layer, SizedLayer
+from fastscnn_fast.program.program import fast_scnn, layer_sizes
 from fastscnn_fast.runtime.model import FastSCNN
 
 # Remainders of every kind through five halvings, with and without padding in the first convolution.
@@ -74,10 +75,10 @@ def shapes_of(config: Config, height: int, width: int) -> dict[str, tuple[int, .
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes(name: str, size: tuple[int, int]) -> None:
-    steps = plan(CONFIGS[name], *size)
+    steps = layer_sizes(CONFIGS[name], *size)
     made = {step.layer.name: step.output for step in steps}
     assert made == shapes_of(CONFIGS[name], *size)
-    assert [step.layer for step in steps] == list(program(CONFIGS[name]))
+    assert [step.layer for step in steps] == list(fast_scnn(CONFIGS[name]).layers)
     x: tuple[int, ...] = (CONFIGS[name].in_channels, *size)
     for (
         step
@@ -89,20 +90,22 @@ def test_shapes(name: str, size: tuple[int, int]) -> None:
 
 def test_names_and_weights() -> None:
     for config in CONFIGS.values():
-        names = [layer.name for layer in program(config)]
+        names = [layer.name for layer in fast_scnn(config).layers]
         assert len(set(names)) == len(names)
         assert all(
-            min(shape) > 0 for layer in program(config) for shape in layer.weights().values()
+            min(shape) > 0
+            for layer in fast_scnn(config).layers
+            for shape in layer.weights().values()
         )
 
 
 def test_too_small() -> None:
-    assert plan(PRESETS["paper"], 1, 1)[-1].output == (19, 1, 1)
-    assert plan(PRESETS["tramac"], 3, 3)[-1].output == (19, 3, 3)
+    assert layer_sizes(PRESETS["paper"], 1, 1)[-1].output == (19, 1, 1)
+    assert layer_sizes(PRESETS["tramac"], 3, 3)[-1].output == (19, 3, 3)
     with pytest.raises(ValueError, match="height and width must be at least 3, got 3x2"):
-        plan(PRESETS["tramac"], 3, 2)
+        layer_sizes(PRESETS["tramac"], 3, 2)
     with pytest.raises(ValueError, match="height and width must be at least 1, got 0x5"):
-        plan(PRESETS["paper"], 0, 5)
+        layer_sizes(PRESETS["paper"], 0, 5)
 
 
 COUNTS = st.integers(1, 300)
@@ -167,7 +170,7 @@ def counted_flops(config: Config, height: int, width: int) -> dict[str, int]:
     return counts
 
 
-def expected_difference(step: Step) -> int:
+def expected_difference(step: SizedLayer) -> int:
     """What the fused algorithm computes on top of the plain convolutions, less what it saves."""
     layer, pixels = step.layer, prod(step.output[1:])
     c, o, m = layer.in_channels, layer.out_channels, layer.mid_channels
@@ -188,7 +191,7 @@ def expected_difference(step: Step) -> int:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops(name: str) -> None:
     counts = counted_flops(CONFIGS[name], 97, 131)
-    for step in plan(CONFIGS[name], 97, 131):
+    for step in layer_sizes(CONFIGS[name], 97, 131):
         if step.layer.op != "upsample_classify":
             wanted = counts[step.layer.name] + expected_difference(step)
             assert step.flops == wanted, step.layer.name
@@ -198,7 +201,7 @@ def test_flops(name: str) -> None:
 def test_elements(name: str) -> None:
     """All weights of the plan are the network's parameters, batch norm folded to one bias per channel."""
     config = CONFIGS[name]
-    steps = plan(config, 33, 49)
+    steps = layer_sizes(config, 33, 49)
     weights = sum(step.elements - prod(step.output) - sum(map(prod, step.inputs)) for step in steps)
     with torch.device("meta"):
         model = FastSCNN.from_config(config)

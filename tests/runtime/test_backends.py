@@ -15,6 +15,7 @@ from helpers import BOUNDS, Kernels, assert_parity, err, small_network
 from fastscnn_fast import fuse
 from fastscnn_fast.arch.config import PRESETS, Config, preset
 from fastscnn_fast.backends import cpu as cpu_backend, registry
+from fastscnn_fast.program import arithmetic
 
 CPU = torch.device("cpu")
 built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
@@ -185,10 +186,10 @@ def test_high_precision_where_there_is_none(backend, dtype, forced_isa, reason, 
 
 
 def test_an_arithmetic_for_each_dtype_and_precision():
-    for name, pair in registry.ARITHMETICS.items():
-        assert registry.arithmetic(*pair) == name
+    for name, one in registry.CPU_ARITHMETICS.items():
+        assert arithmetic.choose("cpu", *one.asked) is one and one.name == name
     with pytest.raises(ValueError, match="precision must be 'highest' for torch.bf.*, got 'high'"):
-        registry.arithmetic(torch.bfloat16, "high")
+        arithmetic.choose("cpu", torch.bfloat16, "high")
 
 
 @built

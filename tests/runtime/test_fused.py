@@ -555,13 +555,13 @@ COPIES: dict[str, Callable[[FusedFastSCNN], Any]] = {
 }
 
 
-ARITHMETICS = [name for name in registry.ARITHMETICS if registry.isas(name)]
+ARITHMETICS = [name for name in registry.CPU_ARITHMETICS if registry.isas(name)]
 
 
 @pytest.fixture(scope="module")
 def fused(model: FastSCNN) -> dict[str, FusedFastSCNN]:
     """On the cpu backend, by arithmetic."""
-    pairs = {name: registry.ARITHMETICS[name] for name in ARITHMETICS}
+    pairs = {name: registry.CPU_ARITHMETICS[name] for name in ARITHMETICS}
     return {name: fuse(model, "cpu", *pair) for name, pair in pairs.items()}
 
 

@@ -31,10 +31,13 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return registry.ARITHMETICS[self.arithmetic][0]
+        return registry.CPU_ARITHMETICS[self.arithmetic].dtype
 
     def on(self, kernels: Kernels) -> Case:
-        return replace(self, arithmetic=kernels.arithmetic)
+        """In that arithmetic, or in what it has for this op."""
+        record = registry.CPU_ARITHMETICS[kernels.arithmetic]
+        layer = replace(self.layer, arithmetic=record.layers.get(self.layer.op, ""))
+        return replace(self, layer=layer, arithmetic=kernels.arithmetic)
 
     def weights(self) -> dict[str, Tensor]:
         """Random ones, as rounded to the dtype."""
@@ -42,7 +45,9 @@ class Case:
         return {name: w.to(self.dtype).float() for name, w in named.items()}
 
     def packed(self, weights: dict[str, Tensor]) -> Tensor:
-        return ops.pack([self.layer], [weights], "cpu", *registry.ARITHMETICS[self.arithmetic])
+        return ops.pack(
+            [self.layer], [weights], "cpu", *registry.CPU_ARITHMETICS[self.arithmetic].asked
+        )
 
     def enlarged(self, values: int = 64) -> Case:
         """With a batch so large that the result has so many values.
@@ -53,7 +58,7 @@ class Case:
         keeps_size = layer.op in ("pyramid_pooling", "feature_fusion", "upsample_classify")
         h, w = self.sizes[-1] if layer.op == "upsample_classify" else self.sizes[0]
         h, w = (h, w) if keeps_size else layer.output_size(h, w)
-        wanted = -(-values // (h * w * (layer.last_channels or layer.out_channels)))
+        wanted = -(-values // (h * w * layer.result_channels))
         return replace(self, batch=max(self.batch, wanted))
 
     def inputs(self) -> tuple[Tensor, ...]:

@@ -60,7 +60,8 @@ from fastscnn_fast.backends.gpu import arena, backend as gpu_backend
 from fastscnn_fast.backends.gpu.plan import Plan
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
-from fastscnn_fast.program.layers import Layer, plan
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.program import layer_sizes
 from fastscnn_fast.runtime.fused import FusedFastSCNN
 from fastscnn_fast.runtime.model import FastSCNN
 
@@ -163,7 +164,7 @@ def small_layers() -> Iterator[Any]:
     """Every layer of every preset, with fewer channels, and so many values that chance does not decide."""
     seen = set()
     for name in PRESETS:
-        for step in plan(preset(name, **SMALL), 64, 96):
+        for step in layer_sizes(preset(name, **SMALL), 64, 96):
             sizes = tuple(shape[1:] for shape in step.inputs)
             if step.layer.op == "upsample_classify":
                 sizes += (step.output[1:],)

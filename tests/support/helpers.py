@@ -30,15 +30,17 @@ class Kernels(NamedTuple):
     @staticmethod
     def all() -> list[Kernels]:
         """Those that are compiled in and run here."""
-        return [Kernels(name, isa) for name in registry.ARITHMETICS for isa in registry.isas(name)]
+        return [
+            Kernels(name, isa) for name in registry.CPU_ARITHMETICS for isa in registry.isas(name)
+        ]
 
     @property
     def dtype(self) -> torch.dtype:
-        return registry.ARITHMETICS[self.arithmetic][0]
+        return registry.CPU_ARITHMETICS[self.arithmetic].dtype
 
     @property
     def precision(self) -> str:
-        return registry.ARITHMETICS[self.arithmetic][1]
+        return registry.CPU_ARITHMETICS[self.arithmetic].precision
 
     def __str__(self) -> str:
         return f"{self.arithmetic}-{self.isa}"

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastscnn_fast import ops
 from fastscnn_fast.backends import registry
 from fastscnn_fast.lower.fold import fold
-from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program import arithmetic
+from fastscnn_fast.program.layers import PICTURE, Layer
 from fastscnn_fast.runtime.fused import FusedFastSCNN
 from fastscnn_fast.runtime.model import FastSCNN
 
@@ -30,7 +31,7 @@ class Network:
 
     @staticmethod
     def of(model: FastSCNN, arithmetic: str = "float32") -> Network:
-        dtype, precision = registry.ARITHMETICS[arithmetic]
+        dtype, precision = registry.CPU_ARITHMETICS[arithmetic].asked
         own, model64 = copy.deepcopy(model).to(dtype), copy.deepcopy(model).double()
         return Network(model, model64, own, fused(model, dtype, precision))
 
@@ -38,14 +39,16 @@ class Network:
     def layers(self) -> list[tuple[Layer, Tensor]]:
         """Each with its own packed weights."""
         folded = fold(self.model)
+        dtype, precision = self.fast.dtype, self.fast.precision
+        program = folded.program.computed_in(arithmetic.choose("cpu", dtype, precision))
         return [
-            (layer, ops.pack([layer], [tensors], "cpu", self.fast.dtype, self.fast.precision))
-            for layer, tensors in zip(folded.layers, folded.tensors)
+            (layer, ops.pack([layer], [tensors], "cpu", dtype, precision))
+            for layer, tensors in zip(program.layers, folded.tensors)
         ]
 
     @property
     def arithmetic(self) -> str:
-        return registry.arithmetic(self.fast.dtype, self.fast.precision)
+        return arithmetic.choose("cpu", self.fast.dtype, self.fast.precision).name
 
     def run(self, x: Tensor, output: str = "logits") -> Tensor:
         """The fused result, poisoned."""
@@ -73,18 +76,15 @@ def fused(model: FastSCNN, dtype: torch.dtype, precision: str) -> FusedFastSCNN:
 
 def chain(net: Network, x: Tensor) -> tuple[Tensor, Callable[[str], Tensor]]:
     """The network as separate ops, each with its own packed weights: the small logits, and what becomes of them."""
-    size, high = (x.shape[2], x.shape[3]), x
+    size, made = (x.shape[2], x.shape[3]), []
     *layers, (last, last_packed) = net.layers
-    for index, (layer, packed) in enumerate(layers):
-        if layer.op == "feature_fusion":
-            x = ops.feature_fusion(high, x, packed, layer)
-        elif layer.op == "stem_conv":
-            x = ops.stem_conv(x, packed, layer, dtype=net.fast.dtype)
+    for layer, packed in layers:
+        inputs = [x if at == PICTURE else made[at] for at in layer.inputs]
+        if layer.op == "stem_conv":
+            made.append(ops.stem_conv(*inputs, packed, layer, dtype=net.fast.dtype))
         else:
-            x = getattr(ops, layer.op)(x, packed, layer)
-        if index == 2:
-            high = x
-    return x, lambda output: ops.upsample_classify(x, last_packed, last, size, output)
+            made.append(getattr(ops, layer.op)(*inputs, packed, layer))
+    return made[-1], lambda output: ops.upsample_classify(made[-1], last_packed, last, size, output)
 
 
 def assert_chain(net: Network, x: Tensor, outputs: Sequence[str] = ops.OUTPUTS) -> None:

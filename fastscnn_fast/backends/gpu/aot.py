@@ -23,8 +23,8 @@ from ...arch.config import Config
 from ...kernels.launch import Launch
 from ...lower import gpu as weights
 from ...lower.pack import TAG
-from ...program.layers import plan, program
 from ...program.memory import Buffer, rounded_up
+from ...program.program import fast_scnn, layer_sizes
 from .machine import MULTIPROCESSORS, PRODUCTS, WIDE_LOADS, count, instructions, listing
 from .plan import Plan, network_plan
 from .tiles import Architecture
@@ -194,20 +194,20 @@ def network(
     backend: str = "triton",
 ) -> Plan:
     """The steps for one contiguous picture of ``size`` (height, width): uint8 pixels if ``raw``, else dtype."""
-    layers = program(config)
-    pieces, _ = weights.layout(layers, dtype, TAG.size)
+    program = fast_scnn(config)
+    pieces, _ = weights.layout(program.layers, dtype, TAG.size)
     picture = Buffer.dense("x", torch.uint8 if raw else dtype, (1, config.in_channels, *size))
     labels = output == "labels"
     shape = (1, *size) if labels else (1, config.num_classes, *size)
     out = Buffer.dense("out", torch.uint8 if labels else dtype, shape)
-    return network_plan(layers, picture, out, pieces, dtype, architecture, output, backend=backend)
+    return network_plan(program, picture, out, pieces, dtype, architecture, output, backend=backend)
 
 
 def necessary_bytes(
     config: Config, size: tuple[int, int], dtype: torch.dtype, output: str = "logits"
 ) -> int:
     """Bytes that six fused ops must move for one picture of ``dtype``: each op's input, weights and output once."""
-    elements = sum(step.elements for step in plan(config, *size))
+    elements = sum(step.elements for step in layer_sizes(config, *size))
     labels = prod(size)
     if output == "labels":
         return (elements - config.num_classes * labels) * dtype.itemsize + labels

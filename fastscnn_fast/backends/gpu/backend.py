@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ...lower import gpu as layout
-from ...lower.pack import TAG, Program, check_dtype, layout_of, parsed, plain_weights, tag
+from ...lower.pack import TAG, arithmetic_of, plain_weights, tag
+from ...program.arithmetic import Arithmetic
 from ...program.memory import Buffer, dense
+from ...program.program import Program, parsed
 from ...program.reference import Weights
 from .. import registry
 from . import choices
@@ -22,14 +24,6 @@ from .choices import Choices
 from .cuda import ALIGNMENT
 from .plan import PlacedLayer, Plan, activation_buffer, input_names, network_plan, op_plan
 from .tiles import INTERPRETER, Architecture
-
-# Layouts of packed weights after those of the cpu backend, by dtype and precision.
-_LAYOUTS = {
-    16: (torch.float32, "highest"),
-    17: (torch.float32, "high"),
-    18: (torch.bfloat16, "highest"),
-    19: (torch.float16, "highest"),
-}
 
 
 def products(precision: str, architecture: Architecture) -> str:
@@ -108,7 +102,7 @@ def _network_plan(
 ) -> Plan:
     pieces, _ = _pieces(text, dtype)
     return network_plan(
-        parsed(text).layers,
+        parsed(text),
         _picture(x),
         Buffer("out", *out),
         pieces,
@@ -123,15 +117,11 @@ def _network_plan(
 
 def _precision(weights: Tensor, text: str, dtype: torch.dtype, backend: str) -> str:
     """What the weights are packed for."""
-    at, _ = layout_of(weights, parsed(text), backend)
-    if at not in _LAYOUTS:
-        raise ValueError(f"weights must be packed for the {backend} backend, got another layout")
+    arithmetic = arithmetic_of(weights, parsed(text), backend, dtype)
     if weights.data_ptr() % ALIGNMENT:
         rule = f"weights must be aligned to {ALIGNMENT} bytes"
         raise ValueError(f"{rule}, got an address {weights.data_ptr() % ALIGNMENT} beyond")
-    packed, precision = _LAYOUTS[at]
-    check_dtype(packed, dtype)
-    return precision
+    return arithmetic.precision
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -141,19 +131,13 @@ def _dense(x: Tensor) -> Tensor:
 
 
 class _Engine:
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-
-    def __init__(self, backend: str, precisions: tuple[str, ...]) -> None:
+    def __init__(self, backend: str) -> None:
         self._backend = backend
-        self.precisions = precisions
 
-    def pack(
-        self, program: Program, tensors: Sequence[Weights], dtype: torch.dtype, precision: str
-    ) -> Tensor:
-        at = next(at for at, pair in _LAYOUTS.items() if pair == (dtype, precision))
-        pieces, size = layout.layout(program.layers, dtype, TAG.size)
+    def pack(self, program: Program, tensors: Sequence[Weights], arithmetic: Arithmetic) -> Tensor:
+        pieces, size = layout.layout(program.layers, arithmetic.weights, TAG.size)
         packed = torch.zeros(size, dtype=torch.uint8, device="cpu")
-        packed[: TAG.size] = tag(program, at, 0, size)
+        packed[: TAG.size] = tag(program, self._backend, arithmetic, size)
         plain = plain_weights(program.layers, tensors, torch.float32)
         layout.fill(packed, pieces, program.layers, plain)
         return packed
@@ -216,6 +200,6 @@ class _Engine:
 
 
 ENGINES = {
-    "triton": _Engine("triton", registry.PRECISIONS),
-    "cuda": _Engine("cuda", ("highest",)),
+    "triton": _Engine("triton"),
+    "cuda": _Engine("cuda"),
 }

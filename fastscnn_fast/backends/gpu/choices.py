@@ -1,6 +1,6 @@
 """What ``fastscnn_fast tune`` found fastest on a GPU: one JSON file, read when a plan is made.
 
-    {"schema": 2, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, "torch" or "cuda"}}}
+    {"schema": 3, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, "torch" or "cuda"}}}
 
 ENVIRONMENT is what a time depends on but the layer (:func:`environment`), so that what was chosen with one Triton,
 or a CUDA extension for some architectures, is not looked for with another, or without; LAYER is the layer and its
@@ -22,14 +22,14 @@ from typing import Any, Literal
 import torch
 
 from ...kernels.launch import Tile
-from ...lower.pack import encode
 from ...program.layers import Layer
 from ...program.memory import Buffer
+from ...program.program import encode
 from ..registry import architecture, cuda_code, log_once
 from .tiles import INTERPRETER
 
 #: Raised when the meaning of the file changes, or the kernels so much that old choices mislead.
-SCHEMA = 2
+SCHEMA = 3
 
 VARIABLE = "FASTSCNN_TUNE_CACHE"
 

@@ -14,8 +14,9 @@ from ...arch.config import Config
 from ...kernels.launch import Launch
 from ...lower import gpu as weights
 from ...lower.pack import TAG
-from ...program.layers import Layer, Step, plan, program
+from ...program.layers import Layer, SizedLayer
 from ...program.memory import Buffer
+from ...program.program import fast_scnn, layer_sizes
 from . import cuda, nvcc
 from .cuda import CudaStep
 from .machine import MULTIPROCESSORS
@@ -121,7 +122,7 @@ def find(config: Config, op: str, name: str | None) -> int:
     Raises:
         ValueError: no such layer, or one of another op.
     """
-    layers = program(config)
+    layers = fast_scnn(config).layers
     if name is None:
         return next(i for i, layer in enumerate(layers) if layer.op == op)
     names = [layer.name for layer in layers]
@@ -137,7 +138,7 @@ def find(config: Config, op: str, name: str | None) -> int:
 
 def step(
     config: Config, op: str, name: str | None, size: tuple[int, int], shape: tuple[int, int] | None
-) -> Step:
+) -> SizedLayer:
     """The layer in the network for pictures of ``size``; or alone, with ``shape`` its input's size.
 
     Alone, feature_fusion's low branch has a quarter of that (its high branch's), rounded up, and the result
@@ -147,11 +148,11 @@ def step(
         ValueError: no such layer, or one of another op; a picture too small.
     """
     index = find(config, op, name)
-    found = plan(config, *size)[index]
+    found = layer_sizes(config, *size)[index]
     if shape is None:
         return found
     if op == "stem_conv":
-        return plan(config, *shape)[index]
+        return layer_sizes(config, *shape)[index]
     layer, (height, width) = found.layer, shape
     inputs = [(x[0], *shape) for x in found.inputs]
     out = layer.output_size(height, width)
@@ -159,11 +160,11 @@ def step(
         inputs[1] = (inputs[1][0], -(-height // 4), -(-width // 4))
     elif op == "upsample_classify":
         out = (8 * height, 8 * width)
-    return Step(layer, tuple(inputs), (found.output[0], *out))
+    return SizedLayer(layer, tuple(inputs), (found.output[0], *out))
 
 
 def launches(
-    step: Step,
+    step: SizedLayer,
     dtype: torch.dtype,
     architecture: int,
     output: str = "logits",
@@ -258,7 +259,7 @@ def _null(name: str, holds: str) -> dict[str, Any]:
     return {"name": name, "kind": "pointer", "role": "null", "value": 0, "holds": holds}
 
 
-def describe(code: aot.Code, step: Step, index: int, count: int) -> dict[str, Any]:
+def describe(code: aot.Code, step: SizedLayer, index: int, count: int) -> dict[str, Any]:
     """Everything a launcher needs; parameters in the order of the PTX kernel's."""
     launch, layer = code.launch, step.layer
     signature = code.specialisation.signature
@@ -313,7 +314,7 @@ def _cuda_parameter(
 
 
 def _cuda_code(
-    step: Step, launched: CudaStep, architecture: int
+    step: SizedLayer, launched: CudaStep, architecture: int
 ) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
     """Description, PTX and machine code of each launch of the step."""
     launches = cuda.described(launched)
@@ -342,7 +343,7 @@ def _cuda_code(
 
 
 def _triton_code(
-    step: Step, plan: Plan, architecture: int
+    step: SizedLayer, plan: Plan, architecture: int
 ) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
     """Description, PTX and machine code of each launch."""
     from . import aot
@@ -353,7 +354,7 @@ def _triton_code(
         yield about, code.compiled.asm["ptx"].encode(), code.compiled.asm["cubin"]
 
 
-def write(folder: Path, step: Step, plan: Plan, architecture: int) -> list[Path]:
+def write(folder: Path, step: SizedLayer, plan: Plan, architecture: int) -> list[Path]:
     """Compiles each launch and writes OP_N.ptx, OP_N.cubin and OP_N.json; returns their paths.
 
     Raises:

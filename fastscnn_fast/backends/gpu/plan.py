@@ -10,8 +10,9 @@ from math import prod
 import torch
 
 from ...kernels.launch import Launch, Tile
-from ...program.layers import Layer
+from ...program.layers import PICTURE, Layer
 from ...program.memory import Buffer, pixel_pitch, rounded_up
+from ...program.program import Program
 from . import choices, cuda
 from .choices import Choice, Choices
 from .cuda import CudaStep
@@ -145,7 +146,7 @@ def _steps(
 
 
 def network_plan(
-    layers: Sequence[Layer],
+    program: Program,
     picture: Buffer,
     out: Buffer,
     weights: Sequence[dict[str, Buffer]],
@@ -156,41 +157,35 @@ def network_plan(
     chosen: Choices = choices.NONE,
     backend: str = "triton",
 ) -> Plan:
-    """The whole network on ``picture`` (N, C, H, W); layers as plan.program lists them."""
-    return Plan.of(
-        [
-            step
-            for place in placed(layers, picture, out, weights, dtype)
-            for step in _steps(place, dtype, architecture, output, precision, chosen, backend)
-        ]
-    )
+    """The whole of ``program`` on ``picture`` (N, C, H, W)."""
+    steps: list[Step] = []
+    for place in placed(program, picture, out, weights, dtype):
+        exact = precision == "tf32" and place.layer.arithmetic == "float32"
+        how = "ieee" if exact else precision
+        steps += _steps(place, dtype, architecture, output, how, chosen, backend)
+    return Plan.of(steps)
 
 
 def placed(
-    layers: Sequence[Layer],
+    program: Program,
     picture: Buffer,
     out: Buffer,
     weights: Sequence[dict[str, Buffer]],
     dtype: torch.dtype,
 ) -> Iterator[PlacedLayer]:
-    """Where the network's layers read and write, in order."""
-    x = high = picture
-    height, width = picture.shape[2:]
-    for index, (layer, pieces) in enumerate(zip(layers, weights, strict=True)):
-        inputs = (high, x) if layer.op == "feature_fusion" else (x,)
+    """Where the program's layers read and write, in order."""
+    images, _, height, width = picture.shape
+    made: list[Buffer] = []
+    sized = program.sized(height, width)
+    for index, (one, pieces) in enumerate(zip(sized, weights, strict=True)):
+        layer, (channels, rows, columns) = one.layer, one.output
+        memory = layer.name or f"layer{index}"
         if layer.op == "upsample_classify":
             y = out
+        elif layer.last_channels:
+            y = logits_buffer(memory, images, rows, columns, channels)
         else:
-            if layer.op == "feature_fusion":
-                height, width = high.shape[1:3]
-            elif layer.op != "pyramid_pooling":
-                height, width = layer.output_size(height, width)
-            memory = layer.name or f"layer{index}"
-            if layer.last_channels:
-                y = logits_buffer(memory, x.shape[0], height, width, layer.last_channels)
-            else:
-                y = activation_buffer(memory, dtype, x.shape[0], height, width, layer.out_channels)
+            y = activation_buffer(memory, dtype, images, rows, columns, channels)
+        made.append(y)
+        inputs = tuple(picture if at == PICTURE else made[at] for at in layer.inputs)
         yield PlacedLayer(layer, inputs, y, pieces)
-        x = y
-        if index == 2:  # the end of learning to downsample
-            high = y

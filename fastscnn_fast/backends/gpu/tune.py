@@ -19,8 +19,9 @@ from torch import Tensor
 from ...kernels.launch import Tile
 from ...lower import gpu as layout
 from ...lower.fold import FoldedWeights
-from ...lower.pack import TAG, encode, parsed
+from ...lower.pack import TAG
 from ...program import reference
+from ...program.arithmetic import ARITHMETICS, choose as choose_arithmetic
 from ...program.layers import OUTPUTS
 from ...program.memory import Buffer
 from ...program.parity import relative_error
@@ -35,12 +36,6 @@ from .tiles import Architecture
 #: Milliseconds of a run, several times: of these in turns, which read and write different memory.
 Clock = Callable[[Sequence[Callable[[], None]]], Sequence[float]]
 Tiles = Callable[[PlacedLayer, torch.dtype, Architecture], Sequence[Tile]]
-
-#: By dtype: a single op may err so much, or that many times what torch errs in that dtype, whichever is more.
-_BOUNDS = {torch.float32: (1e-6, 2.0), torch.bfloat16: (0.0, 1.5), torch.float16: (0.0, 1.5)}
-_TF32_ERROR = 2.0**-10  # of factors of 11 bits
-#: Share of labels that may differ.
-_OTHER_LABELS = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 def candidates(place: PlacedLayer, dtype: torch.dtype, architecture: Architecture) -> list[Tile]:
@@ -153,8 +148,9 @@ def tune(
         raise registry.CannotRun(f"no GPU backend can run: {whys}")
     precision = registry.choose_precision(precision, "auto", able[0], device, dtype)
     clock = measure.milliseconds if clock is None else clock
-    program = parsed(encode(folded.layers))
-    packed = ENGINES[able[0]].pack(program, folded.tensors, dtype, precision).to(device)
+    arithmetic = choose_arithmetic(able[0], dtype, precision)
+    program = folded.program.computed_in(arithmetic)
+    packed = ENGINES[able[0]].pack(program, folded.tensors, arithmetic).to(device)
     exact = [{k: w.to(device) for k, w in tensors.items()} for tensors in folded.tensors]
     pieces, _ = layout.layout(folded.layers, dtype, TAG.size)
     architecture = registry.architecture(device)
@@ -197,7 +193,7 @@ def _networks(
             out = Buffer.dense("out", dtype, shape)
             if output == "labels":
                 out = Buffer.dense("out", torch.uint8, (batch, height, width))
-            yield list(placed(folded.layers, picture, out, pieces, dtype)), output
+            yield list(placed(folded.program, picture, out, pieces, dtype)), output
 
 
 def _shapes(place: PlacedLayer) -> str:
@@ -284,12 +280,13 @@ def _memory(place: PlacedLayer, device: torch.device) -> dict[str, Tensor]:
 
 def _wrong(y: Tensor, own: Tensor, exact: Tensor, how: _How) -> str:
     """Why y fails parity, "" where it does not; ``own`` is torch's result in that dtype."""
-    floor, factor = _BOUNDS[how.dtype]
+    name = "high" if how.precision == "tf32" else str(how.dtype).removeprefix("torch.")
+    bounds = ARITHMETICS[name].layer_bounds
     if y.dtype == torch.uint8:
-        what, floor = "other labels", _OTHER_LABELS[how.dtype]
+        what, floor = "other labels", bounds.disagreement
         error, torchs = (float((z != exact).double().mean()) for z in (y, own))
     else:
-        what, floor = "error", _TF32_ERROR if how.precision == "tf32" else floor
+        what, floor = "error", bounds.error
         error, torchs = (relative_error(z, exact) for z in (y, own))
-    bound = max(floor, factor * torchs)
+    bound = max(floor, bounds.factor * torchs)
     return "" if error <= bound < float("inf") else f"{what} {error:.1e}, bound {bound:.1e}"
