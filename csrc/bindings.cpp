@@ -64,6 +64,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("openmp") = false;
 #endif
   m.def(
+      "arithmetics",
+      [] {
+        std::vector<std::string> names;
+        for (const fs::ArithmeticRecord& record : fs::kRecords) names.push_back(record.name);
+        return names;
+      },
+      "Their names, in the order of their numbers.");
+  m.def(
       "instruction_sets",
       [](const std::string& arithmetic) {
         return fs::instruction_sets(fs::arithmetic_of(arithmetic));

@@ -9,9 +9,6 @@ FASTSCNN_INLINE void load_parts(const bf16* p, vf (&v)[kParts]) {
   const vi both = load(reinterpret_cast<const int32_t*>(p));
   v[0] = even(both), v[1] = odd(both);
 }
-FASTSCNN_INLINE void store_parts(bf16* p, const vf (&v)[kParts]) {
-  store(reinterpret_cast<int32_t*>(p), pairs(v[0], v[1]));
-}
 // Channels c, c + 2, ... and c + 1, c + 3, ... of a weight's floats: layer.h, Depthwise.
 FASTSCNN_INLINE void load_weight_parts(const float* p, size_t c, vf (&v)[kParts]) {
   const float* block = p + c / kBlock * kBlock + c % kBlock / 2;
@@ -20,7 +17,6 @@ FASTSCNN_INLINE void load_weight_parts(const float* p, size_t c, vf (&v)[kParts]
 #else
 constexpr int kParts = 1;
 FASTSCNN_INLINE void load_parts(const float* p, vf (&v)[kParts]) { v[0] = load(p); }
-FASTSCNN_INLINE void store_parts(float* p, const vf (&v)[kParts]) { store(p, v[0]); }
 FASTSCNN_INLINE void load_weight_parts(const float* p, size_t c, vf (&v)[kParts]) {
   v[0] = load(p + c);
 }
@@ -32,11 +28,12 @@ constexpr int kDepthwiseVectors = kLanes == 16 && kParts == 1 ? 2 : 1;
 // As many channels at a time as keep the weights and the columns that blocks share in L1.
 constexpr int kDepthwiseChannels = 8 * kBlock;
 
-// NV vectors (of parts) of channels from c on; `out` is where output x goes. DILATION 0: known at
-// run time only.
+// NV vectors (of parts) of channels from c on; output x is the epilogue's `pixel`. DILATION 0:
+// known at run time only.
 template <int STRIDE, int DILATION, int PIXELS, int NV>
 FASTSCNN_INLINE void depthwise_block(const element* const (&rows)[3], int x, size_t c, int dilation,
-                                     const Depthwise& d, Clamp activation, element* out) {
+                                     const Depthwise& d, const Epilogue<element>& epilogue,
+                                     int pixel) {
   constexpr int N = NV * kParts;
   const ptrdiff_t channels = d.channels;
   auto load_weights = [&](const float* p, vf(&w)[NV][kParts]) {
@@ -105,34 +102,29 @@ FASTSCNN_INLINE void depthwise_block(const element* const (&rows)[3], int x, siz
       }
     }
   }
-  activation.apply([&](auto clamp) {
-    element* pixel = out + c;
+  epilogue.apply([&](auto finish) {
 #pragma GCC unroll 8
-    for (int i = 0; i < PIXELS; i++, pixel += channels)
+    for (int i = 0; i < PIXELS; i++)
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) {
-#pragma GCC unroll 2
-        for (int part = 0; part < kParts; part++) acc[i][v][part] = clamp(acc[i][v][part]);
-        store_parts(pixel + v * kPartLanes, acc[i][v]);
-      }
+      for (int v = 0; v < NV; v++) finish.parts(acc[i][v], pixel + i, int(c) + v * kPartLanes);
   });
 }
 
 template <int STRIDE, int DILATION, int PIXELS>
 void depthwise_columns(const element* const (&rows)[3], Range columns, int dilation,
-                       const Depthwise& d, Clamp activation, element* out) {
+                       const Depthwise& d, const Epilogue<element>& epilogue) {
   constexpr int kStep = kDepthwiseVectors * kPartLanes;
   for (int first = 0; first < d.channels; first += kDepthwiseChannels) {
     const int end = min_of(first + kDepthwiseChannels, d.channels);
     // The last block overlaps its neighbour: same values, no tail code.
     for (int x = columns.begin;; x = min_of(x + PIXELS, columns.end - PIXELS)) {
-      element* at = out + size_t(x - columns.begin) * d.channels;
+      const int pixel = x - columns.begin;
       int c = first;
       for (; c + kStep <= end; c += kStep)
         depthwise_block<STRIDE, DILATION, PIXELS, kDepthwiseVectors>(rows, x, c, dilation, d,
-                                                                     activation, at);
+                                                                     epilogue, pixel);
       for (; c < end; c += kPartLanes)
-        depthwise_block<STRIDE, DILATION, PIXELS, 1>(rows, x, c, dilation, d, activation, at);
+        depthwise_block<STRIDE, DILATION, PIXELS, 1>(rows, x, c, dilation, d, epilogue, pixel);
       if (x + PIXELS == columns.end) break;
     }
   }
@@ -144,9 +136,9 @@ static void depthwise(const Ring& in, int y, int stride, int dilation, Range col
   const int middle = y * stride;
   const element* const rows[3] = {in.at(middle - dilation), in.at(middle),
                                   in.at(middle + dilation)};
+  const Epilogue<element> epilogue{activation, out, size_t(d.channels)};
   auto run = [&](auto wide, auto narrow) {
-    (columns.size() < kDepthwisePixels ? narrow : wide)(rows, columns, dilation, d, activation,
-                                                        out);
+    (columns.size() < kDepthwisePixels ? narrow : wide)(rows, columns, dilation, d, epilogue);
   };
   constexpr int P = kDepthwisePixels;
   if (dilation == 1 && stride == 1)

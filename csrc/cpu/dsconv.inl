@@ -55,10 +55,10 @@ struct DsconvRows {
 
 static size_t dsconv(const Layer& l, const Weights& w, Plane x, Plane out, const Team& team,
                      Bump scratch) {
-  DsconvRows<CopyRows> stage(l, w, CopyRows{x, padded(l.in)}, x.w, x.h);
+  DsconvRows<CopyRows> stage(l, w, CopyRows{x, pixel_pitch(l.in)}, x.w, x.h);
   stage.place(scratch);
   if (scratch.measuring()) return scratch.used;
   const Tiles tiles;
-  run_rows(stage, out, padded(l.result_channels()), team);
+  run_rows(stage, out, pixel_pitch(l.result_channels()), team);
   return scratch.used;
 }

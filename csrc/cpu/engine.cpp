@@ -83,8 +83,6 @@ auto best_of(const std::string& isa, Member member) {
   throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
 }
 
-const char* const kArithmeticNames[kArithmetics] = {"float32", "bfloat16", "high"};
-
 // ---------------------------------------------------------------- scratch
 
 constexpr uintptr_t kHugePage = 2 << 20;
@@ -227,37 +225,44 @@ void for_each_image(int images, int threads, Run run) {
 std::string size_text(int h, int w) { return std::to_string(h) + "x" + std::to_string(w); }
 
 struct Prepared {
-  std::vector<Layer> layers;
-  std::vector<Weights> weights;
-  Type type;
-  const Ops& ops;
+  Arithmetic arithmetic;       // of layers that name no other
+  std::vector<Loaded> layers;  // of the program, in its order
   int threads;
 
-  explicit Prepared(const Call& call) : Prepared(call, arithmetic_of(call)) {}
-  Prepared(const Call& call, Arithmetic arithmetic)
-      : layers(decode(call.program)),
-        weights(layers.size()),
-        type(type_of(arithmetic)),
-        ops(ops_of(call.isa, arithmetic)),
-        threads(std::max(call.threads, 1)) {
-    // Kernels only read through these pointers.
-    char* base = static_cast<char*>(const_cast<void*>(call.weights)) + sizeof(Tag);
-    for (size_t i = 0; i < layers.size(); i++)
-      base += place_weights(layers[i], arithmetic, base, weights[i]);
-  }
-  static Arithmetic arithmetic_of(const Call& call) {
+  explicit Prepared(const Call& call) : threads(std::max(call.threads, 1)) {
     require(reinterpret_cast<uintptr_t>(call.weights) % alignof(float) == 0,
             "weights must be aligned to a float");
-    return check_tag(call.program, call.weights, call.weight_bytes);
+    arithmetic = check_tag(call.program, call.weights, call.weight_bytes);
+    // Kernels only read through these pointers.
+    char* base = static_cast<char*>(const_cast<void*>(call.weights)) + sizeof(Tag);
+    for (const Layer& l : decode(call.program)) {
+      const Arithmetic own = arithmetic_of(l, arithmetic);
+      layers.push_back({l, {}, own, record_of(own).type, record_of(own).type});
+      base += place_weights(l, own, base, layers.back().weights);
+    }
   }
-  const Layer& single(Op op) const {
-    require(layers.size() == 1 && layers[0].op == op, "program must be one layer of the op called");
+};
+
+// A layer run alone.
+struct Single : Prepared {
+  const Loaded& loaded;
+  const Layer& layer;
+  const Ops& ops;
+
+  Single(const Call& call, Op op)
+      : Prepared(call),
+        loaded(only(layers, op)),
+        layer(loaded.layer),
+        ops(ops_of(call.isa, loaded.arithmetic)) {}
+  static const Loaded& only(const std::vector<Loaded>& layers, Op op) {
+    require(layers.size() == 1 && layers[0].layer.op == op,
+            "program must be one layer of the op called");
     return layers[0];
   }
 };
 
 Plane image_of(Batch b, int image, int channels, Type type) {
-  const size_t bytes = size_t(b.h) * b.w * padded(channels, type) * bytes_of(type);
+  const size_t bytes = size_t(b.h) * b.w * pixel_pitch(channels, type) * bytes_of(type);
   return {b.data ? static_cast<char*>(b.data) + image * bytes : nullptr, b.h, b.w};
 }
 
@@ -273,8 +278,9 @@ void require_rows(int rows) {
           "x must have fewer than 2^24 rows, got a result of " + std::to_string(rows));
 }
 
-void require_picture(const Layer& stem, const Picture& picture, Type type) {
-  require(picture.type == type || picture.type == Type::u8,
+void require_picture(const Loaded& loaded, const Picture& picture) {
+  const Layer& stem = loaded.layer;
+  require(picture.type == loaded.input || picture.type == Type::u8,
           "x must be uint8 or what the weights are packed for");
   require(picture.c == stem.in,
           "x must have " + std::to_string(stem.in) + " channels, got " + std::to_string(picture.c));
@@ -292,35 +298,69 @@ void require_nonempty(Batch b) {
 
 // An op of one plane in, one plane out.
 using PlaneOp = size_t (*)(const Layer&, const Weights&, Plane, Plane, const Team&, Bump);
-void run_plane_op(const Prepared& p, const Layer& l, PlaneOp op, Batch x, Batch out) {
+void run_plane_op(const Single& p, PlaneOp op, Batch x, Batch out) {
+  const Layer& l = p.layer;
   require_nonempty(x);
   require_size("out", out, x.n, l.output_size(x.h), l.output_size(x.w));
   for_each_image(x.n, p.threads, [&](const Team& team, int i, Bump, size_t*, Bump scratch) {
-    return op(l, p.weights[0], image_of(x, i, l.in, p.type),
-              image_of(out, i, l.result_channels(), p.type), team, scratch);
+    return op(l, p.loaded.weights, image_of(x, i, l.in, p.loaded.input),
+              image_of(out, i, l.result_channels(), p.loaded.result), team, scratch);
   });
 }
 
-// What network.inl takes for granted.
-void require_network(const std::vector<Layer>& layers) {
-  const size_t n = layers.size();
-  require(n >= 9, "program must be a whole network");
-  const Layer &fusion = layers[n - 4], &head = layers[n - 3], &tail = layers[n - 2];
-  for (size_t i = 0; i < n; i++) {
-    const Layer& l = layers[i];
-    const Op op = i == 0       ? Op::stem_conv
-                  : i < 3      ? Op::dsconv
-                  : i < n - 5  ? Op::inverted_residual
-                  : i == n - 5 ? Op::pyramid_pooling
-                  : i == n - 4 ? Op::feature_fusion
-                  : i < n - 1  ? Op::dsconv
-                               : Op::upsample_classify;
-    const bool fits = l.op == op && (i == 0 || l.in == layers[i - 1].result_channels()) &&
-                      (l.last > 0) == (&l == &tail) &&
-                      (l.stride == 1 || (&l != &head && &l != &tail)) &&
-                      (&l != &fusion || l.mid == layers[2].out);
-    require(fits, "program must be a whole network, layer " + std::to_string(i) + " does not fit");
-  }
+// The one program of several layers that there are kernels for, recognised by its edges.
+Chain chain_of(const Prepared& p) {
+  const std::vector<Loaded>& layers = p.layers;
+  const int count = int(layers.size());
+  auto fit = [&](bool fits, int index) {
+    require(fits,
+            "program must be Fast-SCNN's chain (stem_conv, two dsconv, inverted_residual once or "
+            "more, pyramid_pooling, feature_fusion of the second dsconv and the pyramid, dsconv, "
+            "dsconv with a last 1x1, upsample_classify), " +
+                (index < count ? "layer " + std::to_string(index) : "its end") + " does not fit");
+  };
+  int next = 0;
+  // The next layer: of that op, its last input the layer before it, its arithmetic the network's.
+  auto take = [&](Op op) {
+    const int index = next++, before = index ? index - 1 : kPicture;
+    fit(index < count, index);
+    const Loaded& loaded = layers[index];
+    const Layer& l = loaded.layer;
+    fit(l.op == op && l.input_count && l.inputs[l.input_count - 1] == before, index);
+    fit(before == kPicture || l.in == layers[before].layer.result_channels(), index);
+    const bool stem_of_high = op == Op::stem_conv && p.arithmetic == Arithmetic::high;
+    const Arithmetic wanted = stem_of_high ? Arithmetic::float32 : p.arithmetic;
+    require(loaded.arithmetic == wanted, "layer " + std::to_string(index) + " must compute in " +
+                                             record_of(wanted).name + " in a network in " +
+                                             record_of(p.arithmetic).name + ", got " +
+                                             record_of(loaded.arithmetic).name);
+    return &loaded;
+  };
+  auto take_dsconv = [&](bool last_1x1) {
+    const Loaded* dsconv = take(Op::dsconv);
+    fit((dsconv->layer.last > 0) == last_1x1, next - 1);
+    return dsconv;
+  };
+  auto fit_stride_1 = [&](const Loaded* dsconv) { fit(dsconv->layer.stride == 1, next - 1); };
+
+  Chain c{};
+  c.stem = take(Op::stem_conv);
+  c.first = take_dsconv(false);
+  c.second = take_dsconv(false);
+  const int second = next - 1;
+  c.blocks = take(Op::inverted_residual);
+  while (next < count && layers[next].layer.op == Op::inverted_residual)
+    take(Op::inverted_residual);
+  c.pyramid = take(Op::pyramid_pooling);
+  c.fusion = take(Op::feature_fusion);
+  fit(c.fusion->layer.inputs[0] == second && c.fusion->layer.mid == c.second->layer.out, next - 1);
+  c.head = take_dsconv(false);
+  fit_stride_1(c.head);
+  c.tail = take_dsconv(true);
+  fit_stride_1(c.tail);
+  c.upsample = take(Op::upsample_classify);
+  fit(next == count, next);
+  return c;
 }
 
 int pieces_of(Output output, int classes) { return output == Output::labels ? 1 : classes; }
@@ -344,16 +384,15 @@ std::vector<std::string> instruction_sets(Arithmetic arithmetic) {
 
 Arithmetic arithmetic_of(const std::string& name) {
   for (int a = 0; a < kArithmetics; a++)
-    if (name == kArithmeticNames[a]) return Arithmetic(a);
-  throw std::invalid_argument("arithmetic must be float32, bfloat16 or high, got '" + name + "'");
+    if (name == kRecords[a].name) return Arithmetic(a);
+  throw std::invalid_argument("arithmetic must be " + arithmetic_names() + ", got '" + name + "'");
 }
 
 const Ops& ops_of(const std::string& isa, Arithmetic arithmetic) {
   const Ops* ops = best_of(isa, [&](const Kernels& k) { return k.ops[int(arithmetic)]; });
   if (ops) return *ops;
   throw std::invalid_argument("isa must be one with kernels for arithmetic " +
-                              std::string(kArithmeticNames[int(arithmetic)]) + ", got '" + isa +
-                              "'");
+                              std::string(kRecords[int(arithmetic)].name) + ", got '" + isa + "'");
 }
 
 const TrainingKernels& training_kernels_of(const std::string& isa) {
@@ -384,73 +423,75 @@ size_t scratch_bytes() { return pool().total(); }
 void fill_scratch(int byte) { pool().fill(byte); }
 
 void stem_conv(const Call& call, const Picture& picture, Batch out) {
-  const Prepared p(call);
-  const Layer& l = p.single(Op::stem_conv);
-  require_picture(l, picture, p.type);
+  const Single p(call, Op::stem_conv);
+  const Layer& l = p.layer;
+  require_picture(p.loaded, picture);
   require_size("out", out, picture.n, l.output_size(picture.h), l.output_size(picture.w));
   for_each_image(picture.n, p.threads, [&](const Team& team, int i, Bump, size_t*, Bump scratch) {
-    return p.ops.stem_conv(l, p.weights[0], picture, i, image_of(out, i, l.out, p.type), team,
-                           scratch);
+    return p.ops.stem_conv(l, p.loaded.weights, picture, i,
+                           image_of(out, i, l.out, p.loaded.result), team, scratch);
   });
 }
 
 void dsconv(const Call& call, Batch x, Batch out) {
-  const Prepared p(call);
-  run_plane_op(p, p.single(Op::dsconv), p.ops.dsconv, x, out);
+  const Single p(call, Op::dsconv);
+  run_plane_op(p, p.ops.dsconv, x, out);
 }
 
 void inverted_residual(const Call& call, Batch x, Batch out) {
-  const Prepared p(call);
-  run_plane_op(p, p.single(Op::inverted_residual), p.ops.inverted_residual, x, out);
+  const Single p(call, Op::inverted_residual);
+  run_plane_op(p, p.ops.inverted_residual, x, out);
 }
 
 void pyramid_pooling(const Call& call, Batch x, Batch out) {
-  const Prepared p(call);
-  const Layer& l = p.single(Op::pyramid_pooling);
+  const Single p(call, Op::pyramid_pooling);
+  const Layer& l = p.layer;
   require_nonempty(x);
   require_size("out", out, x.n, x.h, x.w);
   for_each_image(x.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
                    Branch branches[kMaxBins];
-                   place_branches(l, p.type, shared, branches);
+                   place_branches(l, p.loaded.input, shared, branches);
                    *shared_bytes = shared.used;
-                   return p.ops.pyramid_pooling(l, p.weights[0], image_of(x, i, l.in, p.type),
-                                                branches, image_of(out, i, l.out, p.type), team,
-                                                scratch);
+                   return p.ops.pyramid_pooling(
+                       l, p.loaded.weights, image_of(x, i, l.in, p.loaded.input), branches,
+                       image_of(out, i, l.out, p.loaded.result), team, scratch);
                  });
 }
 
 void feature_fusion(const Call& call, Batch high, Batch low, Batch out) {
-  const Prepared p(call);
-  const Layer& l = p.single(Op::feature_fusion);
+  const Single p(call, Op::feature_fusion);
+  const Layer& l = p.layer;
   require_nonempty(high);
   require_nonempty(low);
   require_size("low", {low.data, low.n, low.h, low.w}, high.n, low.h, low.w);
   require_size("out", out, high.n, high.h, high.w);
-  for_each_image(high.n, p.threads,
-                 [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
-                   Plane refined{nullptr, low.h, low.w};
-                   if (l.dense)
-                     refined.data = shared.take<char>(size_t(low.h) * low.w * padded(l.in, p.type) *
-                                                      bytes_of(p.type));
-                   *shared_bytes = shared.used;
-                   return p.ops.feature_fusion(l, p.weights[0], image_of(high, i, l.mid, p.type),
-                                               image_of(low, i, l.in, p.type), refined,
-                                               image_of(out, i, l.out, p.type), team, scratch);
-                 });
+  const Type type = p.loaded.input;
+  for_each_image(
+      high.n, p.threads,
+      [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
+        Plane refined{nullptr, low.h, low.w};
+        if (l.dense)
+          refined.data =
+              shared.take<char>(size_t(low.h) * low.w * pixel_pitch(l.in, type) * bytes_of(type));
+        *shared_bytes = shared.used;
+        return p.ops.feature_fusion(l, p.loaded.weights, image_of(high, i, l.mid, type),
+                                    image_of(low, i, l.in, type), refined,
+                                    image_of(out, i, l.out, p.loaded.result), team, scratch);
+      });
 }
 
 void upsample_classify(const Call& call, Batch x, Output output, void* out, int h, int w) {
-  const Prepared p(call);
-  const Layer& l = p.single(Op::upsample_classify);
+  const Single p(call, Op::upsample_classify);
+  const Layer& l = p.layer;
   require_nonempty(x);
   require(h >= 1 && w >= 1, "size must be at least 1x1, got " + size_text(h, w));
   require_classes(output, l.in);
-  const size_t bytes = element_of(output, p.type) * pieces_of(output, l.in) * h * w;
+  const size_t bytes = element_of(output, p.loaded.result) * pieces_of(output, l.in) * h * w;
   prefer_huge_pages(out, x.n * bytes);
   for_each_image(x.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
-                   return p.ops.upsample_classify(l, image_of(x, i, l.in, p.type), output,
+                   return p.ops.upsample_classify(l, image_of(x, i, l.in, p.loaded.input), output,
                                                   static_cast<char*>(out) + i * bytes, h, w, team,
                                                   shared, shared_bytes, scratch);
                  });
@@ -461,18 +502,19 @@ namespace {
 void run_network(const Call& call, const Picture& picture, Output output, void* out,
                  Reached* reached) {
   const Prepared p(call);
-  require_network(p.layers);
-  require_picture(p.layers[0], picture, p.type);
-  const int classes = p.layers.back().in;
+  const Chain chain = chain_of(p);
+  const Ops& ops = ops_of(call.isa, p.arithmetic);
+  require_picture(*chain.stem, picture);
+  const int classes = chain.upsample->layer.in;
   require_classes(output, classes);
-  const size_t bytes =
-      element_of(output, p.type) * pieces_of(output, classes) * picture.h * picture.w;
+  const size_t bytes = element_of(output, chain.upsample->result) * pieces_of(output, classes) *
+                       picture.h * picture.w;
   prefer_huge_pages(out, picture.n * bytes);
   for_each_image(picture.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
-                   return p.ops.network(p.layers.data(), p.weights.data(), int(p.layers.size()),
-                                        picture, i, output, static_cast<char*>(out) + i * bytes,
-                                        team, reached, shared, shared_bytes, scratch);
+                   return ops.network(chain, picture, i, output,
+                                      static_cast<char*>(out) + i * bytes, team, reached, shared,
+                                      shared_bytes, scratch);
                  });
 }
 

@@ -20,14 +20,14 @@ using Program = std::vector<int64_t>;
 
 // The first 64 bytes of packed weights: what they are, so that nothing else is ever read as them.
 struct alignas(64) Tag {
-  uint32_t magic, version, layout, reserved;
+  uint32_t magic, version, layout, arithmetic;
   uint64_t program, bytes;
 };
 
 // Instruction sets that were compiled with kernels of their own for that arithmetic and that this
 // processor runs, the best last.
 std::vector<std::string> instruction_sets(Arithmetic);
-// "float32", "bfloat16" or "high".
+// By its record's name.
 Arithmetic arithmetic_of(const std::string& name);
 
 // What that instruction set runs; throws where this processor does not run it, or where it has
@@ -38,8 +38,9 @@ const TrainingKernels& training_kernels_of(const std::string& isa);
 // Floating-point operations a second of so many threads that multiply and add in registers alone.
 double multiply_add_roof(const std::string& isa, Arithmetic, int threads, double seconds);
 
-// A layer's or a network's plain float weights (each tensor of plan.py's Layer.weights() in turn),
-// their packed size, tag included, and their packing. The tag says for which arithmetic.
+// A layer's or a network's plain float weights (each tensor of Layer.weights() in
+// program/layers.py in turn), their packed size, tag included, and their packing. The tag says for
+// which arithmetic.
 size_t plain_floats(const Program&);
 size_t packed_bytes(const Program&, Arithmetic);
 void pack(const Program&, Arithmetic, const float* plain, size_t floats, void* packed);
@@ -53,7 +54,7 @@ struct Call {
   int threads;
 };
 
-// A batch of dense channels-last activations, (n, h, w, padded(channels)) elements.
+// A batch of dense channels-last activations, (n, h, w, pixel_pitch(channels)) elements.
 struct Batch {
   void* data;
   int n, h, w;

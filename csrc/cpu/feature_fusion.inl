@@ -12,13 +12,14 @@ struct FusionRows {
   element* refined;  // a part's depthwise result; where dense, the whole resized row
 
   FusionRows(const Layer& l, const Weights& w, Plane high_, Plane low)
-      : layer(&l), weights(&w), high(high_), parts(high_.w, padded(l.in)) {
+      : layer(&l), weights(&w), high(high_), parts(high_.w, pixel_pitch(l.in)) {
     const Activation after_resize = l.dense ? Activation::relu : Activation::none;
-    source = {low,     padded(l.in), high.h, high.w, l.align_corners, clamp_of(after_resize),
-              nullptr, nullptr};
+    source = {
+        low,    pixel_pitch(l.in), high.h, high.w, l.align_corners, clamp_of(after_resize), nullptr,
+        nullptr};
   }
   void place(Bump& scratch) {
-    const int dilation = layer->dilation, channels = padded(layer->in);
+    const int dilation = layer->dilation, channels = pixel_pitch(layer->in);
     source.place(scratch);
     if (!layer->dense) input.place(scratch, 2 * dilation + 1, dilation, channels, high.w, high.h);
     refined = scratch.take<element>((layer->dense ? high.w : parts.longest()) * channels);
@@ -29,16 +30,16 @@ struct FusionRows {
     source.start(y);
   }
   void row(int y, element* out) {
-    const int channels = padded(layer->in), high_channels = padded(layer->mid);
+    const int channels = pixel_pitch(layer->in), high_channels = pixel_pitch(layer->mid);
     const Gemm& main = weights->main;
     const element* skip = row_of(high, y, high_channels);
     auto fuse = [&](const element* low, Range x) {
       const Segment branches[2] = {
           {low, size_t(channels), channels, 0},
           {skip + size_t(x.begin) * high_channels, size_t(high_channels), high_channels, channels}};
-      multiply(Product<element, element>{branches, 2, &main, clamp_of(layer->activation), nullptr,
-                                         0, out + size_t(x.begin) * main.n, size_t(main.n)},
-               x.size());
+      const Epilogue<element, element> epilogue{clamp_of(layer->activation),
+                                                out + size_t(x.begin) * main.n, size_t(main.n)};
+      multiply(product_of(branches, 2, main, epilogue), x.size());
     };
     if (layer->dense) {
       source.row(y, refined);
@@ -57,7 +58,7 @@ struct FusionRows {
 static Plane refine_dense(const Layer& l, const Weights& w, Plane low, Plane refined,
                           const Team& team) {
   if (!l.dense) return low;
-  const int channels = padded(l.in);
+  const int channels = pixel_pitch(l.in);
   const Range rows = share(low.h, team);
   if (rows.begin < rows.end)
     multiply(pointwise({row_of(low, rows.begin, channels), size_t(channels), channels, 0}, w.expand,
@@ -74,6 +75,6 @@ static size_t feature_fusion(const Layer& l, const Weights& w, Plane high, Plane
   if (scratch.measuring()) return scratch.used;
   const Tiles tiles;
   stage.source.x = refine_dense(l, w, low, refined, team);
-  run_rows(stage, out, padded(l.out), team);
+  run_rows(stage, out, pixel_pitch(l.out), team);
   return scratch.used;
 }

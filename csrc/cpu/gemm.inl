@@ -1,26 +1,4 @@
-// The product in registers. What one step along K takes from A is 32 bits wide: a float, or two
-// neighbouring bf16, which meet a pair of B's rows; `unit_any` as it may lie in A.
-#if FASTSCNN_ARITHMETIC != FASTSCNN_BFLOAT16
-typedef float unit, unit_any;
-using units = vf;
-FASTSCNN_INLINE vf multiply_add(vf a, vf b, vf sum) { return fma(a, b, sum); }
-FASTSCNN_INLINE units broadcast(const unit_any* p) { return splat(*p); }
-#else
-typedef int32_t unit __attribute__((may_alias));
-typedef int32_t unit_any __attribute__((may_alias, aligned(2)));
-using units = vi;
-#if FASTSCNN_BF16
-FASTSCNN_INLINE vf multiply_add(vi a, vi b, vf sum) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-#else
-FASTSCNN_INLINE vf multiply_add(vi a, vi b, vf sum) {
-  return fma(odd(a), odd(b), fma(even(a), even(b), sum));
-}
-#endif
-FASTSCNN_INLINE units broadcast(const unit_any* p) { return vi{} + *p; }
-#endif
-constexpr int kUnit = int(sizeof(unit) / sizeof(element));
+// The product in registers: inner_product.inl over tiles of pixels and columns.
 
 // Rows (pixels) and vectors of the register tile: the accumulators, one row of B and one broadcast
 // fill the 32 (AVX-512) or 16 registers.
@@ -30,7 +8,7 @@ constexpr int kRegisterColumns = kRegisterVectors * kLanes;
 
 template <int MR, int NV>
 FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const unit* b, size_t panel,
-                                vf (&acc)[MR][NV]) {
+                                vsum (&acc)[MR][NV]) {
   // Three rows share a base pointer, so that 14 rows need 5 address registers.
   const size_t lda = s.lda / kUnit;
   const unit_any* a[(MR + 2) / 3];
@@ -56,29 +34,19 @@ FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const unit* b, siz
 
 template <int MR, int NV, class P>
 FASTSCNN_INLINE void tile(const P& p, int row, int column) {
-  vf acc[MR][NV];
+  vsum acc[MR][NV];
   const size_t panel = size_t(p.b->k) / kUnit * kPanel;
   const unit* b = static_cast<const unit*>(p.b->panels) + column / kPanel * panel + column % kPanel;
 #pragma GCC unroll 14
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++)
-      acc[m][v] = p.b->bias ? load(p.b->bias + column + v * kLanes) : vf{};
+      acc[m][v] = p.b->bias ? load(p.b->bias + column + v * kLanes) : vsum{};
   for (int s = 0; s < p.segment_count; s++)
     if (p.segments[s].a) accumulate<MR, NV>(p.segments[s], row, b, panel, acc);
-  if (p.add) {
-    const auto* add = p.add + row * p.ld_add + column;
+  p.epilogue.apply([&](auto finish) {
 #pragma GCC unroll 14
-    for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) acc[m][v] += load(add + m * p.ld_add + v * kLanes);
-  }
-  auto* c = p.c + row * p.ldc + column;
-  p.clamp.apply([&](auto clamp) {
-#pragma GCC unroll 14
-    for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) store(c + m * p.ldc + v * kLanes, clamp(acc[m][v]));
+    for (int m = 0; m < MR; m++) finish.vectors(acc[m], row + m, column);
   });
 }
 
@@ -115,8 +83,8 @@ FASTSCNN_INLINE void tiles_of(int count, const P& p, Range rows, Range columns) 
   table[count - 1](p, rows, columns);
 }
 
-template <class Out, class Add>
-static void multiply_in_registers(const Product<Out, Add>& p, int m) {
+template <class E>
+static void multiply_in_registers(const Product<E>& p, int m) {
   const int n = p.b->n, whole = n / kRegisterColumns * kRegisterColumns;
   const int tiles = (m + kRegisterRows - 1) / kRegisterRows;
   const int rows = m / tiles, longer = m % tiles;  // balanced: no short last tile

@@ -31,55 +31,35 @@ struct Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-FASTSCNN_INLINE void store_two(float* p, vf a, vf b) {
-  store(p, a);
-  store(p + kLanes, b);
-}
-FASTSCNN_INLINE void store_two(bf16* p, vf a, vf b) {
-  store(reinterpret_cast<int32_t*>(p), pack(a, b));
-}
-
 // Two blocks' sums in turn, and which one still waits.
 struct Sums {
-  alignas(64) float block[2][2 * kTile][2 * kTile];
+  alignas(64) sum block[2][2 * kTile][2 * kTile];
   int turn = 0, row = 0, column = 0, rows = 0, columns = 0;
 
-  template <class Out, class Add>
-  FASTSCNN_INLINE void finish(const Product<Out, Add>& p) {
+  template <class E>
+  FASTSCNN_INLINE void finish(const Product<E>& p) {
     if (rows == 0) return;
-    p.clamp.apply([&](auto clamp) {
-      if (columns == 2 * kTile)
-        p.add ? finish<true, true>(p, clamp) : finish<true, false>(p, clamp);
-      else
-        p.add ? finish<false, true>(p, clamp) : finish<false, false>(p, clamp);
+    p.epilogue.apply([&](auto finish) {
+      columns == 2 * kTile ? finish_rows<2>(finish) : finish_rows<1>(finish);
     });
     rows = 0;
   }
-  template <bool TWO, bool ADD, class Out, class Add, class Bound>
-  FASTSCNN_INLINE void finish(const Product<Out, Add>& p, Bound clamp) {
-    const float* sums = block[turn][0];
-    Out* c = p.c + row * p.ldc + column;
-    const Add* add = ADD ? p.add + row * p.ld_add + column : nullptr;
+  template <int NV, class F>
+  FASTSCNN_INLINE void finish_rows(const F& finish) const {
+    const sum* waiting = block[turn][0];
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; i++, sums += 2 * kTile, c += p.ldc) {
-      vf a = load(sums), b = TWO ? load(sums + kTile) : vf{};
-      if (ADD) {
-        a += load(add);
-        if (TWO) b += load(add + kTile);
-        add += p.ld_add;
-      }
-      if (TWO)
-        store_two(c, clamp(a), clamp(b));
-      else
-        store(c, clamp(a));
+    for (int i = 0; i < rows; i++, waiting += 2 * kTile) {
+      vsum v[NV];
+      for (int n = 0; n < NV; n++) v[n] = load(waiting + n * kTile);
+      finish.vectors(v, row + i, column);
     }
   }
   // Hands over the tiles' sums of a block, after the one before.
-  template <int M, int N, class Out, class Add>
-  FASTSCNN_INLINE void take(const Product<Out, Add>& p, int row_, int column_, int rows_) {
+  template <int M, int N, class E>
+  FASTSCNN_INLINE void take(const Product<E>& p, int row_, int column_, int rows_) {
     finish(p);
     turn ^= 1, row = row_, column = column_, rows = rows_, columns = N * kTile;
-    constexpr int pitch = 2 * kTile * sizeof(float);
+    constexpr int pitch = 2 * kTile * sizeof(sum);
     _tile_stored(0, block[turn][0], pitch);
     if (N == 2) _tile_stored(1, block[turn][0] + kTile, pitch);
     if (M == 2) _tile_stored(2, block[turn][kTile], pitch);
@@ -125,8 +105,8 @@ constexpr int kTileElements = kTileDepth * kTile;  // of one tile of B
 
 #if FASTSCNN_ARITHMETIC == FASTSCNN_BFLOAT16
 
-template <int M, class Out, class Add>
-FASTSCNN_INLINE void block(const Product<Out, Add>& p, Sums& sums, int row, int column, int rows) {
+template <int M, class E>
+FASTSCNN_INLINE void block(const Product<E>& p, Sums& sums, int row, int column, int rows) {
   const size_t panel = size_t(p.b->k) * kPanel;
   const bf16* b = static_cast<const bf16*>(p.b->panels) + column / kPanel * panel;
   begin<M, 2>(p.b->bias ? p.b->bias + column : nullptr);
@@ -146,8 +126,8 @@ FASTSCNN_INLINE void block(const Product<Out, Add>& p, Sums& sums, int row, int 
 
 // DEPTH tiles of K are all there is: B's two columns of them stay in tiles 4 to 7 while the pixels
 // pass through 2 and 3.
-template <int DEPTH, class Out, class Add>
-static void multiply_shallow(const Product<Out, Add>& p, int m) {
+template <int DEPTH, class E>
+static void multiply_shallow(const Product<E>& p, int m) {
   Sums sums;
   const Segment& s = p.segments[0];
   const size_t panel = size_t(p.b->k) * kPanel, lda = s.lda * sizeof(bf16);
@@ -179,8 +159,8 @@ static void multiply_shallow(const Product<Out, Add>& p, int m) {
   sums.finish(p);
 }
 
-template <class Out, class Add>
-static void multiply(const Product<Out, Add>& p, int m) {
+template <class E>
+static void multiply(const Product<E>& p, int m) {
   if (m >= kTile && p.segment_count == 1 && p.b->bias && p.segments[0].a) {
     if (p.b->k == kTileDepth) return multiply_shallow<1>(p, m);
     if (p.b->k == 2 * kTileDepth) return multiply_shallow<2>(p, m);
@@ -216,8 +196,8 @@ struct Halves {
 // Takes columns [first, last) of A's rows apart: a = upper + lower, up to 2^-17 of a. Zeros follow
 // to the end of the tile. The lower half of infinity is NaN; without it infinity would meet lower
 // halves of weights that are 0 or of the other sign, and become NaN all the same.
-template <class Out, class Add>
-static void take_apart(const Product<Out, Add>& p, int row, int rows, int first, int last,
+template <class E>
+static void take_apart(const Product<E>& p, int row, int rows, int first, int last,
                        Halves& halves) {
   const int end = rounded_up(last - first, kTileDepth);
   for (int i = 0; i < rows; i++) {
@@ -237,8 +217,8 @@ static void take_apart(const Product<Out, Add>& p, int row, int rows, int first,
   }
 }
 
-template <int M, int N, class Out, class Add>
-FASTSCNN_INLINE void block(const Product<Out, Add>& p, const Halves& halves, int first, int depth,
+template <int M, int N, class E>
+FASTSCNN_INLINE void block(const Product<E>& p, const Halves& halves, int first, int depth,
                            Sums& sums, int row, int column, int rows) {
   const size_t half = size_t(p.b->k) * kPanel, panel = 2 * half;
   const bf16* b =
@@ -257,8 +237,8 @@ FASTSCNN_INLINE void block(const Product<Out, Add>& p, const Halves& halves, int
 }
 
 // The part of K from `first` to `last`, in the frame of the whole.
-template <class Out, class Add>
-static void multiply_part(const Product<Out, Add>& p, int m, int first, int last, Halves& halves,
+template <class E>
+static void multiply_part(const Product<E>& p, int m, int first, int last, Halves& halves,
                           Sums& sums) {
   const int depth = last - first;
   for (int row = 0; row < m; row += 2 * kTile) {
@@ -277,21 +257,22 @@ static void multiply_part(const Product<Out, Add>& p, int m, int first, int last
   sums.finish(p);
 }
 
-template <class Out, class Add>
-static void multiply(const Product<Out, Add>& p, int m) {
+template <class E>
+static void multiply(const Product<E>& p, int m) {
   Halves halves;
   Sums sums;
   int k = 0;
   for (int i = 0; i < p.segment_count; i++) k = max_of(k, p.segments[i].first + p.segments[i].k);
-  auto clamp_to = [&](int last) { return last < k ? clamp_of(Activation::none) : p.clamp; };
-  Product<Out, Add> begun = p;
-  begun.clamp = clamp_to(kDepth);
+  Product<E> begun = p;
+  if (k > kDepth) begun.epilogue = p.epilogue.unfinished();
   multiply_part(begun, m, 0, min_of(k, kDepth), halves, sums);
   const Gemm unbiased{p.b->panels, nullptr, p.b->k, p.b->n};
+  Product<decltype(p.epilogue.continued())> continued{p.segments, p.segment_count, &unbiased, {}};
   for (int first = kDepth; first < k; first += kDepth) {
-    const Product<Out, Out> continued{
-        p.segments, p.segment_count, &unbiased, clamp_to(first + kDepth), p.c, p.ldc, p.c, p.ldc};
-    multiply_part(continued, m, first, min_of(k, first + kDepth), halves, sums);
+    const int last = min_of(k, first + kDepth);
+    continued.epilogue = p.epilogue.continued();
+    if (last < k) continued.epilogue = continued.epilogue.unfinished();
+    multiply_part(continued, m, first, last, halves, sums);
   }
 }
 

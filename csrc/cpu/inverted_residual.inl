@@ -26,7 +26,7 @@ struct InvertedResidualRows {
   InvertedResidualRows(const Layer& l, const Weights& w, Plane x)
       : layer(&l),
         weights(&w),
-        source{&w.expand, x, padded(l.in), clamp_of(l.activation)},
+        source{&w.expand, x, pixel_pitch(l.in), clamp_of(l.activation)},
         parts(l.output_size(x.w), w.depthwise.channels) {}
   void place(Bump& scratch) {
     const int channels = weights->depthwise.channels;
@@ -57,6 +57,6 @@ static size_t inverted_residual(const Layer& l, const Weights& w, Plane x, Plane
   stage.place(scratch);
   if (scratch.measuring()) return scratch.used;
   const Tiles tiles;
-  run_rows(stage, out, padded(l.out), team);
+  run_rows(stage, out, pixel_pitch(l.out), team);
   return scratch.used;
 }

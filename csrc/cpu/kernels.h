@@ -20,7 +20,7 @@ struct Picture {
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
-// A dense channels-last activation: (h, w, padded(channels)) elements of one image.
+// A dense channels-last activation: (h, w, pixel_pitch(channels)) elements of one image.
 struct Plane {
   void* data;
   int h, w;
@@ -75,7 +75,7 @@ struct Branch {
 };
 inline void place_branches(const Layer& l, Type type, Bump& shared, Branch* branches) {
   auto grid = [&](int b, int channels, size_t bytes) {
-    return shared.take<char>(size_t(l.bins[b]) * l.bins[b] * padded(channels, type) * bytes);
+    return shared.take<char>(size_t(l.bins[b]) * l.bins[b] * pixel_pitch(channels, type) * bytes);
   };
   for (int b = 0; b < l.bin_count; b++) {
     branches[b].bins = l.bins[b];
@@ -90,8 +90,9 @@ using Reached = void(const char* stage, int block);
 
 // One image through one op. `scratch` is this thread's own, `shared` the team's. Each returns the
 // bytes of scratch that it needs, and only that where scratch is measuring. Results go to (h', w',
-// padded(channels)) elements, of upsample_classify and network to (K, H, W) or (H, W).
+// pixel_pitch(channels)) elements, of upsample_classify and network to (K, H, W) or (H, W).
 struct Ops {
+  // Null in `high`: its products are too short for taking them apart to pay.
   size_t (*stem_conv)(const Layer&, const Weights&, const Picture&, int image, Plane out,
                       const Team&, Bump scratch);
   size_t (*dsconv)(const Layer&, const Weights&, Plane x, Plane out, const Team&, Bump scratch);
@@ -104,12 +105,12 @@ struct Ops {
   size_t (*feature_fusion)(const Layer&, const Weights&, Plane high, Plane low, Plane refined,
                            Plane out, const Team&, Bump scratch);
   // `shared` is the team's buffer, whose size comes back in shared_bytes. `reached`, where not
-  // null, is told of the end of each of the network's stages by the first thread.
+  // null, is told of the end of each of the network's stages by the first thread. All layers of
+  // the network compute in this arithmetic, but the stem of `high` in float32.
   size_t (*upsample_classify)(const Layer&, Plane x, Output, void* out, int h, int w, const Team&,
                               Bump shared, size_t* shared_bytes, Bump scratch);
-  size_t (*network)(const Layer*, const Weights*, int layers, const Picture&, int image, Output,
-                    void* out, const Team&, Reached* reached, Bump shared, size_t* shared_bytes,
-                    Bump scratch);
+  size_t (*network)(const Chain&, const Picture&, int image, Output, void* out, const Team&,
+                    Reached* reached, Bump shared, size_t* shared_bytes, Bump scratch);
   // The fastest loop of the arithmetic's products, in registers alone: the roof. Returns the
   // floating-point operations done.
   double (*roof)(int64_t iterations);

@@ -1,5 +1,5 @@
-// The network's layers as the Python package encodes them (fastscnn_fast/plan.py), and where each
-// layer's packed weights lie.
+// A network's layers as the Python package encodes them (fastscnn_fast/program/layers.py), and
+// where each layer's packed weights lie.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,34 +18,52 @@ enum class Activation : int { none, relu, relu6 };
 enum class Output : int { logits, probabilities, labels };
 enum class Type : int { f32, bf16, u8 };  // of elements in memory
 
-// How a network computes. Everything but the products of matrices is fp32 arithmetic in each.
+// How a layer computes. Everything but the products of matrices is fp32 arithmetic in each. Their
+// numbers are those of the Python package's records, which has more.
 enum class Arithmetic : int {
   float32,   // activations and weights are floats
   bfloat16,  // activations and weights of products are bf16, sums are fp32
   high       // activations are floats, products are three bf16 products each: about 17 bits
 };
 constexpr int kArithmetics = 3;
+struct ArithmeticRecord {
+  const char* name;
+  Type type;            // of activations
+  size_t weight_bytes;  // that an element of a product's B takes
+  int depth;            // B's rows are padded with zeros to a multiple of it
+};
+constexpr int kTileDepth = 32;  // of AMX tiles of bf16
+constexpr ArithmeticRecord kRecords[kArithmetics] = {
+    {"float32", Type::f32, 4, 1},
+    {"bfloat16", Type::bf16, 2, kTileDepth},
+    {"high", Type::f32, 2 * 2, kTileDepth},
+};
+constexpr const ArithmeticRecord& record_of(Arithmetic a) { return kRecords[int(a)]; }
 
 constexpr int kMaxBins = 8;
+constexpr int kMaxInputs = 2;
 constexpr int kMaxClassesOfLabels = 256;
 
-constexpr Type type_of(Arithmetic a) { return a == Arithmetic::bfloat16 ? Type::bf16 : Type::f32; }
 constexpr size_t bytes_of(Type t) { return t == Type::f32 ? 4 : t == Type::bf16 ? 2 : 1; }
 
 constexpr int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-// Channels are padded to whole cache lines: activations and weights have zeros there.
+// Channels that a pixel has in memory: whole cache lines. Activations and weights have zeros there.
 constexpr size_t kLine = 64;
 constexpr size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
-constexpr int padded(int channels, Type t) {
+constexpr int pixel_pitch(int channels, Type t) {
   return rounded_up(channels, int(kLine / bytes_of(t)));
 }
 
+constexpr int kPicture = -1;
 struct Layer {
   Op op;
   int in, out, mid, last;
   int stride, dilation, padding, kernel;
   Activation activation, mid_activation;
   bool residual, dense, align_corners;
+  int arithmetic;          // 0: the network's, else 1 + the number of its own
+  int inputs[kMaxInputs];  // the layers read, by index; kPicture: the network's picture
+  int input_count;         // 0: a layer that is run alone
   int bins[kMaxBins];
   int bin_count;
 
@@ -62,9 +80,7 @@ struct Layer {
 //   float32   [n / 16][k][16] floats
 //   bfloat16  [n / 16][k / 2][16][2] bf16: neighbouring rows in pairs, as dot products take them
 //   high      the same, each panel's upper halves before its lower: b = upper + lower
-// k is padded to whole AMX tiles (kTileDepth) in the latter two.
 constexpr int kPanel = 16;
-constexpr int kTileDepth = 32;
 struct Gemm {
   void* panels;
   float* bias;  // null: none
@@ -89,20 +105,11 @@ struct Weights {
   Gemm branch_out[kMaxBins];  // pyramid_pooling with kernel 1: out's columns of that branch
 };
 
-// How a layer of a network computes: the stem's products are too short for taking them apart to
-// pay.
-inline Arithmetic arithmetic_of(const Layer& l, Arithmetic network) {
-  const bool exact = network == Arithmetic::high && l.op == Op::stem_conv;
-  return exact ? Arithmetic::float32 : network;
-}
-
-// Places a layer's weights from `base` on (null: only measures), in the one order that packing and
-// kernels share; returns the number of bytes taken.
+// Places the weights of a layer that computes so from `base` on (null: only measures), in the one
+// order that packing and kernels share; returns the number of bytes taken.
 inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, Weights& w) {
-  arithmetic = arithmetic_of(l, arithmetic);
-  const Type type = type_of(arithmetic);
-  const bool halves = arithmetic != Arithmetic::float32;
-  const size_t weight_bytes = arithmetic == Arithmetic::bfloat16 ? 2 : 4;
+  const ArithmeticRecord& record = record_of(arithmetic);
+  const Type type = record.type;
   size_t used = 0;
   auto take = [&](size_t bytes) {
     char* p = base ? base + used : nullptr;
@@ -111,8 +118,8 @@ inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, W
   };
   auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * sizeof(float))); };
   auto gemm = [&](Gemm& g, int k, int n) {
-    g = {nullptr, nullptr, halves ? rounded_up(k, kTileDepth) : k, padded(n, type)};
-    g.panels = take(size_t(g.k) * g.n * weight_bytes);
+    g = {nullptr, nullptr, rounded_up(k, record.depth), pixel_pitch(n, type)};
+    g.panels = take(size_t(g.k) * g.n * record.weight_bytes);
     g.bias = floats(g.n);
   };
   auto depthwise = [&](int channels) {
@@ -120,7 +127,8 @@ inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, W
     w.depthwise.weight = floats(9 * size_t(channels));
     w.depthwise.bias = floats(channels);
   };
-  const int in = padded(l.in, type), out = padded(l.out, type), mid = padded(l.mid, type);
+  const int in = pixel_pitch(l.in, type), out = pixel_pitch(l.out, type),
+            mid = pixel_pitch(l.mid, type);
   switch (l.op) {
     case Op::stem_conv:
       gemm(w.main, 9 * l.in, l.out);
@@ -151,12 +159,27 @@ inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, W
         gemm(w.expand, in, l.in);
       else
         depthwise(in);
-      gemm(w.main, in + padded(l.mid, type), l.out);
+      gemm(w.main, in + pixel_pitch(l.mid, type), l.out);
       break;
     case Op::upsample_classify:
       break;
   }
   return used;
 }
+
+// A layer ready to run: its packed weights, how it computes, what it reads and what it gives.
+struct Loaded {
+  Layer layer;
+  Weights weights;
+  Arithmetic arithmetic;
+  Type input, result;
+};
+
+// Fast-SCNN's layers by what they do; each reads the one before, fusion `second` and `pyramid`.
+struct Chain {
+  const Loaded *stem, *first, *second;  // learning to downsample
+  const Loaded *blocks, *pyramid;       // global features: blocks up to the pyramid
+  const Loaded *fusion, *head, *tail, *upsample;
+};
 
 }  // namespace fastscnn

@@ -14,6 +14,8 @@ constexpr bool kGathered = FASTSCNN_ARITHMETIC == FASTSCNN_BFLOAT16;
 constexpr bool kLongSums = FASTSCNN_ARITHMETIC != FASTSCNN_FLOAT32;
 
 #include "rows.inl"
+#include "epilogue.inl"
+#include "inner_product.inl"
 #include "product.inl"
 #include "gemm.inl"
 #if FASTSCNN_AMX
@@ -23,8 +25,8 @@ constexpr int kTileRows = kRegisterRows;
 struct Tiles {  // nothing to set up
   Tiles() {}
 };
-template <class Out, class Add>
-FASTSCNN_INLINE void multiply(const Product<Out, Add>& p, int m) {
+template <class E>
+FASTSCNN_INLINE void multiply(const Product<E>& p, int m) {
   multiply_in_registers(p, m);
 }
 #endif
@@ -40,5 +42,5 @@ FASTSCNN_INLINE void multiply(const Product<Out, Add>& p, int m) {
 #include "roof.inl"
 
 static const Ops kOps = {
-    stem_conv, dsconv, inverted_residual, pyramid_pooling, feature_fusion, upsample_classify,
+    kStemConv, dsconv, inverted_residual, pyramid_pooling, feature_fusion, upsample_classify,
     network,   roof};

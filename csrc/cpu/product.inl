@@ -1,4 +1,4 @@
-// C[m][n] = act(bias + sum over segments of A_s[m][k] * B_s[k][n] (+ add[m][n])).
+// C[m][n] = epilogue(bias + sum over segments of A_s[m][k] * B_s[k][n]): epilogue.inl.
 // A's rows are pixels. Several segments are several inputs, or the taps of a convolution, whose
 // products are summed before anything is stored. B's layout: layer.h, Gemm. How it is computed:
 // gemm.inl or gemm_amx.inl.
@@ -10,21 +10,23 @@ struct Segment {
   int first;  // first row of B
 };
 
-template <class Out, class Add>
+template <class E>
 struct Product {
   const Segment* segments;
   int segment_count;
   const Gemm* b;
-  Clamp clamp;
-  const Add* add;  // null, or added before the clamp
-  size_t ld_add;
-  Out* c;
-  size_t ldc;
+  E epilogue;
 };
 
+template <class E>
+FASTSCNN_INLINE Product<E> product_of(const Segment* segments, int count, const Gemm& b,
+                                      const E& epilogue) {
+  return {segments, count, &b, epilogue};
+}
+
 // A 1x1 convolution of m pixels, each of `channels` elements.
-template <class Out, class Add = Out>
-FASTSCNN_INLINE Product<Out, Add> pointwise(const Segment& a, const Gemm& b, Clamp clamp, Out* c,
-                                            const Add* add = nullptr) {
-  return {&a, 1, &b, clamp, add, size_t(b.n), c, size_t(b.n)};
+template <class Out, class Add = Out>  // with or without add the same code
+FASTSCNN_INLINE Product<Epilogue<Out, Add>> pointwise(const Segment& a, const Gemm& b, Clamp clamp,
+                                                      Out* c, const Add* add = nullptr) {
+  return {&a, 1, &b, {clamp, c, size_t(b.n), add, size_t(b.n)}};
 }

@@ -1,4 +1,4 @@
-// From the package's integers to layers, and the tag of packed weights.
+// From the package's integers to layers, how each computes, and the tag of packed weights.
 #pragma once
 #include <cstring>
 #include <stdexcept>
@@ -10,37 +10,64 @@
 namespace fastscnn {
 
 constexpr uint32_t kMagic = 0x4E435346;  // "FSCN"
-constexpr uint32_t kVersion = 1;
-// The tag's layout of weights packed for this backend: kLayoutCpu + the arithmetic (layer.h, Gemm).
+constexpr uint32_t kVersion = 2;
+// The tag's layout says which backend's kernels read the weights: 0 reference, 1 cpu, 2 GPUs. How
+// the cpu's lie follows from the layers and the arithmetic (layer.h, Gemm).
 constexpr uint32_t kLayoutCpu = 1;
 
-// The encoding of plan.py's Layer.encode(): a length, then that many values, per layer.
+inline std::string arithmetic_names() {
+  std::string names;
+  for (int a = 0; a < kArithmetics; a++)
+    names += (a == 0 ? "" : a + 1 < kArithmetics ? ", " : " or ") + std::string(kRecords[a].name);
+  return names;
+}
+
+// The encoding of Layer.encode() in program/layers.py: a length, then that many values, per layer.
 inline std::vector<Layer> decode(const Program& program) {
-  constexpr size_t kFields = 14;
+  constexpr size_t kFields = 16;      // before the inputs and the bins
   constexpr int kFarthest = 1 << 10;  // of dilation and bins: squared, and times channels, an int
   std::vector<Layer> layers;
   for (size_t at = 0; at < program.size(); at += 1 + size_t(program[at])) {
     const int64_t length = program[at];
-    const int64_t bins = length - int64_t(kFields);
-    if (bins > kMaxBins)
-      throw std::invalid_argument("pyramid_bins must be at most " + std::to_string(kMaxBins) +
-                                  " values, got " + std::to_string(bins));
-    if (bins < 0 || at + size_t(length) >= program.size())
+    if (length < int64_t(kFields) || at + size_t(length) >= program.size())
       throw std::invalid_argument("program must hold whole layers, got a layer of length " +
                                   std::to_string(length));
+    const std::string index = std::to_string(layers.size());
     const int64_t* v = &program[at + 1];
     for (int64_t i = 0; i < length; i++)
       if (v[i] < 0 || v[i] > (1 << 20))
         throw std::invalid_argument("program must hold values from 0 to 2^20, got " +
                                     std::to_string(v[i]));
+    const int64_t inputs = v[15], bins = length - int64_t(kFields) - inputs;
+    if (bins > kMaxBins)
+      throw std::invalid_argument("pyramid_bins must be at most " + std::to_string(kMaxBins) +
+                                  " values, got " + std::to_string(bins));
+    if (v[14] > kArithmetics)
+      throw std::invalid_argument("arithmetic of layer " + index + " must be " +
+                                  arithmetic_names() + " on the cpu backend, got number " +
+                                  std::to_string(v[14] - 1));
     Layer l{};
     l.op = Op(v[0]);
     l.in = int(v[1]), l.out = int(v[2]), l.mid = int(v[3]), l.last = int(v[4]);
     l.stride = int(v[5]), l.dilation = int(v[6]), l.padding = int(v[7]), l.kernel = int(v[8]);
     l.activation = Activation(v[9]), l.mid_activation = Activation(v[10]);
     l.residual = v[11] != 0, l.dense = v[12] != 0, l.align_corners = v[13] != 0;
+    l.arithmetic = int(v[14]);
+    const int wanted_inputs = l.op == Op::feature_fusion ? 2 : 1;
+    bool edges = bins >= 0 && (inputs == 0 || inputs == wanted_inputs);
+    if (edges) {
+      l.input_count = int(inputs);
+      for (int64_t i = 0; i < inputs; i++) {
+        l.inputs[i] = int(v[kFields + i]) - 1;
+        edges &= l.inputs[i] < int(layers.size());
+      }
+    }
+    if (!edges)
+      throw std::invalid_argument("layer " + index + " of op " + std::to_string(v[0]) +
+                                  " must read " + std::to_string(wanted_inputs) +
+                                  " of the picture and the layers before it");
     l.bin_count = int(bins);
-    for (int64_t b = 0; b < bins; b++) l.bins[b] = int(v[kFields + b]);
+    for (int64_t b = 0; b < bins; b++) l.bins[b] = int(v[kFields + inputs + b]);
     const bool known = v[0] <= int(Op::upsample_classify) && v[9] <= 2 && v[10] <= 2;
     const bool pyramid = l.op == Op::pyramid_pooling;
     const bool needs_mid = pyramid || l.op == Op::inverted_residual || l.op == Op::feature_fusion;
@@ -52,11 +79,20 @@ inline std::vector<Layer> decode(const Program& program) {
                  (!l.residual || (l.stride == 1 && l.in == l.out)) && pyramid == (bins > 0);
     for (int b = 0; b < l.bin_count; b++) sound &= l.bins[b] >= 1 && l.bins[b] <= kFarthest;
     if (!known || !sound)
-      throw std::invalid_argument("program must hold layers as plan.py encodes them, got layer " +
-                                  std::to_string(layers.size()) + " of op " + std::to_string(v[0]));
+      throw std::invalid_argument("program must hold layers as encode() writes them, got layer " +
+                                  index + " of op " + std::to_string(v[0]));
     layers.push_back(l);
   }
   return layers;
+}
+
+// How a layer of a program computes whose weights are packed for `arithmetic`.
+inline Arithmetic arithmetic_of(const Layer& l, Arithmetic arithmetic) {
+  const Arithmetic own = l.arithmetic ? Arithmetic(l.arithmetic - 1) : arithmetic;
+  if (l.op == Op::stem_conv && own == Arithmetic::high)
+    throw std::invalid_argument(
+        "stem_conv has no kernels in arithmetic high, its layer must name another (float32)");
+  return own;
 }
 
 inline uint64_t hash(const Program& program) {
@@ -66,7 +102,7 @@ inline uint64_t hash(const Program& program) {
 }
 
 inline Tag make_tag(const Program& program, Arithmetic arithmetic, size_t bytes) {
-  return {kMagic, kVersion, kLayoutCpu + uint32_t(arithmetic), 0, hash(program), bytes};
+  return {kMagic, kVersion, kLayoutCpu, uint32_t(arithmetic), hash(program), bytes};
 }
 
 // The arithmetic that the weights are packed for.
@@ -76,15 +112,18 @@ inline Arithmetic check_tag(const Program& program, const void* weights, size_t 
   if (tag.magic != kMagic)
     throw std::invalid_argument("weights must be packed by pack(), got an untagged tensor of " +
                                 std::to_string(bytes) + " bytes");
-  if (tag.version != kVersion || tag.layout < kLayoutCpu ||
-      tag.layout >= kLayoutCpu + uint32_t(kArithmetics))
+  if (tag.version != kVersion || tag.layout != kLayoutCpu)
     throw std::invalid_argument(
-        "weights must have a layout of the cpu backend (version " + std::to_string(kVersion) +
-        "), got layout " + std::to_string(tag.layout) + ", version " + std::to_string(tag.version));
+        "weights must have the cpu backend's layout " + std::to_string(kLayoutCpu) +
+        " of version " + std::to_string(kVersion) + ", got layout " + std::to_string(tag.layout) +
+        ", version " + std::to_string(tag.version));
+  if (tag.arithmetic >= uint32_t(kArithmetics))
+    throw std::invalid_argument("weights must be packed for " + arithmetic_names() +
+                                ", got arithmetic number " + std::to_string(tag.arithmetic));
   if (tag.program != hash(program) || tag.bytes != bytes)
     throw std::invalid_argument(
         "weights must be packed for these layers, got weights of other layers");
-  return Arithmetic(tag.layout - kLayoutCpu);
+  return Arithmetic(tag.arithmetic);
 }
 
 }  // namespace fastscnn

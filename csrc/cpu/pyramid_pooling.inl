@@ -89,7 +89,7 @@ struct ConcatRows {
 static void pyramid_rows_1x1(const Layer& l, const Weights& w, BranchRows& branches, float* sum,
                              Plane out, Range rows) {
   const Plane& x = branches.x;
-  const int in = padded(l.in), channels = w.main.n;
+  const int in = pixel_pitch(l.in), channels = w.main.n;
   branches.start();
   for (int y = rows.begin; y < rows.end; y++) {
     branches.blend_row(y);
@@ -116,7 +116,6 @@ static void pyramid_rows_3x3(const Layer& l, const Weights& w, ConcatRows& sourc
   source.start(ring.next);
   for (int y = rows.begin; y < rows.end; y++) {
     ring.pull(source, y + 1);
-    element* sums = row_of(out, y, w.main.n);
     for (int first = 0; first < 9; first += kTaps) {
       Segment taps[kTaps];
       for (int i = 0; i < kTaps; i++) {
@@ -125,19 +124,18 @@ static void pyramid_rows_3x3(const Layer& l, const Weights& w, ConcatRows& sourc
         taps[i] = {in ? in + (tap % 3 - 1) * ptrdiff_t(channels) : nullptr, size_t(channels),
                    channels, tap * channels};
       }
-      const bool last = first + kTaps == 9;
-      multiply(Product<element, element>{taps, kTaps, first == 0 ? &w.main : &unbiased,
-                                         clamp_of(last ? l.activation : Activation::none),
-                                         first == 0 ? nullptr : sums, size_t(w.main.n), sums,
-                                         size_t(w.main.n)},
-               out.w);
+      Epilogue<element, element> epilogue{clamp_of(l.activation), row_of(out, y, w.main.n),
+                                          size_t(w.main.n)};
+      if (first > 0) epilogue = epilogue.continued();
+      if (first + kTaps < 9) epilogue = epilogue.unfinished();
+      multiply(product_of(taps, kTaps, first == 0 ? w.main : unbiased, epilogue), out.w);
     }
   }
 }
 
 static size_t pyramid_pooling(const Layer& l, const Weights& w, Plane x, const Branch* branches,
                               Plane out, const Team& team, Bump scratch) {
-  const int in = padded(l.in), mid = padded(l.mid), out_channels = padded(l.out);
+  const int in = pixel_pitch(l.in), mid = pixel_pitch(l.mid), out_channels = pixel_pitch(l.out);
   const bool commutes = l.kernel == 1;
   BranchRows rows{};
   rows.layer = &l, rows.x = x, rows.branches = branches, rows.products = commutes;

@@ -3,7 +3,7 @@
 
 // Channels are padded to whole cache lines.
 constexpr int kBlock = int(kLine / sizeof(element));
-constexpr int padded(int channels) { return rounded_up(channels, kBlock); }
+constexpr int pixel_pitch(int channels) { return rounded_up(channels, kBlock); }
 
 FASTSCNN_INLINE element* row_of(const Plane& p, int y, int channels) {
   return static_cast<element*>(p.data) + size_t(y) * p.w * channels;

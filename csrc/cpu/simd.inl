@@ -170,31 +170,6 @@ FASTSCNN_INLINE int min_of(int a, int b) { return a < b ? a : b; }
 FASTSCNN_INLINE int max_of(int a, int b) { return a > b ? a : b; }
 FASTSCNN_INLINE size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
-// An activation as a clamp; none has infinite bounds.
-struct Floor {
-  float low;
-  FASTSCNN_INLINE vf operator()(vf v) const { return at_least(splat(low), v); }
-};
-struct Clamp {
-  float low, high;
-  FASTSCNN_INLINE vf operator()(vf v) const {
-    return at_most(splat(high), at_least(splat(low), v));
-  }
-  // Runs what takes a clamp without its upper bound, which costs as much as an FMA, where there is
-  // none.
-  template <class Run>
-  FASTSCNN_INLINE void apply(Run run) const {
-    if (high == __builtin_inff())
-      run(Floor{low});
-    else
-      run(*this);
-  }
-};
-FASTSCNN_INLINE Clamp clamp_of(Activation a) {
-  const float inf = __builtin_inff();
-  return {a == Activation::none ? -inf : 0.0f, a == Activation::relu6 ? 6.0f : inf};
-}
-
 // exp(x) for x <= 0 to 2 ulp; NaN stays NaN (Cephes' polynomial).
 FASTSCNN_INLINE vf exp_negative(vf x) {
   x = at_least(splat(-87.0f), x);

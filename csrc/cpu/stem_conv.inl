@@ -100,8 +100,8 @@ struct StemRows {
       gather(taps);
       multiply(pointwise({gathered, size_t(main.k), main.k, 0}, main, clamp, out), width);
     } else {
-      multiply_in_registers(
-          Product<element, element>{taps, 3, &main, clamp, nullptr, 0, out, size_t(main.n)}, width);
+      const Epilogue<element, element> epilogue{clamp, out, size_t(main.n)};
+      multiply_in_registers(product_of(taps, 3, main, epilogue), width);
     }
   }
   void gather(const Segment (&taps)[3]) {
@@ -151,12 +151,17 @@ struct StemRows {
   }
 };
 
+#if FASTSCNN_ARITHMETIC != FASTSCNN_HIGH
 static size_t stem_conv(const Layer& l, const Weights& w, const Picture& picture, int image,
                         Plane out, const Team& team, Bump scratch) {
   StemRows stage(l, w, picture, image);
   stage.place(scratch);
   if (scratch.measuring()) return scratch.used;
   const Tiles tiles;
-  run_rows(stage, out, padded(l.out), team);
+  run_rows(stage, out, pixel_pitch(l.out), team);
   return scratch.used;
 }
+constexpr auto kStemConv = stem_conv;
+#else
+constexpr decltype(Ops::stem_conv) kStemConv = nullptr;
+#endif

@@ -20,7 +20,7 @@ struct Loss {
   const uint8_t* labels;  // (n, height, width)
   int height, width;
   bool align_corners;
-  const float* targets;  // [256][padded(classes)]
+  const float* targets;  // [256][pixel_pitch(classes)]
   const float* target_sums;
   float* gradient;  // of the sum over all pixels, (n, h, w, classes); or null
   float* surprise;  // -log p(label), 0 where left out, (n, height, width); or null

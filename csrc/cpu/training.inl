@@ -121,7 +121,7 @@ struct LossRow {
 
 template <int VECTORS, class T>
 double loss_image(const Loss& l, int image, Bump& scratch) {
-  const int vectors = (padded(l.classes, Type::f32) + kLanes - 1) / kLanes;
+  const int vectors = (pixel_pitch(l.classes, Type::f32) + kLanes - 1) / kLanes;
   const size_t pitch = size_t(vectors) * kLanes, row = l.w * pitch;
   const size_t wide = (size_t(l.width) + kLanes - 1) / kLanes * kLanes;
   Sample* columns = scratch.take<Sample>(l.width);
@@ -177,7 +177,7 @@ double loss_image(const Loss& l, int image, Bump& scratch) {
 }
 
 static size_t loss(const Loss& l, int image, double* sum, Bump scratch) {
-  const int vectors = (padded(l.classes, Type::f32) + kLanes - 1) / kLanes;
+  const int vectors = (pixel_pitch(l.classes, Type::f32) + kLanes - 1) / kLanes;
   const bool f32 = l.type == Type::f32;
   if (vectors == 1)
     *sum = (f32 ? loss_image<1, float> : loss_image<1, uint16_t>)(l, image, scratch);

@@ -327,7 +327,7 @@ static size_t upsample_classify(const Layer& l, Plane x, Output output, void* ou
   stage.place(scratch, output);
   if (scratch.measuring()) return scratch.used;
   const Range rows = share(x.h, team);
-  const int channels = padded(l.in);
+  const int channels = pixel_pitch(l.in);
   for (int y = rows.begin; y < rows.end; y++) low.take_row(y, row_of(x, y, channels), channels);
   team.wait();
   stage.run(output, out, team);

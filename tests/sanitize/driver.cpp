@@ -50,7 +50,7 @@ void check(bool holds, const char* what) {
 
 // ---------------------------------------------------------------- memory
 
-enum class Place { heap, beside_a_guard };
+enum class Memory { heap, beside_a_guard };
 
 std::mt19937 g_random;
 int any(int n) { return int(g_random() % uint32_t(n)); }
@@ -66,18 +66,18 @@ struct Release {
 class Block {
  public:
   Block() = default;
-  Block(size_t bytes, Place place) : bytes_(bytes) {
-    if (place == Place::heap) {
-      void* memory = nullptr;
-      check(!posix_memalign(&memory, 64, bytes), "out of memory");
-      data_ = {static_cast<char*>(memory), {}};
+  Block(size_t bytes, Memory memory) : bytes_(bytes) {
+    if (memory == Memory::heap) {
+      void* heap = nullptr;
+      check(!posix_memalign(&heap, 64, bytes), "out of memory");
+      data_ = {static_cast<char*>(heap), {}};
       return;
     }
     const size_t page = size_t(sysconf(_SC_PAGESIZE)), pages = (bytes + page - 1) / page * page;
-    void* memory =
+    void* mapped =
         mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    check(memory != MAP_FAILED, "out of memory");
-    char* map = static_cast<char*>(memory);
+    check(mapped != MAP_FAILED, "out of memory");
+    char* map = static_cast<char*>(mapped);
     const bool before = any(4) != 0;
     check(!mprotect(before ? map + pages : map, page, PROT_NONE), "no guard page");
     data_ = {before ? map + pages - bytes : map + page, {map, pages + page}};
@@ -117,8 +117,8 @@ void store(void* elements, Type type, size_t i, float x) {
               reinterpret_cast<const char*>(&x) + 4 - bytes, bytes);
 }
 
-Block random_elements(size_t n, Type type, Place place) {
-  Block block(n * fs::bytes_of(type), place);
+Block random_elements(size_t n, Type type, Memory memory) {
+  Block block(n * fs::bytes_of(type), memory);
   for (size_t i = 0; i < n; i++) store(block.data(), type, i, random_float());
   return block;
 }
@@ -132,12 +132,12 @@ bool all_finite(const Block& block, Type type) {
 // Runs with several numbers of threads, each time into a new block; returns what all of them wrote.
 using Run = std::function<void(int threads, void* out)>;
 using Counts = std::vector<int>;
-Block agreed(size_t bytes, Type type, Place place, const Counts& counts, const Run& run) {
+Block agreed(size_t bytes, Type type, Memory memory, const Counts& counts, const Run& run) {
   Block first;
   int fill = 0;
   for (const int threads : counts) {
     fill ^= 0xFF;  // as floats, NaN
-    Block out(bytes, place);
+    Block out(bytes, memory);
     std::memset(out.data(), fill, bytes);
     fs::fill_scratch(fill);
     run(threads, out.data());
@@ -244,7 +244,7 @@ std::vector<Layer> network(const Widths& w, bool tramac, int kernel, bool dense)
 struct Setup {
   std::string isa;
   Arithmetic arithmetic;
-  Place place;
+  Memory memory;
   Type type() const { return fs::type_of(arithmetic); }
 };
 
@@ -260,8 +260,8 @@ struct Packed {
       program.insert(program.end(), one.begin(), one.end());
     }
     const size_t floats = fs::plain_floats(program);
-    const Block plain = random_elements(floats, Type::f32, s.place);
-    weights = Block(fs::packed_bytes(program, s.arithmetic), s.place);
+    const Block plain = random_elements(floats, Type::f32, s.memory);
+    weights = Block(fs::packed_bytes(program, s.arithmetic), s.memory);
     fs::pack(program, s.arithmetic, plain.as<float>(), floats, weights.data());
   }
   fs::Call call(int threads) const {
@@ -284,9 +284,9 @@ struct Activations {
 
   Activations(const Setup& s, int n, int channels, Size size)
       : n(n), channels(channels), size(size), type(s.type()) {
-    const size_t pitch = size_t(fs::padded(channels, type));
+    const size_t pitch = size_t(fs::pixel_pitch(channels, type));
     const size_t elements = size_t(n) * size.h * size.w * pitch;
-    block = random_elements(elements, type, s.place);
+    block = random_elements(elements, type, s.memory);
     for (size_t i = 0; i < elements; i++)
       if (int(i % pitch) >= channels) store(block.data(), type, i, 0);
   }
@@ -318,7 +318,7 @@ struct Pictures {
     }
     const size_t elements = 1 + (n - 1) * p.stride_n + (c - 1) * p.stride_c +
                             (size.h - 1) * p.stride_h + (size.w - 1) * p.stride_w;
-    block = Block(elements * fs::bytes_of(p.type), s.place);
+    block = Block(elements * fs::bytes_of(p.type), s.memory);
     std::memset(block.data(), 0xFF, block.bytes());
     p.data = block.data();
     for (int i = 0; i < n; i++)
@@ -343,14 +343,14 @@ Block agreed_output(const Setup& s, Output output, int n, int classes, Size size
                     const Counts& counts, const Run& run) {
   const Type type = output == Output::labels ? Type::u8 : s.type();
   const int pieces = output == Output::labels ? 1 : classes;
-  return agreed(fs::bytes_of(type) * n * pieces * size.h * size.w, type, s.place, counts, run);
+  return agreed(fs::bytes_of(type) * n * pieces * size.h * size.w, type, s.memory, counts, run);
 }
 
 template <class Op>
 void agreed_activations(const Setup& s, int n, int channels, Size size, const Counts& counts,
                         Op op) {
   const Activations out(s, n, channels, size);
-  agreed(out.block.bytes(), s.type(), s.place, counts,
+  agreed(out.block.bytes(), s.type(), s.memory, counts,
          [&](int threads, void* data) { op(threads, out.batch(data)); });
 }
 
@@ -502,24 +502,24 @@ void run_rows_shared(const Setup& s) {
 
 // ---------------------------------------------------------------- training
 
-void run_training(const std::string& isa, Place place) {
-  auto floats = [&](size_t n) { return random_elements(n, Type::f32, place); };
+void run_training(const std::string& isa, Memory memory) {
+  auto floats = [&](size_t n) { return random_elements(n, Type::f32, memory); };
   for (const Type type : {Type::f32, Type::bf16}) {
-    auto values = [&](size_t n) { return random_elements(n, type, place); };
+    auto values = [&](size_t n) { return random_elements(n, type, memory); };
     const size_t element = fs::bytes_of(type);
 
     for (const Size low : {Size{1, 1}, {3, 5}, {5, 9}})
       for (const int classes : {2, 19, 33}) {
         const int n = 2, h = 8 * low.h - 3, w = 8 * low.w - 7;
         const Block logits = values(size_t(n) * low.h * low.w * classes);
-        const int pitch = fs::padded(classes, Type::f32);
+        const int pitch = fs::pixel_pitch(classes, Type::f32);
         const Block targets = floats(256 * size_t(pitch));
         const Block sums = floats(256);  // 0: a label that is no class
         for (int label = classes; label < 256; label++) sums.as<float>()[label] = 0;
-        Block labels(size_t(n) * h * w, place);
+        Block labels(size_t(n) * h * w, memory);
         for (size_t i = 0; i < labels.bytes(); i++) labels.as<uint8_t>()[i] = uint8_t(g_random());
         agreed(sizeof(float) * (size_t(n) * low.h * low.w * classes + size_t(n) * h * w), Type::f32,
-               place, one_and_more(), [&](int threads, void* data) {
+               memory, one_and_more(), [&](int threads, void* data) {
                  float* gradient = static_cast<float*>(data);
                  fs::upsampled_loss(
                      isa,
@@ -535,9 +535,9 @@ void run_training(const std::string& isa, Place place) {
         const size_t n = pixels * channels;
         const Block x = values(n), other = values(n), y_gradient = values(n);
         const Block gamma = floats(channels), beta = floats(channels);
-        Block statistics(size_t(4) * channels * sizeof(float), place);
+        Block statistics(size_t(4) * channels * sizeof(float), memory);
         float* mean = statistics.as<float>();
-        Block out(2 * n * element, place), sums(size_t(2) * channels * sizeof(float), place);
+        Block out(2 * n * element, memory), sums(size_t(2) * channels * sizeof(float), memory);
         for (const bool with_residual : {false, true})
           for (const int threads : one_and_more()) {
             std::memset(statistics.data(), 0, statistics.bytes());
@@ -552,7 +552,7 @@ void run_training(const std::string& isa, Place place) {
             b.y = out.data();
             fs::batch_norm_forward(isa, b, threads);
             b.y_gradient = y_gradient.data(), b.x_gradient = out.data() + n * element;
-            const Block residual_gradient(n * element, place);
+            const Block residual_gradient(n * element, memory);
             b.residual_gradient = with_residual ? residual_gradient.data() : nullptr;
             b.gamma_gradient = sums.as<float>(), b.beta_gradient = sums.as<float>() + channels;
             fs::batch_norm_backward(isa, b, threads);
@@ -569,8 +569,8 @@ void run_training(const std::string& isa, Place place) {
               size_t(n) * ((size.h - 1) / stride + 1) * ((size.w - 1) / stride + 1) * channels;
           const Block x = values(in), y_gradient = values(result);
           const Block weight = floats(size_t(9) * channels);
-          const Block x_gradient(in * element, place);
-          agreed(size_t(9) * channels * sizeof(float), Type::f32, place, one_and_more(),
+          const Block x_gradient(in * element, memory);
+          agreed(size_t(9) * channels * sizeof(float), Type::f32, memory, one_and_more(),
                  [&](int threads, void* data) {
                    fs::depthwise_backward(isa,
                                           {type, n, size.h, size.w, channels, stride, dilation,
@@ -594,14 +594,14 @@ int main() {
       const std::string name = isa + " " + names[int(arithmetic)];
       g_where = name + ", FASTSCNN_SEED=" + std::to_string(seed);
       const int before = g_checks;
-      for (const Place place : {Place::heap, Place::beside_a_guard}) {
-        if (kThreadSanitizer && place != Place::heap) continue;
-        const Setup s{isa, arithmetic, place};
+      for (const Memory memory : {Memory::heap, Memory::beside_a_guard}) {
+        if (kThreadSanitizer && memory != Memory::heap) continue;
+        const Setup s{isa, arithmetic, memory};
         run_ops(s);
         run_networks(s);
-        if (arithmetic == Arithmetic::float32) run_training(isa, place);
+        if (arithmetic == Arithmetic::float32) run_training(isa, memory);
       }
-      const Setup s{isa, arithmetic, Place::heap};
+      const Setup s{isa, arithmetic, Memory::heap};
       run_calls_at_once(s);
       run_rows_shared(s);
       std::printf("%s: %d checks passed\n", name.c_str(), g_checks - before);
