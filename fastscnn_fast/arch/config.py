@@ -22,6 +22,8 @@ SHORT: dict[str, Any] = {
     "bottleneck_repeats": (3, 3, 3),
     "expansion": 6,
 }
+#: The fields that tensors show and their arithmetic is free in: what pruning changes.
+WIDTHS = ("downsample_channels", "bottlenecks", "pyramid_channels", "fusion_channels", "aux_channels")
 #: More blocks than any network has: a config from a file may ask for any number.
 MOST_BLOCKS = 64
 
