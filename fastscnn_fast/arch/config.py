@@ -22,6 +22,14 @@ SHORT: dict[str, Any] = {
     "bottleneck_repeats": (3, 3, 3),
     "expansion": 6,
 }
+#: The fields that say how wide and deep a network is; apart from strides, a checkpoint's tensors show them.
+WIDTHS = (
+    "downsample_channels",
+    "bottlenecks",
+    "pyramid_channels",
+    "fusion_channels",
+    "aux_channels",
+)
 #: More blocks than any network has: a config from a file may ask for any number.
 MOST_BLOCKS = 64
 

@@ -10,6 +10,7 @@ import torch
 
 from ..arch.config import preset
 from ..backends import registry
+from ..backends.gpu import dump
 from ..program.layers import OPS
 from . import options
 
@@ -73,8 +74,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..backends.gpu import dump
-
     if args.backend == "triton" and find_spec("triton") is None:
         raise registry.CannotRun("dump needs the package triton, which is not installed")
     if args.arch not in dump.ARCHITECTURES:

@@ -9,6 +9,7 @@ import torch
 
 from .. import bench
 from ..backends import registry
+from ..backends.gpu import choices, tune
 from ..checkpoints import load_checkpoint
 from ..lower.fold import fold
 from . import options
@@ -41,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
         model = bench.untrained_model(args.preset)
     else:
         model = load_checkpoint(args.weights)
-    from ..backends.gpu import choices, tune
-
     layers = []
     chosen: dict[str, choices.Choice] = {}
     for found in tune.tune(fold(model), args.size, args.batch, dtype, args.precision, device):

@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..arch.config import PRESETS, SMALLEST_SIDE, preset as config_preset
+from ..arch.config import PRESETS, SMALLEST_SIDE, WIDTHS, Config, preset as config_preset
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.classes import CAMVID_CLASSES, class_names
@@ -39,29 +39,33 @@ _SHOW_SECONDS = 2.0
 _STREET_SCENES = 500
 
 
-def start_from(model: FastSCNN, path: str) -> None:
-    """Copies the weights of a checkpoint of the same architecture, but for other classes.
+def start_from(path: str, config: Config) -> FastSCNN:
+    """The network of ``config`` but with the widths and the weights of a checkpoint, where they have its shapes.
 
     Raises:
-        ValueError: another architecture or normalisation.
+        ValueError: another architecture or normalisation, apart from widths, classes, heads, dropout and size.
     """
     start = load_checkpoint(path)
-    ours = model.config
+    config = replace(config, **{name: getattr(start.config, name) for name in WIDTHS})
     theirs = replace(
         start.config,
-        num_classes=ours.num_classes,
-        aux=ours.aux,
-        dropout=ours.dropout,
-        size=ours.size,
+        num_classes=config.num_classes,
+        aux=config.aux,
+        dropout=config.dropout,
+        size=config.size,
     )
-    if theirs != ours:
-        names = (f.name for f in fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name))
+    if theirs != config:
+        names = (
+            f.name for f in fields(config) if getattr(config, f.name) != getattr(theirs, f.name)
+        )
         raise ValueError(
             f"weights must be of the preset trained; {path} differs in {', '.join(names)}"
         )
+    model = FastSCNN.from_config(config)
     own = model.state_dict()
     state = {k: v for k, v in start.state_dict().items() if k in own and v.shape == own[k].shape}
     model.load_state_dict(own | state)
+    return model
 
 
 def deployable(model: FastSCNN) -> FastSCNN:
@@ -128,9 +132,10 @@ class Trainer:
         )
         if recipe.dropout is not None:
             config = replace(config, dropout=recipe.dropout)
-        model = FastSCNN.from_config(config)
-        if recipe.weights is not None:
-            start_from(model, recipe.weights)
+        if recipe.weights is None:
+            model = FastSCNN.from_config(config)
+        else:
+            model = start_from(recipe.weights, config)
         for module in model.modules():  # the auxiliary heads' dropout is not in the config
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = config.dropout

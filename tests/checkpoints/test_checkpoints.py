@@ -123,6 +123,80 @@ def test_widths_classes_and_channels_are_derived(layout: str, tmp_path: Path) ->
     assert load_checkpoint(tmp_path / "weights.pt").config == model.config
 
 
+def free_widths(strides: tuple[int, int, int] = (2, 2, 1)) -> dict[str, Any]:
+    """Any widths, free for each block, as pruning leaves them; the first block of each stage has its stride."""
+    bottlenecks = [
+        [
+            (random.randint(1, 50), random.randint(1, 40), stride if index == 0 else 1)
+            for index in range(random.randint(1, 5))
+        ]
+        for stride in strides
+    ]
+    mid, out, stride = bottlenecks[2][-1]
+    bottlenecks[2][-1] = mid, 4 * out, stride  # four pooling branches share them
+    return {
+        "downsample_channels": tuple(random.randint(1, 40) for _ in range(3)),
+        "bottlenecks": tuple(map(tuple, bottlenecks)),
+        "pyramid_channels": random.randint(1, 60),
+        "fusion_channels": random.randint(1, 60),
+    }
+
+
+def same_function(a: FastSCNN, b: FastSCNN) -> bool:
+    x = torch.randn(1, a.config.in_channels, 64, 96)
+    return torch.equal(a.eval().reference(x), b.eval().reference(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_widths_round_trip(layout: str, tmp_path: Path) -> None:
+    """Free for each block and multiples of nothing, under the names of every layout and in our own files."""
+    name = "paper" if layout == "fastscnn_fast" else layout
+    widths = free_widths()
+    aux = layout != "leftthomas"
+    if aux:
+        widths["aux_channels"] = random.randint(1, 60)
+    model = FastSCNN(random.randint(1, 30), name, aux=aux, **widths)
+    assert model.config.bottlenecks == widths["bottlenecks"]
+    state = to_layout(model, layout)
+    torch.save(state, tmp_path / "weights.pth")
+    save_checkpoint(model, tmp_path / "own.safetensors")
+    for file in ("weights.pth", "own.safetensors"):
+        got = load_checkpoint(tmp_path / file)
+        assert got.config == model.config
+        assert same_tensors(to_layout(got, layout), state)
+        assert same_function(got, model)
+
+
+def test_strides_are_in_our_files_and_can_be_told(tmp_path: Path) -> None:
+    """No tensor shows them, and the code of other layouts has the paper's."""
+    model = FastSCNN(3, **free_widths(strides=(1, 2, 2)))
+    save_checkpoint(model, tmp_path / "own.safetensors")
+    got = load_checkpoint(tmp_path / "own.safetensors")
+    assert got.config == model.config and same_function(got, model)
+    told = from_state_dict(model.state_dict(), bottlenecks=model.config.bottlenecks)
+    assert told.config == model.config
+    assert from_state_dict(model.state_dict()).config != model.config
+    model = FastSCNN(3, "tramac", **free_widths(strides=(1, 2, 2)))
+    with pytest.raises(
+        ValueError, match=r"there the strides of its bottlenecks are \(\(2.*, got \(\(1"
+    ):
+        to_layout(model, "tramac")
+
+
+def test_bottlenecks_the_short_way(tmp_path: Path) -> None:
+    """As an override of a file's, and in the config that a file of ours states."""
+    model = FastSCNN(3, **SMALL)
+    short = {k: SMALL[k] for k in ("bottleneck_channels", "bottleneck_repeats", "expansion")}
+    assert from_state_dict(model.state_dict(), **short).config == model.config
+    with pytest.raises(CheckpointError, match="of another shape"):
+        from_state_dict(model.state_dict(), **short | {"expansion": 3})
+    config = model.config.to_dict()
+    del config["bottlenecks"]
+    path = tmp_path / "own.safetensors"
+    save_file(dict(model.state_dict()), path, {"fastscnn_fast.config": json.dumps(config | short)})
+    assert load_checkpoint(path).config == model.config
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_own_keys_tell_the_preset(name: str) -> None:
     for aux in {False, bool(PRESETS[name].aux_taps)}:

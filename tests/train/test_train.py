@@ -308,6 +308,25 @@ def test_starts_from_weights(streets: Examples, tmp_path: Path) -> None:
         Trainer(dataclasses.replace(recipe, preset="tramac"), streets, None, tmp_path)
 
 
+def test_a_pruned_network_trains_on(streets: Examples, tmp_path: Path) -> None:
+    """Its widths are those of the weights to start from, whatever they are."""
+    pruned = FastSCNN(
+        11,
+        downsample_channels=(9, 21, 30),
+        bottlenecks=(((50, 17, 2), (23, 17, 1)), ((40, 33, 2),), ((70, 52, 1), (19, 44, 1))),
+        pyramid_channels=37,
+        fusion_channels=29,
+    )
+    save_checkpoint(pruned, tmp_path / "pruned.safetensors")
+    recipe = dataclasses.replace(SMALL, epochs=0.5, weights=str(tmp_path / "pruned.safetensors"))
+    assert Trainer(recipe, streets, streets, tmp_path / "run").run() == 0
+    trained = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert trained.config == pruned.config
+    before = pruned.state_dict()["global_features.bottleneck1.1.expand.conv.weight"]
+    after = trained.state_dict()["global_features.bottleneck1.1.expand.conv.weight"]
+    assert before.shape == after.shape == (23, 17, 1, 1) and not torch.equal(before, after)
+
+
 def test_a_preset_keeps_its_dropout(streets: Examples, tmp_path: Path) -> None:
     for preset, dropout in (("zacario", 0.0), ("paper", 0.1)):
         recipe = dataclasses.replace(SMALL, preset=preset)
