@@ -265,7 +265,7 @@ def network_plan(config: Config, shape: tuple[int, ...], dtype: torch.dtype) -> 
     pieces, _ = layout.layout(program.layers, dtype, 64)
     picture = memory.Buffer.dense("x", dtype, shape)
     out = memory.Buffer.dense("out", dtype, (shape[0], config.num_classes, *shape[2:]))
-    return plan_of_network(layers, picture, out, pieces, dtype, 80, "logits")
+    return plan_of_network(program, picture, out, pieces, dtype, 80, "logits")
 
 
 def lives(plan: Plan) -> Iterator[tuple[str, int, int, int, int]]:
