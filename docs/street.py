@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from fastscnn_fast import fuse, load_checkpoint, segment
-from fastscnn_fast.data.classes import CAMVID_CLASSES, CAMVID_PALETTE, street
-from fastscnn_fast.runtime.segment import overlay
+from fastscnn_fast.data.classes import CAMVID_CLASSES, CAMVID_PALETTE
+from fastscnn_fast.data.pictures import overlay
+from fastscnn_fast.data.scenes import street
 
 SEED, HEIGHT, WIDTH = 1_000_002, 240, 480
 

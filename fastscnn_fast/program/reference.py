@@ -156,7 +156,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 def network(
     x: Tensor, layers: Sequence[Layer], weights: Sequence[Weights], output: str = "logits"
 ) -> Tensor:
-    """The whole network: ``layers`` as :func:`fastscnn_fast.plan.program` lists them."""
+    """The whole network: ``layers`` as :func:`fastscnn_fast.program.layers.program` lists them."""
     size, high = x.shape[2:], x
     for index, (layer, tensors) in enumerate(zip(layers, weights, strict=True)):
         inputs = (high, x) if layer.op == "feature_fusion" else (x,)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from fastscnn_fast.cli import main
+from fastscnn_fast.data.scenes import street
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "https://github.com/fastscnn-fast/fastscnn_fast"
@@ -131,8 +132,6 @@ def test_commands_and_options_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/use.md"])
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each after the other, beside a street.jpg."""
-    from fastscnn_fast.data.classes import street
-
     monkeypatch.chdir(tmp_path)
     Image.fromarray(street(0, 64, 96)[0]).save("street.jpg")
     examples = re.findall(r"```python\n(.*?)```", text_of(Path(page)), re.DOTALL)
