@@ -6,6 +6,7 @@
 #   make bench                    the whole network (and bench.png), then every fused op, against torch
 #   make sanitize                 the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (GCC or Clang)
 #   make lint                     ruff, clang-format, mypy
+#   make docs                     the pages of docs/ in build/site, strictly: a broken link is an error
 #   make clean                    remove what was built; $(VENV) stays
 #
 # PYTHON=python3.12 makes the environment with another Python. VENV=path uses an environment of your own;
@@ -25,11 +26,12 @@ constraints := $(VENV)/fastscnn-constraints.txt
 installed := $(VENV)/fastscnn-installed
 installed_dev := $(VENV)/fastscnn-installed-dev
 installed_bench := $(VENV)/fastscnn-installed-bench
+installed_docs := $(VENV)/fastscnn-installed-docs
 built := $(VENV)/fastscnn-built
 csrc := $(shell find csrc -type f -not -name '*.md')
 install := $(python) -m pip install --disable-pip-version-check -c $(constraints)
 
-.PHONY: demo test bench sanitize lint clean
+.PHONY: demo test bench sanitize lint docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -52,6 +54,9 @@ lint: $(installed_dev)
 	$(VENV)/bin/clang-format --dry-run -Werror $(csrc) tests/sanitize/driver.cpp
 	$(python) -m mypy
 
+docs: $(installed_docs)
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
+
 clean:
 	rm -rf build dist demo_out bench.png *.egg-info fastscnn_fast/_c*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -64,13 +69,14 @@ $(constraints): constraints.txt | $(python)
 	@torch=$$($(python) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
 	  2>/dev/null); sed "s/^torch==.*/$${torch:-&}/" constraints.txt > $@
 
-$(installed) $(installed_dev) $(installed_bench): $(constraints) pyproject.toml setup.py
+$(installed) $(installed_dev) $(installed_bench) $(installed_docs): $(constraints) pyproject.toml setup.py
 	$(install) setuptools pybind11
 	$(install) --no-build-isolation -e .$(extras)
 	@touch $@ $(installed) $(built)
 
 $(installed_dev): extras := [dev]
 $(installed_bench): extras := [dev,bench]
+$(installed_docs): extras := [docs]
 
 $(built): $(csrc) setup.py | $(installed)
 	$(python) setup.py --quiet build_ext --inplace

@@ -1,9 +1,10 @@
-"""Builds the C++ extension and, where there is nvcc, the CUDA extension; all else is in pyproject.toml.
+"""Builds the C++ extension and, where it is asked for, the CUDA extension; all else is in pyproject.toml.
 
 Environment:
     FASTSCNN_REQUIRE_CPU  1: a failing C++ build is an error; without it the extension is reported and left out (the
                           package then runs on plain torch)
-    FASTSCNN_CUDA         0: no CUDA extension; 1: a failing CUDA build, or no nvcc, is an error
+    FASTSCNN_CUDA         1: the CUDA extension too; a failing CUDA build, or no nvcc, is an error. 0: without it.
+                          Unset: an editable or in-place build has it where there is nvcc and it builds, a wheel not
     TORCH_CUDA_ARCH_LIST  compute capabilities, as in "8.0;9.0+PTX"; by default 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and
                           12.0, as far as nvcc knows them, and PTX of the last
     CUDA_HOME             where to look for bin/nvcc before PATH
@@ -40,7 +41,8 @@ SOURCES.remove(CUDA_SOURCES[0])
 HEADERS = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.[hi]*")]))
 CUDA_HEADERS = sorted(map(str, [*Path("csrc/cuda").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")]))
 CUDA = "fastscnn_fast._cuda"
-NVCC_FLAGS = ("-std=c++17", "-O3")  # kernels/nvcc.py has the same
+CUDA_ASKED = os.environ.get("FASTSCNN_CUDA")
+NVCC_FLAGS = ("-std=c++17", "-O3")  # backends/gpu/nvcc.py has the same
 ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 # GCC 12 takes the deliberately undefined operands inside its own AVX-512 intrinsics for mistakes.
@@ -131,6 +133,11 @@ class BuildExt(build_ext):
         super().finalize_options()
         self.build_temp = str(Path("build", f"{get_platform()}-{sys.implementation.cache_tag}"))
 
+    def run(self) -> None:
+        if not (CUDA_ASKED == "1" or self.inplace or self.editable_mode):  # known only now
+            self.extensions = [ext for ext in self.extensions if ext.name != CUDA]
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         if ext.name == CUDA:
             output = Path(self.get_ext_fullpath(ext.name))
@@ -178,10 +185,9 @@ extensions = [
         optional=os.environ.get("FASTSCNN_REQUIRE_CPU") != "1",
     )
 ]
-cuda = os.environ.get("FASTSCNN_CUDA")
-if cuda == "1" or (cuda != "0" and find_nvcc() is not None):
+if CUDA_ASKED == "1" or (CUDA_ASKED != "0" and find_nvcc() is not None):
     extensions.append(
-        Extension(CUDA, CUDA_SOURCES, depends=CUDA_HEADERS, optional=cuda != "1"),
+        Extension(CUDA, CUDA_SOURCES, depends=CUDA_HEADERS, optional=CUDA_ASKED != "1"),
     )
 
 setup(

@@ -72,7 +72,7 @@ def cases(config: Config, height: int, width: int, arithmetic: str = "float32") 
 
 
 class Plain(nn.Module):
-    """The op of :mod:`fastscnn_fast.reference`, its weights as buffers that torch.compile can freeze."""
+    """The op of :mod:`fastscnn_fast.program.reference`, its weights as buffers that torch.compile can freeze."""
 
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
         super().__init__()

@@ -312,7 +312,7 @@ _MMSEG = replace(
     aux_taps=("global", "downsample"),
 )
 
-#: The published implementations by name. Sources and facts: README, "Presets".
+#: The published implementations by name. Sources and facts: docs/dropins.md.
 PRESETS: dict[str, Config] = {
     "paper": _PAPER,
     "tramac": _TRAMAC,

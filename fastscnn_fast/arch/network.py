@@ -254,9 +254,9 @@ class PlainFastSCNN(nn.Module):
 
     Args:
         num_classes: number of classes K.
-        preset: which published implementation to be, a key of :data:`fastscnn_fast.config.PRESETS`.
+        preset: which published implementation to be, a key of :data:`fastscnn_fast.arch.config.PRESETS`.
         aux: build the auxiliary heads.
-        overrides: any other field of :class:`fastscnn_fast.config.Config`.
+        overrides: any other field of :class:`fastscnn_fast.arch.config.Config`.
 
     Raises:
         ValueError: an impossible combination, or input of a wrong shape.

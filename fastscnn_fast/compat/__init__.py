@@ -31,8 +31,9 @@ def accelerate(
 
     Args:
         module: an instance of a known implementation, or a :class:`FastSCNN`.
-        backend, dtype: as in :func:`fuse`.
-        overrides: fields of :class:`Config` in which ``module`` differs from the published
+        backend: as in :func:`fuse`.
+        dtype: as in :func:`fuse`.
+        overrides: fields of :class:`fastscnn_fast.arch.config.Config` in which ``module`` differs from the published
             implementation, and ``mean`` and ``std`` for uint8 input.
 
     Raises:

@@ -32,7 +32,7 @@ class FastSCNN(model.FastSCNN):
     Args:
         num_classes: number of classes K.
         aux: build the auxiliary head; its result is returned in eval mode too.
-        kwargs: fields of :class:`fastscnn_fast.config.Config` (``mean``, ``std``, widths).
+        kwargs: fields of :class:`fastscnn_fast.arch.config.Config` (``mean``, ``std``, widths).
 
     Raises:
         ValueError: an impossible combination, or a network that Tramac's code could not be.
@@ -112,7 +112,7 @@ def get_fast_scnn(
         kwargs: arguments of :class:`FastSCNN`.
 
     Raises:
-        ValueError: unknown data set, or a file that is no state_dict (:class:`CheckpointError`).
+        ValueError: unknown data set, or a file that is no state_dict (:class:`fastscnn_fast.checkpoints.CheckpointError`).
         FileNotFoundError: no such file.
         RuntimeError: weights of another network, as of ``load_state_dict``.
     """

@@ -120,7 +120,8 @@ class Batches:
         augmentation: what is done to each example.
         batch: examples per step over all processes.
         extra: a second data set; each example is taken from it with probability ``extra_share``.
-        rank, world: this process makes its part of each batch; ``world`` divides ``batch``.
+        rank: which of the processes this is; it makes its part of each batch.
+        world: how many there are; it divides ``batch``.
         workers: threads that prepare the next step; 0 prepares each when it is asked for.
     """
 

@@ -25,7 +25,7 @@ class FusedFastSCNN(nn.Module):
     instead of a new one.
 
     Attributes:
-        config: the architecture, :class:`fastscnn_fast.config.Config`.
+        config: the architecture, :class:`fastscnn_fast.arch.config.Config`.
         backend: "cpu", "triton" or "reference".
         dtype: dtype of float input and of the results.
         precision: "highest", or "high": float32 whose products keep about 17 bits on the cpu backend, and
@@ -107,7 +107,7 @@ def fuse(
 
     Args:
         backend: "auto" (FASTSCNN_BACKEND, else the best that can run), or one of
-            :data:`fastscnn_fast.backends.BACKENDS`.
+            :data:`fastscnn_fast.backends.registry.BACKENDS`.
         dtype: dtype to compute in; the model's own by default.
         precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks
             compute each product as three of bfloat16 on the cpu backend, where the processor has AMX (an

@@ -84,7 +84,8 @@ class Trainer:
 
     Args:
         recipe: what to learn by.
-        train, val: the examples; validation is optional.
+        train: the examples to learn from.
+        val: those to choose by, if any.
         out: the run's folder.
         device: where to compute.
         validations: how many over the run, at most one an epoch.

@@ -31,7 +31,7 @@ def why_not() -> str:
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel for one architecture; ``name`` as :class:`Described` of csrc/cuda/launch.h has it."""
+    """One kernel for one architecture; ``name`` as ``Described`` of csrc/cuda/launch.h has it."""
 
     name: str
     entry: str
