@@ -5,7 +5,7 @@
 #   make test                     the fast tests
 #   make bench                    the whole network (and bench.png), then every fused op, against torch
 #   make sanitize                 the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (GCC or Clang)
-#   make lint                     ruff, clang-format, mypy
+#   make lint                     ruff, clang-format, mypy, the contracts on imports
 #   make docs                     the pages of docs/ in build/site, strictly: a broken link is an error
 #   make clean                    remove what was built; $(VENV) stays
 #
@@ -53,6 +53,7 @@ lint: $(installed_dev)
 	$(python) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(csrc) tests/sanitize/driver.cpp
 	$(python) -m mypy
+	$(VENV)/bin/lint-imports
 
 docs: $(installed_docs)
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict

@@ -57,7 +57,7 @@ def _network(
     return run(_call(program, weights, dtype), _picture(x), output, out.data_ptr())
 
 
-class _Engine:
+class _Runner:
     def pack(self, program: Program, tensors: Sequence[Weights], arithmetic: Arithmetic) -> Tensor:
         plain = flat(plain_weights(program.layers, tensors, torch.float32), torch.float32)
         cpu = registry.cpu_module()
@@ -108,4 +108,4 @@ class _Engine:
         return stages
 
 
-ENGINES = {"cpu": _Engine()}
+RUNNERS = {"cpu": _Runner()}

@@ -39,7 +39,7 @@ def _fill(
         out.copy_(function(program, tensors))
 
 
-class _Engine:
+class _Runner:
     def pack(self, program: Program, tensors: Sequence[Weights], arithmetic: Arithmetic) -> Tensor:
         dtype = arithmetic.dtype
         plain = flat(plain_weights(program.layers, tensors, dtype), dtype)
@@ -93,4 +93,4 @@ class _Engine:
         _fill(lambda p, w: reference.network(x, p, w, output), out, weights, program, dtype)
 
 
-ENGINES = {"reference": _Engine()}
+RUNNERS = {"reference": _Runner()}

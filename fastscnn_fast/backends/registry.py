@@ -25,19 +25,17 @@ GPU_BACKENDS = ("cuda", "triton")
 
 logger = logging.getLogger("fastscnn_fast")
 
-try:
-    from .. import _cpu
-except ImportError as error:
-    _cpu_module: ModuleType | None = None
-    _cpu_missing = f"the extension fastscnn_fast._cpu is not built ({error})"
-else:
-    _cpu_module, _cpu_missing = _cpu, ""
-_cuda_module: ModuleType | None = None
-_cuda_missing = ""
-try:
-    _cuda_module = import_module("fastscnn_fast._cuda")
-except ImportError as error:
-    _cuda_missing = f"the extension fastscnn_fast._cuda is not built ({error})"
+
+def _extension(name: str) -> tuple[ModuleType | None, str]:
+    """The extension module of that name, or why there is none."""
+    try:
+        return import_module(f"fastscnn_fast.{name}"), ""
+    except ImportError as error:
+        return None, f"the extension fastscnn_fast.{name} is not built ({error})"
+
+
+_cpu_module, _cpu_missing = _extension("_cpu")
+_cuda_module, _cuda_missing = _extension("_cuda")
 
 
 class CannotRun(RuntimeError):

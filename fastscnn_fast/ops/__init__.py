@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import backend as engines, cpu
+from ..backends import cpu, runners
 from ..program import arithmetic, reference
 from ..program.layers import OUTPUTS as OUTPUTS, Layer
 from ..program.memory import activation
@@ -41,9 +41,9 @@ def pack(
     Raises:
         ValueError: a tensor is missing or of a wrong shape, or the backend has no such layout.
     """
-    engine = engines.engine(backend)
+    runner = runners.runner(backend)
     chosen = arithmetic.choose(backend, dtype, precision)
-    return engine.pack(Program.of(layers), tensors, chosen)
+    return runner.pack(Program.of(layers), tensors, chosen)
 
 
 # ---------------------------------------------------------------- checks and shapes
@@ -56,7 +56,7 @@ def _require(holds: bool, message: str) -> None:
 
 def _known(backend: str) -> str:
     """``backend`` itself, a ValueError where there is none of that name."""
-    engines.engine(backend)
+    runners.runner(backend)
     return backend
 
 
@@ -148,7 +148,7 @@ def _stem_result(
 def _stem_fill(
     out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype, backend: str
 ) -> None:
-    engines.engine(backend).stem_conv(out, x, weights, layer, dtype)
+    runners.runner(backend).stem_conv(out, x, weights, layer, dtype)
 
 
 def _plane_result(op: str) -> Callable[..., Tensor]:
@@ -164,7 +164,7 @@ def _plane_result(op: str) -> Callable[..., Tensor]:
 
 def _plane_fill(op: str) -> Callable[..., None]:
     def fill(out: Tensor, x: Tensor, weights: Tensor, layer: str, backend: str) -> None:
-        engines.engine(backend).plane(op, out, x, weights, layer)
+        runners.runner(backend).plane(op, out, x, weights, layer)
 
     return fill
 
@@ -183,7 +183,7 @@ def _fusion_result(high: Tensor, low: Tensor, weights: Tensor, layer: str, backe
 def _fusion_fill(
     out: Tensor, high: Tensor, low: Tensor, weights: Tensor, layer: str, backend: str
 ) -> None:
-    engines.engine(backend).feature_fusion(out, high, low, weights, layer)
+    runners.runner(backend).feature_fusion(out, high, low, weights, layer)
 
 
 def _upsample_result(
@@ -205,7 +205,7 @@ def _upsample_fill(
     output: str,
     backend: str,
 ) -> None:
-    engines.engine(backend).upsample_classify(out, x, weights, layer, output)
+    runners.runner(backend).upsample_classify(out, x, weights, layer, output)
 
 
 def _network_spec(
@@ -234,7 +234,7 @@ def _network_fill(
     output: str,
     backend: str,
 ) -> None:
-    engines.engine(backend).network(out, x, weights, program, dtype, output)
+    runners.runner(backend).network(out, x, weights, program, dtype, output)
 
 
 _PLANE = "Tensor x, Tensor weights, str layer, str backend"
@@ -465,4 +465,4 @@ def network_stages(
 ) -> list[tuple[str, float]]:
     """Name and seconds of each stage of :func:`network` on the cpu backend, for one image."""
     out = _network_result(x, weights, program, dtype, output, "cpu")
-    return cpu.ENGINES["cpu"].network_stages(out, x, weights, program, dtype, output)
+    return cpu.RUNNERS["cpu"].network_stages(out, x, weights, program, dtype, output)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import backend as engines, registry
+from ..backends import registry, runners
 from ..lower.pack import counted
 
 POLICIES = ("auto", "on", "off")
@@ -138,7 +138,7 @@ class Graphs:
             return ops.network(x, weights, program, output, backend, dtype, out)
         self.check(x.device)
         arguments = (weights, program, output, backend, dtype)
-        tuned = engines.engine(backend).tuned(x.device)
+        tuned = runners.runner(backend).tuned(x.device)
         replay = self._find(lambda y: ops.network(y, *arguments), x, weights, (output, tuned))
         if replay is None:
             return ops.network(x, *arguments, out)

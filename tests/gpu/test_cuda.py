@@ -25,7 +25,7 @@ from helpers import small_network
 from fastscnn_fast import fuse, ops
 from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
-from fastscnn_fast.backends.gpu import backend as gpu_backend, choices, cuda, nvcc, tune
+from fastscnn_fast.backends.gpu import choices, cuda, nvcc, runner, tune
 from fastscnn_fast.backends.gpu.cuda import CudaStep
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.lower.fold import fold
@@ -216,7 +216,7 @@ def test_steps_fill_every_field_that_the_header_has() -> None:
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(registry, "_cuda_module", cuda_host.shared())
     yield registry.cuda_module()
-    gpu_backend._network_plan.cache_clear()
+    runner._network_plan.cache_clear()
 
 
 def plan_of(name: str, chosen: choices.Choices = choices.NONE, backend: str = "cuda") -> Any:
@@ -224,7 +224,7 @@ def plan_of(name: str, chosen: choices.Choices = choices.NONE, backend: str = "c
     picture = (torch.uint8, (2, 3, 96, 160), (3 * 96 * 160, 1, 480, 3))
     out = (torch.uint8, (2, 96, 160), (96 * 160, 160, 1))
     arguments = (ops.encode(layers), picture, out, torch.float16, "labels", 86, "highest")
-    return gpu_backend._network_plan(*arguments, chosen, backend)
+    return runner._network_plan(*arguments, chosen, backend)
 
 
 @emulated

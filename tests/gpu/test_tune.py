@@ -56,7 +56,7 @@ def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture
 
 
 if INTERPRETED:
-    from fastscnn_fast.backends.gpu import backend as gpu_backend, choices, tune
+    from fastscnn_fast.backends.gpu import choices, runner, tune
     from fastscnn_fast.backends.gpu.choices import TORCH, Choice
     from fastscnn_fast.backends.gpu.plan import PlacedLayer, Plan
     from fastscnn_fast.backends.gpu.tiles import INTERPRETER
@@ -115,10 +115,10 @@ def keys(model: FastSCNN, output: str = "logits") -> dict[str, str]:
 def plan(model: FastSCNN) -> Plan:
     """What is made for a call with one contiguous picture."""
     x, out = torch.empty(1, 3, *SIZE), torch.empty(1, 5, *SIZE)
-    return gpu_backend._network_plan(
+    return runner._network_plan(
         encode(fast_scnn(model.config).layers),
-        gpu_backend._where(x),
-        gpu_backend._where(out),
+        runner._where(x),
+        runner._where(out),
         torch.float32,
         "logits",
         INTERPRETER,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse
-from fastscnn_fast.backends import backend as engines, registry
+from fastscnn_fast.backends import registry, runners
 from fastscnn_fast.backends.gpu import measure
 from fastscnn_fast.runtime import graphs
 from fastscnn_fast.runtime.graphs import MOST, Call, Graphs
@@ -142,7 +142,7 @@ def test_new_choices_are_captured_anew(model: FastSCNN, monkeypatch: pytest.Monk
     """Tuning changes plans; a graph holds the old one."""
     fast, x, tuned = with_graphs(model, "on"), picture(), object()
     fast(x)
-    monkeypatch.setattr(engines.engine("reference"), "tuned", lambda device: tuned)
+    monkeypatch.setattr(runners.runner("reference"), "tuned", lambda device: tuned)
     fast(x), fast(x)
     assert len(Fake.made) == 2
 

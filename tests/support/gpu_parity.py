@@ -56,7 +56,7 @@ from torch import Tensor
 
 from fastscnn_fast import ops
 from fastscnn_fast.arch.config import PRESETS, preset
-from fastscnn_fast.backends.gpu import arena, backend as gpu_backend
+from fastscnn_fast.backends.gpu import arena, runner
 from fastscnn_fast.backends.gpu.plan import Plan
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
@@ -134,10 +134,10 @@ def poisoned_arenas(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     """Plans, arenas and tiles are the test's own."""
     monkeypatch.setattr(sys.modules[__name__], "BACKEND", backend)
     monkeypatch.setattr(arena, "Bound", PoisonedBound)
-    monkeypatch.setattr(gpu_backend, "_pool", arena.Pool())
+    monkeypatch.setattr(runner, "_pool", arena.Pool())
     yield
-    gpu_backend._op_plan.cache_clear()
-    gpu_backend._network_plan.cache_clear()
+    runner._op_plan.cache_clear()
+    runner._network_plan.cache_clear()
 
 
 def check(case: GpuCase, least: float = 0.0) -> None:

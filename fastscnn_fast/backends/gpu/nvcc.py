@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-import fastscnn_fast
-
 from .machine import instructions, listing, nvidia_program
 
-SOURCES = Path(fastscnn_fast.__file__).resolve().parents[1] / "csrc" / "cuda"
+SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 # As setup.py's NVCC_FLAGS, so that what is inspected is what is built.
 FLAGS = ("-std=c++17", "-O3")
 

@@ -28,9 +28,9 @@ from ...program.parity import relative_error
 from .. import registry
 from . import measure
 from .arena import Pool
-from .backend import ENGINES, products
 from .choices import CUDA, TORCH, Choice, Choices
 from .plan import PlacedLayer, input_names, op_plan, placed
+from .runner import RUNNERS, products
 from .tiles import Architecture
 
 #: Milliseconds of a run, several times: of these in turns, which read and write different memory.
@@ -150,7 +150,7 @@ def tune(
     clock = measure.milliseconds if clock is None else clock
     arithmetic = choose_arithmetic(able[0], dtype, precision)
     program = folded.program.computed_in(arithmetic)
-    packed = ENGINES[able[0]].pack(program, folded.tensors, arithmetic).to(device)
+    packed = RUNNERS[able[0]].pack(program, folded.tensors, arithmetic).to(device)
     exact = [{k: w.to(device) for k, w in tensors.items()} for tensors in folded.tensors]
     pieces, _ = layout.layout(folded.layers, dtype, TAG.size)
     architecture = registry.architecture(device)

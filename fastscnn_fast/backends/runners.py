@@ -1,6 +1,6 @@
-"""One engine a backend: how it packs weights, and how it fills the results of the ops.
+"""One runner a backend: how it packs weights, and how it fills the results of the ops.
 
-ops.py has checked the arguments and made the result before an engine is called.
+fastscnn_fast.ops has checked the arguments and made the result before a runner is called.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..program.arithmetic import Arithmetic
 from ..program.program import Program
 from ..program.reference import Weights
 
-#: The module of each backend's engine.
+#: The module of each backend's runner.
 MODULES = {
     "reference": "reference",
     "cpu": "cpu",
-    "triton": "gpu.backend",
-    "cuda": "gpu.backend",
+    "triton": "gpu.runner",
+    "cuda": "gpu.runner",
 }
 
 
-class Engine(Protocol):
+class Runner(Protocol):
     """``layer`` and ``program`` are texts of Program; ``op`` is one of layers.OPS of one activation."""
 
     def pack(
@@ -62,13 +62,13 @@ class Engine(Protocol):
 
 
 @cache
-def engine(backend: str) -> Engine:
-    """The engine of that name, imported at its first use.
+def runner(backend: str) -> Runner:
+    """The runner of that name, imported at its first use.
 
     Raises:
         ValueError: there is none.
     """
     if backend not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(MODULES)}, got {backend!r}")
-    made: Engine = import_module(f".{MODULES[backend]}", __package__).ENGINES[backend]
+    made: Runner = import_module(f".{MODULES[backend]}", __package__).RUNNERS[backend]
     return made

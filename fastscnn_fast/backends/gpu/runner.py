@@ -130,7 +130,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
-class _Engine:
+class _Runner:
     def __init__(self, backend: str) -> None:
         self._backend = backend
 
@@ -199,7 +199,7 @@ class _Engine:
         _pool.run((*key, *how), plan, out.device, tensors)
 
 
-ENGINES = {
-    "triton": _Engine("triton"),
-    "cuda": _Engine("cuda"),
+RUNNERS = {
+    "triton": _Runner("triton"),
+    "cuda": _Runner("cuda"),
 }
