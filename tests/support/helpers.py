@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastscnn_fast import ops
 from fastscnn_fast.arch.config import Config
 from fastscnn_fast.arch.network import resize
 from fastscnn_fast.backends import registry
+from fastscnn_fast.ops import schemas
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.runtime.model import FastSCNN
 
@@ -273,7 +273,7 @@ def run_poisoned(op: str, *args: Any, backend: str = "cpu") -> Tensor:
     the result's memory must come out as zeros: the layers of a network rely on that (on a GPU, of those
     up to a multiple of 16; it leaves the rest alone).
     """
-    _, result, fill = ops._DEFINITIONS[op]
+    _, result, fill = schemas.DEFINITIONS[op]
     like = result(*args, backend)
     written: list[Tensor] = []
     for byte in (255,) if like.dtype.is_floating_point else (255, 0):
