@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-# An arithmetic is "float32", "bfloat16" or "high". The layout in the tag of packed weights says which one.
+# An arithmetic is one of arithmetics(). The tag of packed weights says for which one they are packed.
 
 # (address, n, h, w) of dense channels-last elements, float or bfloat16, with channels padded to 64 bytes
 _Batch = tuple[int, int, int, int]

@@ -47,11 +47,12 @@ struct Sums {
   template <int NV, class F>
   FASTSCNN_INLINE void finish_rows(const F& finish) const {
     const sum* waiting = block[turn][0];
+    const int first = row, count = rows, columns_from = column;  // stores might change the members
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; i++, waiting += 2 * kTile) {
+    for (int i = 0; i < count; i++, waiting += 2 * kTile) {
       vsum v[NV];
       for (int n = 0; n < NV; n++) v[n] = load(waiting + n * kTile);
-      finish.vectors(v, row + i, column);
+      finish.vectors(v, first + i, columns_from);
     }
   }
   // Hands over the tiles' sums of a block, after the one before.

@@ -288,9 +288,11 @@ def test_wrong_arguments() -> None:
         run(x[:, :, :0])
     with pytest.raises(ValueError, match="output must be one of logits, .*, got 'scores'"):
         run(output="scores")
-    for wrong in ((), layers[:8], layers[1:], layers[:-1]):
+    for wrong in ((), layers[:8], layers[:-1]):
         with pytest.raises(ValueError, match="program must be a whole network"):
             run(program=ops.encode(wrong))
+    with pytest.raises(ValueError, match=r"layer 0 \(dsconv\) must read 1 of the layers before it"):
+        run(program=ops.encode(layers[1:]))
     with pytest.raises(ValueError, match="weights must be packed for these layers"):
         run(program=ops.encode(fast_scnn(PRESETS["tramac"]).layers))
 
@@ -318,10 +320,29 @@ LAYERS = fast_scnn(PRESETS["paper"]).layers
     ],
 )
 def test_layers_that_make_no_network(layers: tuple[Layer, ...], wrong: int) -> None:
-    """Each is sound, and takes what the one before it gives."""
-    weights = ops.pack(layers, [random_weights(layer) for layer in layers], "cpu")
-    with pytest.raises(ValueError, match=f"whole network, layer {wrong} does not fit"):
+    """Each is sound by itself; either it does not take what it reads, or the chain is another."""
+    layers = tuple(
+        replace(layer, inputs=(2, index - 1) if layer.op == "feature_fusion" else (index - 1,))
+        for index, layer in enumerate(layers)
+    )
+    chain = rf"program must be Fast-SCNN's chain \(.*\), layer {wrong} does not fit"
+    edge = rf"layer {wrong} \(\w+\) must read \(.*\) channels, got"
+    with pytest.raises(ValueError, match=f"^({chain}|{edge})"):
+        weights = ops.pack(layers, [random_weights(layer) for layer in layers], "cpu")
         ops.network(torch.zeros(1, 3, 33, 49), weights, ops.encode(layers))
+
+
+def test_another_chain_is_refused() -> None:
+    """Of sound programs this engine runs one: here fusion reads the first block for its high branch."""
+    at = next(i for i, layer in enumerate(LAYERS) if layer.op == "feature_fusion")
+    layers = list(LAYERS)
+    layers[at] = replace(layers[at], inputs=(3, at - 1))
+    weights = ops.pack(layers, [random_weights(layer) for layer in layers], "cpu")
+    with pytest.raises(ValueError, match=rf"must be Fast-SCNN's chain .*, layer {at} does not fit"):
+        ops.network(torch.zeros(1, 3, 33, 49), weights, ops.encode(layers))
+    plain = ops.pack(layers, [random_weights(layer) for layer in layers], "reference")
+    y = ops.network(torch.zeros(1, 3, 33, 49), plain, ops.encode(layers), backend="reference")
+    assert y.shape == (1, 19, 33, 49)
 
 
 def test_smallest_pictures() -> None:

@@ -168,7 +168,10 @@ Program encode(const Layer& l) {
                  int64_t(l.mid_activation),
                  l.residual,
                  l.dense,
-                 l.align_corners};
+                 l.align_corners,
+                 l.arithmetic,
+                 l.input_count};
+  for (int i = 0; i < l.input_count; i++) values.push_back(l.inputs[i] + 1);
   values.insert(values.end(), l.bins, l.bins + l.bin_count);
   values.insert(values.begin(), int64_t(values.size()));
   return values;
@@ -237,6 +240,13 @@ std::vector<Layer> network(const Widths& w, bool tramac, int kernel, bool dense)
   layers.push_back(dsconv(w.fusion, w.fusion, 1, 1, 0, mid));
   layers.push_back(dsconv(w.fusion, w.fusion, 1, 1, w.classes, mid));
   layers.push_back(upsample(w.classes, tramac));
+  for (size_t i = 0; i < layers.size(); i++) {
+    Layer& l = layers[i];
+    const int before = i ? int(i) - 1 : fs::kPicture;
+    constexpr int kSecond = 2;  // the end of learning to downsample
+    if (l.op == Op::feature_fusion) l.inputs[l.input_count++] = kSecond;
+    l.inputs[l.input_count++] = before;
+  }
   return layers;
 }
 
@@ -245,7 +255,7 @@ struct Setup {
   std::string isa;
   Arithmetic arithmetic;
   Memory memory;
-  Type type() const { return fs::type_of(arithmetic); }
+  Type type() const { return fs::record_of(arithmetic).type; }
 };
 
 // Packed weights and everything else that a call has in common.
@@ -255,7 +265,9 @@ struct Packed {
   Block weights;
 
   Packed(const Setup& s, const std::vector<Layer>& layers) : isa(s.isa) {
-    for (const Layer& l : layers) {
+    for (Layer l : layers) {
+      if (l.op == Op::stem_conv && s.arithmetic == Arithmetic::high && !l.arithmetic)
+        l.arithmetic = 1 + int(Arithmetic::float32);
       const Program one = encode(l);
       program.insert(program.end(), one.begin(), one.end());
     }
@@ -582,6 +594,53 @@ void run_training(const std::string& isa, Memory memory) {
   }
 }
 
+// ---------------------------------------------------------------- refusals
+
+// A program that the engine does not run must say so, in words that hold `because`.
+void check_refused(const Setup& s, const std::vector<Layer>& layers, const char* because) {
+  try {
+    const Packed packed(s, layers);
+    const Pictures x(s, false, 1, 3, {64, 64}, Layout::planes);
+    const Block out(size_t(64) * 64, Memory::heap);
+    fs::network(packed.call(1), x.picture, Output::labels, out.data());
+  } catch (const std::invalid_argument& error) {
+    if (!std::strstr(error.what(), because)) std::fprintf(stderr, "%s\n", error.what());
+    check(std::strstr(error.what(), because), because);
+    return;
+  }
+  check(false, because);
+}
+
+void run_refusals(const Setup& s) {
+  const std::vector<Layer> whole = network(kOdd, false, 1, false);
+  const int count = int(whole.size()), fusion = count - 4;
+  for (int i = 0; i < count; i++) {
+    const std::string doubtful = "layer " + std::to_string(i) + " ";
+    auto refused = [&](const std::string& because, auto change) {
+      std::vector<Layer> layers = whole;
+      change(layers[i]);
+      check_refused(s, layers, because.c_str());
+    };
+    const std::string does_not_fit = doubtful + "does not fit";
+    refused(does_not_fit, [](Layer& l) { l.input_count = 0; });
+    if (i > 0) refused(does_not_fit, [](Layer& l) { l.inputs[l.input_count - 1]--; });
+    if (i == fusion) refused(does_not_fit, [](Layer& l) { l.inputs[0]--; });
+    refused(doubtful, [&](Layer& l) { l.inputs[0] = i; });
+    const Arithmetic other =
+        s.arithmetic == Arithmetic::bfloat16 ? Arithmetic::float32 : Arithmetic::bfloat16;
+    refused("must compute in", [&](Layer& l) { l.arithmetic = 1 + int(other); });
+    refused("must be float32, bfloat16 or high", [](Layer& l) { l.arithmetic = 1 + 3; });
+  }
+  check_refused(s, {whole.begin(), whole.end() - 1}, "its end does not fit");
+  std::vector<Layer> longer = whole;
+  longer.push_back(whole.back());
+  longer.back().inputs[0] = count - 1;
+  check_refused(s, longer, ("layer " + std::to_string(count) + " does not fit").c_str());
+  std::vector<Layer> high = whole;
+  high[0].arithmetic = 1 + int(Arithmetic::high);
+  check_refused(s, high, "stem_conv has no kernels in arithmetic high");
+}
+
 }  // namespace
 
 int main() {
@@ -590,8 +649,7 @@ int main() {
   g_random.seed(seed);
   for (const Arithmetic arithmetic : {Arithmetic::float32, Arithmetic::bfloat16, Arithmetic::high})
     for (const std::string& isa : fs::instruction_sets(arithmetic)) {
-      const char* const names[] = {"float32", "bfloat16", "high"};
-      const std::string name = isa + " " + names[int(arithmetic)];
+      const std::string name = isa + " " + fs::record_of(arithmetic).name;
       g_where = name + ", FASTSCNN_SEED=" + std::to_string(seed);
       const int before = g_checks;
       for (const Memory memory : {Memory::heap, Memory::beside_a_guard}) {
@@ -602,6 +660,7 @@ int main() {
         if (arithmetic == Arithmetic::float32) run_training(isa, memory);
       }
       const Setup s{isa, arithmetic, Memory::heap};
+      run_refusals(s);
       run_calls_at_once(s);
       run_rows_shared(s);
       std::printf("%s: %d checks passed\n", name.c_str(), g_checks - before);
