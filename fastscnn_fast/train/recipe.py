@@ -30,8 +30,8 @@ class Recipe:
     preset: str = _choice("paper", "architecture", PRESETS)
     weights: str | None = _choice(
         None,
-        "checkpoint of the preset to start from (random weights); where its classes are others in number,"
-        " the last convolution starts at random",
+        "checkpoint of the preset, of any widths, to start from (random weights); where its classes are others"
+        " in number, the last convolution starts at random",
     )
     epochs: float = _choice(1000.0, "passes over the training examples")
     batch: int = _choice(12, "examples per step over all processes")
