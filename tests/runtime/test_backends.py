@@ -188,7 +188,9 @@ def test_high_precision_where_there_is_none(backend, dtype, forced_isa, reason, 
 def test_an_arithmetic_for_each_dtype_and_precision():
     for name, one in registry.CPU_ARITHMETICS.items():
         assert arithmetic.choose("cpu", *one.asked) is one and one.name == name
-    with pytest.raises(ValueError, match="precision must be 'highest' for backend cpu and torch.bf.*, got 'high'"):
+    with pytest.raises(
+        ValueError, match="precision must be 'highest' for backend cpu and torch.bf.*, got 'high'"
+    ):
         arithmetic.choose("cpu", torch.bfloat16, "high")
 
 
