@@ -27,6 +27,7 @@ from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import backend as gpu_backend, choices, cuda, nvcc, tune
 from fastscnn_fast.backends.gpu.cuda import CudaStep
+from fastscnn_fast.backends.gpu.gpus import MULTIPROCESSORS
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program.layers import OPS
@@ -167,6 +168,8 @@ def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyP
     setup = runpy.run_path("setup.py", run_name="setup")
     assert not any("," in flag for flag in setup["definitions"]([75, 80], 80))
     assert setup["NVCC_FLAGS"] == nvcc.FLAGS
+    listed = [entry.partition("+")[0].split(".") for entry in setup["ARCHITECTURES"].split()]
+    assert {10 * int(major) + int(minor) for major, minor in listed} <= set(MULTIPROCESSORS)
     read = setup["architectures"]
     told = SimpleNamespace(stdout="compute_75\ncompute_80\ncompute_86\ncompute_90\n")
     nothing = SimpleNamespace(stdout="", stderr="broken")

@@ -30,8 +30,8 @@ from . import measure
 from .arena import Pool
 from .backend import ENGINES, products
 from .choices import CUDA, TORCH, Choice, Choices
+from .gpus import Architecture
 from .plan import PlacedLayer, input_names, op_plan, placed
-from .tiles import Architecture
 
 #: Milliseconds of a run, several times: of these in turns, which read and write different memory.
 Clock = Callable[[Sequence[Callable[[], None]]], Sequence[float]]
