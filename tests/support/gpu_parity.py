@@ -406,7 +406,9 @@ def test_blocks_of_free_widths(stride: int, residual: bool, arithmetic: str) -> 
 
 @pytest.mark.parametrize("arithmetic", ["float32", slow_unless(not INTERPRETED, "float16")])
 @pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("layer", [INVERTED_RESIDUAL[3], INVERTED_RESIDUAL[5]], ids=str)
+@pytest.mark.parametrize(
+    "layer", [INVERTED_RESIDUAL[3], INVERTED_RESIDUAL[5]], ids=lambda layer: str(Case(layer, ()))
+)
 def test_an_infinity_reaches_no_channel_that_exists_only_in_memory(
     layer: Layer, sign: int, arithmetic: str
 ) -> None:
