@@ -31,7 +31,7 @@ from fastscnn_fast.backends.gpu.cuda import CudaStep
 from fastscnn_fast.backends.gpu.gpus import MULTIPROCESSORS
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.lower.fold import fold
-from fastscnn_fast.program.layers import OPS, Layer
+from fastscnn_fast.program.layers import ACTIVATIONS, OPS, OUTPUTS, Layer
 from fastscnn_fast.program.memory import Buffer
 from fastscnn_fast.program.program import fast_scnn
 
@@ -350,6 +350,16 @@ RULES: dict[str, tuple[list[str], list[str], list[tuple[str, Any, str]]]] = {
         [("classes", 257, "at most 256"), ("classes", 0, "at least 1"), ("low_width", 0, "at least 1"), ("height", 0, "at least 1"), ("output", 3, "logits, probabilities or labels")],
     ),
 }  # fmt: skip
+
+
+def test_numbers_are_those_of_the_header() -> None:
+    header = (ROOT / "csrc" / "cuda" / "fastscnn_cuda.h").read_text()
+    enums = [
+        [name.lower() for name in re.findall(r"FASTSCNN_(\w+)", body)]
+        for body in re.findall(r"enum \{(.*?)\}", header, re.DOTALL)
+    ]
+    types = [str(dtype).removeprefix("torch.") for dtype in cuda._TYPES]
+    assert [types, list(ACTIVATIONS), list(OUTPUTS)] == enums[:3]
 
 
 @emulated

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from ...lower.gpu import computed_channels
+from ...program.arithmetic import dtypes
 from ...program.layers import ACTIVATIONS, OUTPUTS, Layer
 from ...program.memory import Buffer
 from .. import registry
 from . import nvcc
 
 # As csrc/cuda/fastscnn_cuda.h numbers them.
-_TYPES = {dtype: i for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.uint8))}  # fmt: skip
+_TYPES = {dtype: number for number, dtype in enumerate((*dtypes("cuda"), torch.uint8))}
 #: Bytes of which the address of every plane and piece of weights is a multiple.
 ALIGNMENT = 16
 
