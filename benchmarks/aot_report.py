@@ -25,8 +25,8 @@ from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import aot, nvcc
 from fastscnn_fast.backends.gpu.cuda import CudaStep, Described, described
-from fastscnn_fast.backends.gpu.machine import MULTIPROCESSORS, PRODUCTS, WIDE_LOADS, count
-from fastscnn_fast.backends.gpu.tiles import Architecture
+from fastscnn_fast.backends.gpu.gpus import GPUS, MULTIPROCESSORS, Gpu
+from fastscnn_fast.backends.gpu.machine import PRODUCTS, WIDE_LOADS, count
 from fastscnn_fast.kernels.launch import Launch
 from fastscnn_fast.program.layers import SizedLayer
 from fastscnn_fast.program.memory import cdiv, rounded_up
@@ -34,44 +34,26 @@ from fastscnn_fast.program.program import layer_sizes
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ((1024, 2048), (512, 1024), (256, 512))
-ARCHITECTURES: tuple[Architecture, ...] = (75, 80, 86, 87, 89, 90, 100, 120, "gfx90a", "gfx942")
 DTYPE = torch.float16
 LAUNCH = 3e-6  # seconds that every launch costs besides its work: assumed
 
 Row = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Device:
-    """Published bytes and dense fp16 operations (fp32 sums) a second.
-
-    Triton has no products for Turing's tensor cores: there its rate is that of fp32 arithmetic.
-    """
-
-    architecture: int
-    bandwidth: float
-    rate: float
-    triton_rate: float = 0.0  # where it is another
-
-    def seconds(self, launch: Launch) -> float:
-        """The roofline of a Triton launch: memory or arithmetic, whichever takes longer, and the launch."""
-        rate = self.triton_rate or self.rate
-        return max(launch.bytes / self.bandwidth, work(launch).flops / rate) + LAUNCH
-
-    def seconds_of(self, launches: Sequence[Described], flops: int) -> float:
-        """The same of a CUDA step: each launch's memory, or ``flops``, those of the fused algorithm."""
-        moved = sum(one.bytes for one in launches)
-        return max(moved / self.bandwidth, flops / self.rate) + LAUNCH * len(launches)
+#: Those for which times are predicted, by the name of a usual device.
+DEVICES = {gpu.device: architecture for architecture, gpu in GPUS.items() if gpu.bandwidth}
 
 
-DEVICES = {
-    "T4": Device(75, 320e9, 65e12, triton_rate=8.1e12),
-    "A10": Device(86, 600e9, 125e12),
-    "A100": Device(80, 2039e9, 312e12),
-    "H100": Device(90, 3350e9, 989e12),
-    "Orin": Device(87, 204.8e9, 42.5e12),
-    "RTX 4090": Device(89, 1008e9, 165e12),
-}
+def seconds(launch: Launch, gpu: Gpu) -> float:
+    """The roofline of a Triton launch: memory or arithmetic, whichever takes longer, and the launch."""
+    rate = gpu.triton_rate or gpu.rate
+    return max(launch.bytes / gpu.bandwidth, work(launch).flops / rate) + LAUNCH
+
+
+def seconds_of(launches: Sequence[Described], flops: int, gpu: Gpu) -> float:
+    """The same of a CUDA step: each launch's memory, or ``flops``, those of the fused algorithm."""
+    moved = sum(one.bytes for one in launches)
+    return max(moved / gpu.bandwidth, flops / gpu.rate) + LAUNCH * len(launches)
 
 
 @dataclass(frozen=True)
@@ -197,7 +179,7 @@ def _sizes(launch: Launch) -> str:
 
 def kernels(name: str, size: tuple[int, int]) -> Iterator[Row]:
     """A row a distinct kernel and architecture."""
-    for architecture in ARCHITECTURES:
+    for architecture in GPUS:
         seen = set()
         for output in ("logits", "labels"):
             for launch in aot.network(preset(name), size, DTYPE, architecture, output).launches:
@@ -224,10 +206,9 @@ def kernels(name: str, size: tuple[int, int]) -> Iterator[Row]:
                     "MB loaded": f"{does.loaded / 1e6:.2f}",
                     "GFLOP": f"{does.flops / 1e9:.3f}",
                 }
-                for device, what in DEVICES.items():
-                    fits = what.architecture == architecture
+                for device, its in DEVICES.items():
                     row[f"predicted us {device}"] = (
-                        f"{what.seconds(launch) * 1e6:.1f}" if fits else ""
+                        f"{seconds(launch, GPUS[its]) * 1e6:.1f}" if its == architecture else ""
                     )
                 yield row
 
@@ -290,9 +271,10 @@ def cuda_forwards(name: str) -> Iterator[Row]:
                 "MB moved": f"{moved / 1e6:.1f}",
                 "MB necessary": f"{must / 1e6:.1f}",
             }
-            for device, what in DEVICES.items():
-                seconds = sum(what.seconds_of(launches, step.flops) for step, launches in steps)
-                row[f"predicted us {device}"] = f"{seconds * 1e6:.0f}"
+            for device, its in DEVICES.items():
+                gpu = GPUS[its]
+                total = sum(seconds_of(launches, step.flops, gpu) for step, launches in steps)
+                row[f"predicted us {device}"] = f"{total * 1e6:.0f}"
             yield row
 
 
@@ -313,10 +295,10 @@ def forwards(name: str) -> Iterator[Row]:
                 "eager launches": str(eager_launches),
                 "eager MB": f"{eager_bytes / 1e6:.1f}",
             }
-            for device, what in DEVICES.items():
-                plan = aot.network(preset(name), size, DTYPE, what.architecture, output)
-                seconds = sum(map(what.seconds, plan.launches))
-                row[f"predicted us {device}"] = f"{seconds * 1e6:.0f}"
+            for device, its in DEVICES.items():
+                fused = aot.network(preset(name), size, DTYPE, its, output)
+                total = sum(seconds(launch, GPUS[its]) for launch in fused.launches)
+                row[f"predicted us {device}"] = f"{total * 1e6:.0f}"
             yield row
 
 
@@ -335,8 +317,9 @@ def markdown(
     cuda_each: Sequence[Row],
 ) -> str:
     devices = ", ".join(
-        f"{device} sm_{d.architecture} {d.bandwidth / 1e9:g} GB/s {d.rate / 1e12:g} TFLOP/s"
-        for device, d in DEVICES.items()
+        f"{gpu.device} sm_{architecture} {gpu.bandwidth / 1e9:g} GB/s {gpu.rate / 1e12:g} TFLOP/s"
+        for architecture, gpu in GPUS.items()
+        if gpu.bandwidth
     )
     parts = [
         f"# The GPU kernels' machine code, preset {name}, {str(DTYPE)[6:]}",

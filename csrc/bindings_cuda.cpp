@@ -33,30 +33,42 @@ std::vector<int> numbers(std::istringstream&& word) {
   return all;
 }
 
-// A field as Python sees it: pointers are addresses.
+// A field as Python sees it: pointers are addresses, bins a list.
 template <class Arguments, class Field>
 void bind_field(py::class_<Arguments>& bound, const char* name, Field Arguments::* field) {
   if constexpr (std::is_pointer_v<Field>) {
     bound.def_property(
         name, [field](const Arguments& self) { return reinterpret_cast<uintptr_t>(self.*field); },
         [field](Arguments& self, uintptr_t to) { self.*field = reinterpret_cast<Field>(to); });
+  } else if constexpr (std::is_array_v<Field>) {
+    constexpr size_t kMost = std::extent_v<Field>;
+    using Values = std::vector<std::remove_extent_t<Field>>;
+    bound.def_property(
+        name, [field](const Arguments& self) { return Values(self.*field, self.*field + kMost); },
+        [field, name](Arguments& self, const Values& to) {
+          const std::string rule = std::string(name) + " must be at most " + std::to_string(kMost);
+          fc::require(to.size() <= kMost, rule.c_str(), to.size());
+          std::fill(std::copy(to.begin(), to.end(), self.*field), self.*field + kMost, 0);
+        });
   } else {
     bound.def_readwrite(name, field);
   }
 }
 
-// The struct, and `function(arguments, stream)` and `describe(arguments)` of it.
+// Of an op the struct, with the names of its fields, and `op(arguments, stream)` and
+// `describe(arguments)`.
 template <class Arguments>
-py::class_<Arguments> bind(py::module_& m, const char* name, const char* function,
+py::class_<Arguments> bind(py::module_& m, const char* op,
                            int (*call)(const Arguments*, fastscnn_stream)) {
-  py::class_<Arguments> bound(m, name, py::module_local());
+  py::class_<Arguments> bound(m, (std::string(op) + "_arguments").c_str(), py::module_local());
   bound.def(py::init([] { return Arguments{}; }));
+  m.attr("arguments")[op] = bound;
   m.def(
-      function,
-      [call, function](const Arguments& arguments, uintptr_t stream) {
+      op,
+      [call, op](const Arguments& arguments, uintptr_t stream) {
         const int status = call(&arguments, reinterpret_cast<fastscnn_stream>(stream));
         if (status == 0) return;
-        const std::string what = std::string(function) + ": " + fastscnn_cuda_message(status);
+        const std::string what = std::string(op) + ": " + fastscnn_cuda_message(status);
         if (status == FASTSCNN_REFUSED) throw std::invalid_argument(what);
         throw std::runtime_error(what);
       },
@@ -68,9 +80,6 @@ py::class_<Arguments> bind(py::module_& m, const char* name, const char* functio
 }
 
 }  // namespace
-
-// Of the struct at hand.
-#define FIELD(NAME) bind_field(bound, #NAME, &Arguments::NAME)
 
 PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
   m.doc() = "The fused ops of Fast-SCNN on NVIDIA GPUs, called with addresses and a stream.";
@@ -95,190 +104,23 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
       .def_readonly("threads", &fc::Described::threads)
       .def_readonly("shared", &fc::Described::shared)
       .def_readonly("parameters", &fc::Described::parameters);
-  {
-    using Arguments = fastscnn_stem_conv;
-    auto bound = bind<Arguments>(m, "StemConv", "stem_conv", fastscnn_cuda_stem_conv);
-    FIELD(type);
-    FIELD(x_type);
-    FIELD(channels);
-    FIELD(out_channels);
-    FIELD(stride);
-    FIELD(padding);
-    FIELD(activation);
-    FIELD(images);
-    FIELD(height);
-    FIELD(width);
-    FIELD(out_height);
-    FIELD(out_width);
-    FIELD(x_image);
-    FIELD(x_channel);
-    FIELD(x_row);
-    FIELD(x_column);
-    FIELD(out_image);
-    FIELD(out_pixel);
-    FIELD(x);
-    FIELD(weight);
-    FIELD(bias);
-    FIELD(scale);
-    FIELD(shift);
-    FIELD(out);
+
+  m.attr("arguments") = py::dict();  // the structs by op; each knows its fields but addresses
+#define FIELD(TYPE, NAME)                     \
+  bind_field(bound, #NAME, &Arguments::NAME); \
+  if (!std::is_pointer_v<TYPE>) sizes.append(#NAME);
+#define OP(NAME)                                                  \
+  {                                                               \
+    using Arguments = fastscnn_##NAME;                            \
+    auto bound = bind<Arguments>(m, #NAME, fastscnn_cuda_##NAME); \
+    py::list sizes;                                               \
+    FASTSCNN_FIELDS_##NAME(FIELD);                                \
+    bound.attr("sizes") = py::tuple(sizes);                       \
   }
-  {
-    using Arguments = fastscnn_dsconv;
-    auto bound = bind<Arguments>(m, "DSConv", "dsconv", fastscnn_cuda_dsconv);
-    FIELD(type);
-    FIELD(out_type);
-    FIELD(in_channels);
-    FIELD(out_channels);
-    FIELD(last_channels);
-    FIELD(stride);
-    FIELD(dilation);
-    FIELD(mid_activation);
-    FIELD(activation);
-    FIELD(images);
-    FIELD(height);
-    FIELD(width);
-    FIELD(out_height);
-    FIELD(out_width);
-    FIELD(x_image);
-    FIELD(x_pixel);
-    FIELD(out_image);
-    FIELD(out_pixel);
-    FIELD(out_channel);
-    FIELD(x);
-    FIELD(depthwise_weight);
-    FIELD(depthwise_bias);
-    FIELD(pointwise_weight);
-    FIELD(pointwise_bias);
-    FIELD(last_weight);
-    FIELD(last_bias);
-    FIELD(out);
-  }
-  {
-    using Arguments = fastscnn_inverted_residual;
-    auto bound = bind<Arguments>(m, "InvertedResidual", "inverted_residual",
-                                 fastscnn_cuda_inverted_residual);
-    FIELD(type);
-    FIELD(in_channels);
-    FIELD(mid_channels);
-    FIELD(out_channels);
-    FIELD(stride);
-    FIELD(residual);
-    FIELD(activation);
-    FIELD(images);
-    FIELD(height);
-    FIELD(width);
-    FIELD(out_height);
-    FIELD(out_width);
-    FIELD(x_image);
-    FIELD(x_pixel);
-    FIELD(out_image);
-    FIELD(out_pixel);
-    FIELD(x);
-    FIELD(expand_weight);
-    FIELD(expand_bias);
-    FIELD(depthwise_weight);
-    FIELD(depthwise_bias);
-    FIELD(project_weight);
-    FIELD(project_bias);
-    FIELD(out);
-  }
-  {
-    using Arguments = fastscnn_pyramid_pooling;
-    auto bound =
-        bind<Arguments>(m, "PyramidPooling", "pyramid_pooling", fastscnn_cuda_pyramid_pooling);
-    FIELD(type);
-    FIELD(in_channels);
-    FIELD(mid_channels);
-    FIELD(out_channels);
-    FIELD(kernel);
-    FIELD(activation);
-    FIELD(align_corners);
-    FIELD(branches);
-    FIELD(images);
-    FIELD(height);
-    FIELD(width);
-    FIELD(x_image);
-    FIELD(x_pixel);
-    FIELD(out_image);
-    FIELD(out_pixel);
-    FIELD(x);
-    FIELD(branch_weight);
-    FIELD(branch_bias);
-    FIELD(grid_weight);
-    FIELD(out_weight);
-    FIELD(out_bias);
-    FIELD(sums);
-    FIELD(shares);
-    FIELD(out);
-    bound.def_property(
-        "bins",
-        [](const Arguments& self) {
-          return std::vector<int>(self.bins, self.bins + FASTSCNN_MOST_BINS);
-        },
-        [](Arguments& self, const std::vector<int>& bins) {
-          fc::require(bins.size() <= FASTSCNN_MOST_BINS, "bins must be at most 8", bins.size());
-          std::fill(std::copy(bins.begin(), bins.end(), self.bins), self.bins + FASTSCNN_MOST_BINS,
-                    0);
-        });
-    m.def("pyramid_pooling_scratch", [](const Arguments& arguments) {
-      size_t sums = 0, shares = 0;
-      fastscnn_cuda_pyramid_pooling_scratch(&arguments, &sums, &shares);
-      return py::make_tuple(sums, shares);
-    });
-  }
-  {
-    using Arguments = fastscnn_feature_fusion;
-    auto bound =
-        bind<Arguments>(m, "FeatureFusion", "feature_fusion", fastscnn_cuda_feature_fusion);
-    FIELD(type);
-    FIELD(low_channels);
-    FIELD(high_channels);
-    FIELD(out_channels);
-    FIELD(dilation);
-    FIELD(dense);
-    FIELD(activation);
-    FIELD(align_corners);
-    FIELD(images);
-    FIELD(height);
-    FIELD(width);
-    FIELD(low_height);
-    FIELD(low_width);
-    FIELD(high_image);
-    FIELD(high_pixel);
-    FIELD(low_image);
-    FIELD(low_pixel);
-    FIELD(out_image);
-    FIELD(out_pixel);
-    FIELD(high);
-    FIELD(low);
-    FIELD(refine_weight);
-    FIELD(refine_bias);
-    FIELD(low_weight);
-    FIELD(high_weight);
-    FIELD(bias);
-    FIELD(refined);
-    FIELD(out);
-  }
-  {
-    using Arguments = fastscnn_upsample_classify;
-    auto bound = bind<Arguments>(m, "UpsampleClassify", "upsample_classify",
-                                 fastscnn_cuda_upsample_classify);
-    FIELD(type);
-    FIELD(out_type);
-    FIELD(classes);
-    FIELD(output);
-    FIELD(align_corners);
-    FIELD(images);
-    FIELD(low_height);
-    FIELD(low_width);
-    FIELD(height);
-    FIELD(width);
-    FIELD(x_image);
-    FIELD(x_class);
-    FIELD(x_row);
-    FIELD(x_column);
-    FIELD(x);
-    FIELD(out);
-  }
+  FASTSCNN_OPS(OP)
+  m.def("pyramid_pooling_scratch", [](const fastscnn_pyramid_pooling& arguments) {
+    size_t sums = 0, shares = 0;
+    fastscnn_cuda_pyramid_pooling_scratch(&arguments, &sums, &shares);
+    return py::make_tuple(sums, shares);
+  });
 }

@@ -64,7 +64,9 @@ def inverted_residual_kernel(
     column = (tile % tiles_across * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)) * COLUMNS
     o0 = tl.program_id(1) * BLOCK_OUT
     o = o0 + tl.arange(0, BLOCK_OUT)
+    MID_ROW: tl.constexpr = (MID + 63) // 64 * 64
     OUT_ROW: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT * BLOCK_OUT
+    OUT_STORED: tl.constexpr = (OUT + 15) // 16 * 16
     results = ()
     for _ in tl.static_range(ROWS * COLUMNS):
         start = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(project_bias + o)
@@ -73,7 +75,7 @@ def inverted_residual_kernel(
         m = m0 + tl.arange(0, BLOCK_MID)
         taps = ()
         for tap in tl.static_range(9):
-            taps = taps + (tl.load(depthwise_weight + tap * MID + m),)  # noqa: RUF005
+            taps = taps + (tl.load(depthwise_weight + tap * MID_ROW + m),)  # noqa: RUF005
         sums = ()
         for _ in tl.static_range(ROWS * COLUMNS):
             bias = tl.zeros((BLOCK_PIXELS, BLOCK_MID), tl.float32) + tl.load(depthwise_bias + m)
@@ -90,11 +92,14 @@ def inverted_residual_kernel(
                     i = i0 + tl.arange(0, BLOCKS_IN[block])
                     at = x + offset(y, z, width, IN_PITCH, WIDE)[:, None] + i
                     left = tl.load(at, mask=inside[:, None], other=0.0)
-                    right = tl.load(expand_weight + i[:, None] * MID + m)
+                    right = tl.load(expand_weight + i[:, None] * MID_ROW + m)
                     i0 += BLOCKS_IN[block]
                     expanded = product(left, right, expanded, PRECISION)
                 # Outside the image it is the expanded value that is zero, not x.
-                expanded = tl.where(inside[:, None], activate(expanded, ACTIVATION), 0.0)
+                exists = inside[:, None]
+                if MID % BLOCK_MID != 0:  # even where x is infinite
+                    exists = exists & (m < MID)[None, :]
+                expanded = tl.where(exists, activate(expanded, ACTIVATION), 0.0)
                 # Each block's pixel (r, k) looks at (dy, dz) through one tap, if at all; constants have no
                 # names here, because an assignment would make them values.
                 for r in tl.static_range(ROWS):
@@ -119,10 +124,12 @@ def inverted_residual_kernel(
         y = row + block // COLUMNS
         z = column + block % COLUMNS
         result = results[block]
-        mask = ((y < out_height) & (z < out_width))[:, None] & (o < OUT)
+        mask = ((y < out_height) & (z < out_width))[:, None] & (o < OUT_STORED)
         if RESIDUAL:
             at = x + offset(y, z, width, IN_PITCH, WIDE)[:, None] + o
             result += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if OUT != OUT_STORED:
+            result = tl.where((o < OUT)[None, :], result, 0.0)
         to = out + offset(y, z, out_width, OUT_PITCH, WIDE)[:, None] + o
         tl.store(to, cast(result, out, PRECISION), mask=mask)
 
@@ -155,8 +162,8 @@ def launches(
                 "out_image": out.strides[0],
                 "IN": computed_channels(layer.in_channels),
                 "IN_PITCH": x.strides[2],
-                "MID": mid,
-                "OUT": computed_channels(layer.out_channels),
+                "MID": layer.mid_channels,
+                "OUT": layer.out_channels,
                 "OUT_PITCH": out.strides[2],
                 "STRIDE": layer.stride,
                 "RESIDUAL": layer.residual,

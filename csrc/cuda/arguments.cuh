@@ -58,7 +58,8 @@ class Arguments {
     const auto distance = [&](const char* part, const char* rule, int64_t bound, int64_t got) {
       refuse(std::string(name) + part, rule + std::to_string(bound), got);
     };
-    if (pixel < padded(channels)) distance("_pixel", "at least ", padded(channels), pixel);
+    if (pixel < computed_channels(channels))
+      distance("_pixel", "at least ", computed_channels(channels), pixel);
     if (pixel > INT_MAX) distance("_pixel", "at most ", INT_MAX, pixel);
     if (pixel % vector_) distance("_pixel", "a multiple of ", vector_, pixel);
     if (image % vector_) distance("_image", "a multiple of ", vector_, image);

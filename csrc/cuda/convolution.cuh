@@ -206,7 +206,8 @@ __global__ void __launch_bounds__(kConvolutionThreads, 2)
 template <class T, int In, int Out>
 void launch_convolution(const Convolution& op, fastscnn_stream stream) {
   const Bounds bounds = bounds_of(op.activation);
-  const int in_channels = padded(op.in_channels), out_channels = padded(op.out_channels);
+  const int in_channels = computed_channels(op.in_channels),
+            out_channels = computed_channels(op.out_channels);
   const int64_t tiles = divided_up(op.height * op.width, kConvolutionPixels);
   const Shape shape{op.images * tiles, kConvolutionThreads, ConvolutionSizes<T>::kBytes,
                     divided_up(out_channels, kConvolutionColumns)};
@@ -220,7 +221,7 @@ void launch_convolution(const Convolution& op, fastscnn_stream stream) {
 template <class T>
 void convolve(const Convolution& op, fastscnn_stream stream) {
   require(op.kernel == 1 || op.kernel == 3, "kernel must be 1 or 3", op.kernel);
-  if (padded(op.in_channels) == 128 && padded(op.out_channels) == 128) {
+  if (computed_channels(op.in_channels) == 128 && computed_channels(op.out_channels) == 128) {
     return launch_convolution<T, 128, 128>(op, stream);
   }
   launch_convolution<T, 0, 0>(op, stream);

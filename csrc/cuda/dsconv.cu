@@ -15,8 +15,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLastColumns = 32;  // classes that a block computes
 
-// Sizes for In and Out channels at Stride; 0 for what is known only at run time, when the depthwise
-// reads from global memory whatever its stride and dilation.
+// Sizes for In and Out channels at Stride; 0 for what is known only at run time. Without a Stride
+// the depthwise reads global memory, whatever its stride and dilation.
 template <class T, int In, int Out, int Stride>
 struct Sizes {
   static constexpr int kAcross = 16;  // pixels of a tile's row
@@ -50,29 +50,47 @@ struct Sizes {
   }
 };
 
-// What depthwise() does, from global memory, at any stride and dilation.
+// What depthwise() does, from global memory, at any stride and dilation: a thread has a vector of
+// channels throughout.
 template <class T, class S>
 __device__ __forceinline__ void depthwise_from_global(const T* x, T* left, const float* weight,
                                                       const float* bias, int channels, int first,
                                                       float low, float high, int top, int start,
                                                       int height, int width, int x_pixel,
                                                       int stride, int dilation) {
-  constexpr int kPairs = S::kChunk / 2;
-  const int within = threadIdx.x % kPairs * 2, c = first + within;
-  for (int i = threadIdx.x / kPairs; i < S::kPixels; i += kThreads / kPairs) {
-    float2 sum{0, 0};
-    if (c < channels) {
-      sum = load_pair(bias + c);
+  constexpr int kVectors = S::kChunk / kPerVector<T>, kPairs = kPerVector<T> / 2;
+  const int within = threadIdx.x % kVectors * kPerVector<T>, c = first + within;
+  const bool exists = c < channels;
+#pragma unroll 1
+  for (int i = threadIdx.x / kVectors; i < S::kPixels; i += kThreads / kVectors) {
+    float2 sums[kPairs] = {};
+    if (exists) {
 #pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) sums[pair] = load_pair(bias + c + 2 * pair);
+#pragma unroll 3
       for (int tap = 0; tap < 9; ++tap) {
         const int y = (top + i / S::kAcross) * stride + (tap / 3 - 1) * dilation;
         const int z = (start + i % S::kAcross) * stride + (tap % 3 - 1) * dilation;
         if (y < 0 || y >= height || z < 0 || z >= width) continue;
-        const float2 value = load_pair(x + (int64_t{y} * width + z) * x_pixel + c);
-        sum = multiply_add(value, load_pair(weight + tap * channels + c), sum);
+        const uint4 vector =
+            *reinterpret_cast<const uint4*>(x + (int64_t{y} * width + z) * x_pixel + c);
+        T values[kPerVector<T>];
+        std::memcpy(static_cast<void*>(values), &vector, sizeof vector);
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          const float2 one = load_pair(weight + tap * channels + c + 2 * pair);
+          sums[pair] = multiply_add(load_pair(values + 2 * pair), one, sums[pair]);
+        }
       }
     }
-    store_pair(left + i * S::kLeftPitch + within, bounded(sum, low, high));
+    T results[kPerVector<T>];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      store_pair(results + 2 * pair, bounded(sums[pair], low, high));
+    }
+    uint4 vector;
+    std::memcpy(&vector, static_cast<const void*>(results), sizeof vector);
+    *reinterpret_cast<uint4*>(left + i * S::kLeftPitch + within) = vector;
   }
 }
 
@@ -139,8 +157,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     async_commit();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      copy_matrix<S::kChunk, S::kColumns, kThreads>(
-          right, pitch<T>(S::kColumns),
+      copy_matrix<S::kColumns, kThreads>(
+          S::kChunk, right, pitch<T>(S::kColumns),
           pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
           in_channels - chunk * S::kChunk, row_pitch - o);
       async_commit();
@@ -166,9 +184,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     T* const tile = memory;
     T* const last = memory + S::kResult;
     if constexpr (Last) {
-      copy_matrix<S::kColumns, kLastColumns, kThreads>(
-          last, pitch<T>(kLastColumns), last_weight + int64_t{o} * last_columns + first_class,
-          last_columns, row_pitch - o, last_columns - first_class);
+      copy_matrix<kLastColumns, kThreads>(S::kColumns, last, pitch<T>(kLastColumns),
+                                          last_weight + int64_t{o} * last_columns + first_class,
+                                          last_columns, row_pitch - o, last_columns - first_class);
       async_commit();
     }
     total.for_each([&](int row, int column, float2& pair) {
@@ -209,16 +227,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Whether the classes of a pixel lie next to each other, padded with zeros, as channels do. Planes
 // of one pixel have an out_channel of 1 too, but an out_pixel that holds no padding.
 bool is_interleaved(const fastscnn_dsconv& op) {
-  return op.out_channel == 1 && op.out_pixel >= padded(op.last_channels);
+  return op.out_channel == 1 && op.out_pixel >= computed_channels(op.last_channels);
 }
 
 template <class T, class Y, int In, int Out, int Stride, bool Last>
 void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
   using S = Sizes<T, In, Out, Stride>;
   const Bounds mid = bounds_of(op.mid_activation), end = bounds_of(op.activation);
-  const int in_channels = padded(op.in_channels), out_channels = padded(op.out_channels);
-  const int last_channels = is_interleaved(op) ? padded(op.last_channels) : op.last_channels;
-  const int last_columns = Last ? power_of_two(padded(op.last_channels)) : 0;
+  const int in_channels = computed_channels(op.in_channels),
+            out_channels = computed_channels(op.out_channels);
+  const int last_channels =
+      is_interleaved(op) ? computed_channels(op.last_channels) : op.last_channels;
+  const int last_columns = Last ? power_of_two(computed_channels(op.last_channels)) : 0;
   const int64_t tiles_down = divided_up(op.out_height, S::kRows);
   const int64_t tiles_across = divided_up(op.out_width, S::kAcross);
   const Shape shape{
@@ -232,22 +252,26 @@ void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
                   op.x_image, op.x_pixel, op.out_image, op.out_pixel, op.out_channel);
 }
 
-// The instantiation for these channels and stride, the general one for others.
+// The instantiation for these channels and stride, a general one for others.
 template <class T>
 void select(const fastscnn_dsconv& op, fastscnn_stream stream) {
+  const auto is_dense = [&](int stride) { return op.stride == stride && op.dilation == 1; };
   const auto is = [&](int in, int out, int stride) {
-    return padded(op.in_channels) == in && padded(op.out_channels) == out && op.stride == stride &&
-           op.dilation == 1;
+    return computed_channels(op.in_channels) == in && computed_channels(op.out_channels) == out &&
+           is_dense(stride);
   };
   if (!op.last_channels) {
     if (is(32, 48, 2)) return run<T, T, 32, 48, 2, false>(op, stream);
     if (is(48, 64, 2)) return run<T, T, 48, 64, 2, false>(op, stream);
     if (is(128, 128, 1)) return run<T, T, 128, 128, 1, false>(op, stream);
+    if (is_dense(1)) return run<T, T, 0, 0, 1, false>(op, stream);
+    if (is_dense(2)) return run<T, T, 0, 0, 2, false>(op, stream);
     return run<T, T, 0, 0, 0, false>(op, stream);
   }
   const auto run_last = [&](auto y) {
     using Y = decltype(y);
     if (is(128, 128, 1)) return run<T, Y, 128, 128, 1, true>(op, stream);
+    if (is_dense(1)) return run<T, Y, 0, 0, 1, true>(op, stream);
     run<T, Y, 0, 0, 0, true>(op, stream);
   };
   if (op.out_type == op.type) return run_last(T{});

@@ -32,12 +32,14 @@ __host__ __device__ constexpr int power_of_two(int at_least) {
   return power;
 }
 
-// Channels of an activation, and columns of a product's right matrix, as kernels/weights.py pads
+// Channels of an activation, and columns of a product's right matrix, as lower/gpu.py pads
 // them.
-__host__ __device__ constexpr int padded(int channels) { return rounded_up(channels, 16); }
+__host__ __device__ constexpr int computed_channels(int channels) {
+  return rounded_up(channels, 16);
+}
 constexpr int kMostColumns = 128;
 __host__ __device__ constexpr int padded_columns(int channels) {
-  const int power = power_of_two(padded(channels));
+  const int power = power_of_two(computed_channels(channels));
   return rounded_up(channels, power < kMostColumns ? power : kMostColumns);
 }
 

@@ -4,10 +4,10 @@
  * Activations are channels-last: `pixel` elements from a pixel to the next, of which a multiple of
  * 16 channels is computed (what pads them is zero); rows follow each other without gaps, images lie
  * `image` elements apart; addresses, pixels and images are whole vectors of 16 bytes. Packed
- * weights are laid out by kernels/weights.py, aligned in the same way. Every function checks sizes,
- * strides and alignment (not how much memory there is), queues its launches on `stream`, does not
- * wait for them and returns 0, else a status that fastscnn_cuda_message() explains:
- * FASTSCNN_REFUSED for an argument that breaks a rule, or CUDA's own error.
+ * weights are laid out by fastscnn_fast/lower/gpu.py, aligned in the same way. Every function
+ * checks sizes, strides and alignment (not how much memory there is), queues its launches on
+ * `stream`, does not wait for them and returns 0, else a status that fastscnn_cuda_message()
+ * explains: FASTSCNN_REFUSED for an argument that breaks a rule, or CUDA's own error.
  */
 #ifndef FASTSCNN_CUDA_H
 #define FASTSCNN_CUDA_H
@@ -30,82 +30,101 @@ enum { FASTSCNN_LOGITS, FASTSCNN_PROBABILITIES, FASTSCNN_LABELS }; /* outputs */
 enum { FASTSCNN_MOST_BINS = 8 };
 enum { FASTSCNN_REFUSED = -1 }; /* status */
 
+typedef const void* fastscnn_input;
+typedef void* fastscnn_output; /* scratch too */
+typedef int fastscnn_bins[FASTSCNN_MOST_BINS];
+
+/* FASTSCNN_FIELDS_op lists the fields of the struct fastscnn_op, F(type, name) each: the struct
+ * here, and whoever fills it by name, are made from that list. */
+/* clang-format off */
+
 /* 3x3 + bias + act from a picture of any strides, in elements: of `type`, or uint8 to be
  * normalised. */
-typedef struct {
-  int type, x_type, channels, out_channels, stride, padding, activation;
-  int64_t images, height, width, out_height, out_width;
-  int64_t x_image, x_channel, x_row, x_column, out_image, out_pixel;
-  const void *x, *weight, *bias, *scale, *shift;
-  void* out;
-} fastscnn_stem_conv;
+#define FASTSCNN_FIELDS_stem_conv(F)                                                \
+  F(int, type) F(int, x_type) F(int, channels) F(int, out_channels) F(int, stride)  \
+  F(int, padding) F(int, activation)                                                \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)    \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_channel) F(int64_t, x_row) \
+  F(int64_t, x_column) F(int64_t, out_image) F(int64_t, out_pixel)                  \
+  F(fastscnn_input, x) F(fastscnn_input, weight) F(fastscnn_input, bias)            \
+  F(fastscnn_input, scale) F(fastscnn_input, shift) F(fastscnn_output, out)
 
 /* Depthwise 3x3 + bias + act -> 1x1 + bias + act [-> 1x1 + bias of last_channels, where those are
  * not 0]. `out_type` may differ from `type` with last_channels only. `out_channel` is 1 where an
  * out_pixel holds the padded channels, else a plane's size; without last_channels it is not looked
  * at. */
-typedef struct {
-  int type, out_type, in_channels, out_channels, last_channels, stride, dilation, mid_activation,
-      activation;
-  int64_t images, height, width, out_height, out_width;
-  int64_t x_image, x_pixel, out_image, out_pixel, out_channel;
-  const void *x, *depthwise_weight, *depthwise_bias, *pointwise_weight, *pointwise_bias,
-      *last_weight, *last_bias;
-  void* out;
-} fastscnn_dsconv;
+#define FASTSCNN_FIELDS_dsconv(F)                                                              \
+  F(int, type) F(int, out_type) F(int, in_channels) F(int, out_channels) F(int, last_channels) \
+  F(int, stride) F(int, dilation) F(int, mid_activation) F(int, activation)                    \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)               \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_pixel) F(int64_t, out_image)          \
+  F(int64_t, out_pixel) F(int64_t, out_channel)                                                \
+  F(fastscnn_input, x) F(fastscnn_input, depthwise_weight) F(fastscnn_input, depthwise_bias)   \
+  F(fastscnn_input, pointwise_weight) F(fastscnn_input, pointwise_bias)                        \
+  F(fastscnn_input, last_weight) F(fastscnn_input, last_bias) F(fastscnn_output, out)
 
 /* 1x1 + bias + act -> depthwise 3x3 + bias + act -> 1x1 + bias [+ x]. */
-typedef struct {
-  int type, in_channels, mid_channels, out_channels, stride, residual, activation;
-  int64_t images, height, width, out_height, out_width;
-  int64_t x_image, x_pixel, out_image, out_pixel;
-  const void *x, *expand_weight, *expand_bias, *depthwise_weight, *depthwise_bias, *project_weight,
-      *project_bias;
-  void* out;
-} fastscnn_inverted_residual;
+#define FASTSCNN_FIELDS_inverted_residual(F)                                                \
+  F(int, type) F(int, in_channels) F(int, mid_channels) F(int, out_channels) F(int, stride) \
+  F(int, residual) F(int, activation)                                                       \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)            \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_pixel) F(int64_t, out_image)       \
+  F(int64_t, out_pixel)                                                                     \
+  F(fastscnn_input, x) F(fastscnn_input, expand_weight) F(fastscnn_input, expand_bias)      \
+  F(fastscnn_input, depthwise_weight) F(fastscnn_input, depthwise_bias)                     \
+  F(fastscnn_input, project_weight) F(fastscnn_input, project_bias) F(fastscnn_output, out)
 
 /* out(concat [x, resize(relu(branch_i(pool_i(x)))) ...]) with a `kernel` x `kernel`
  * out-convolution, 1 or 3. `sums` and `shares` are scratch, of as many bytes as
  * fastscnn_cuda_pyramid_pooling_scratch() says. */
-typedef struct {
-  int type, in_channels, mid_channels, out_channels, kernel, activation, align_corners, branches;
-  int bins[FASTSCNN_MOST_BINS];
-  int64_t images, height, width;
-  int64_t x_image, x_pixel, out_image, out_pixel;
-  const void *x, *branch_weight, *branch_bias, *grid_weight, *out_weight, *out_bias;
-  void *sums, *shares, *out;
-} fastscnn_pyramid_pooling;
+#define FASTSCNN_FIELDS_pyramid_pooling(F)                                                  \
+  F(int, type) F(int, in_channels) F(int, mid_channels) F(int, out_channels) F(int, kernel) \
+  F(int, activation) F(int, align_corners) F(int, branches) F(fastscnn_bins, bins)          \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, x_image)               \
+  F(int64_t, x_pixel) F(int64_t, out_image) F(int64_t, out_pixel)                           \
+  F(fastscnn_input, x) F(fastscnn_input, branch_weight) F(fastscnn_input, branch_bias)      \
+  F(fastscnn_input, grid_weight) F(fastscnn_input, out_weight) F(fastscnn_input, out_bias)  \
+  F(fastscnn_output, sums) F(fastscnn_output, shares) F(fastscnn_output, out)
 
 /* act(low_weight relu(refine(resize(low))) + high_weight high + bias); refine is a depthwise 3x3,
  * or (`dense`) a 1x1 whose result before the activation, (images, low_height, low_width,
  * low_pixel), goes to the scratch `refined`. */
-typedef struct {
-  int type, low_channels, high_channels, out_channels, dilation, dense, activation, align_corners;
-  int64_t images, height, width, low_height, low_width;
-  int64_t high_image, high_pixel, low_image, low_pixel, out_image, out_pixel;
-  const void *high, *low, *refine_weight, *refine_bias, *low_weight, *high_weight, *bias;
-  void *refined, *out;
-} fastscnn_feature_fusion;
+#define FASTSCNN_FIELDS_feature_fusion(F)                                                     \
+  F(int, type) F(int, low_channels) F(int, high_channels) F(int, out_channels)                \
+  F(int, dilation) F(int, dense) F(int, activation) F(int, align_corners)                     \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, low_height)              \
+  F(int64_t, low_width) F(int64_t, high_image) F(int64_t, high_pixel) F(int64_t, low_image)   \
+  F(int64_t, low_pixel) F(int64_t, out_image) F(int64_t, out_pixel)                           \
+  F(fastscnn_input, high) F(fastscnn_input, low) F(fastscnn_input, refine_weight)             \
+  F(fastscnn_input, refine_bias) F(fastscnn_input, low_weight) F(fastscnn_input, high_weight) \
+  F(fastscnn_input, bias) F(fastscnn_output, refined) F(fastscnn_output, out)
 
 /* Bilinear resize of logits (any strides, `type`) -> `output` of every pixel: logits or
  * probabilities of `out_type` (images, classes, height, width), or uint8 labels (images, height,
  * width), contiguous. */
-typedef struct {
-  int type, out_type, classes, output, align_corners;
-  int64_t images, low_height, low_width, height, width;
-  int64_t x_image, x_class, x_row, x_column;
-  const void* x;
-  void* out;
-} fastscnn_upsample_classify;
+#define FASTSCNN_FIELDS_upsample_classify(F)                                         \
+  F(int, type) F(int, out_type) F(int, classes) F(int, output) F(int, align_corners) \
+  F(int64_t, images) F(int64_t, low_height) F(int64_t, low_width) F(int64_t, height) \
+  F(int64_t, width) F(int64_t, x_image) F(int64_t, x_class) F(int64_t, x_row)        \
+  F(int64_t, x_column)                                                               \
+  F(fastscnn_input, x) F(fastscnn_output, out)
 
 typedef void* fastscnn_stream; /* a cudaStream_t */
 
-int fastscnn_cuda_stem_conv(const fastscnn_stem_conv* op, fastscnn_stream stream);
-int fastscnn_cuda_dsconv(const fastscnn_dsconv* op, fastscnn_stream stream);
-int fastscnn_cuda_inverted_residual(const fastscnn_inverted_residual* op, fastscnn_stream stream);
-int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_stream stream);
-int fastscnn_cuda_feature_fusion(const fastscnn_feature_fusion* op, fastscnn_stream stream);
-int fastscnn_cuda_upsample_classify(const fastscnn_upsample_classify* op, fastscnn_stream stream);
+#define FASTSCNN_OPS(OP)                                     \
+  OP(stem_conv) OP(dsconv) OP(inverted_residual)             \
+  OP(pyramid_pooling) OP(feature_fusion) OP(upsample_classify)
+/* clang-format on */
+
+#define FASTSCNN_MEMBER(TYPE, NAME) TYPE NAME;
+#define FASTSCNN_DECLARE(NAME)              \
+  typedef struct {                          \
+    FASTSCNN_FIELDS_##NAME(FASTSCNN_MEMBER) \
+  } fastscnn_##NAME;                        \
+  int fastscnn_cuda_##NAME(const fastscnn_##NAME* op, fastscnn_stream stream);
+FASTSCNN_OPS(FASTSCNN_DECLARE)
+#undef FASTSCNN_DECLARE
+#undef FASTSCNN_MEMBER
 
 /* Bytes of `sums` and `shares` for these sizes. */
 void fastscnn_cuda_pyramid_pooling_scratch(const fastscnn_pyramid_pooling* op, size_t* sums,

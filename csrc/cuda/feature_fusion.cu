@@ -190,8 +190,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto queue = [&](int chunk) {
     const bool of_low = chunk < low_chunks;
     const int first = (of_low ? chunk : chunk - low_chunks) * kChunk;
-    copy_matrix<kChunk, S::kColumns, kThreads>(
-        right(chunk), pitch<T>(S::kColumns),
+    copy_matrix<S::kColumns, kThreads>(
+        kChunk, right(chunk), pitch<T>(S::kColumns),
         (of_low ? low_weight : high_weight) + int64_t{first} * row_pitch + first_column, row_pitch,
         (of_low ? low_channels : high_channels) - first, row_pitch - first_column);
     if (!of_low) {
@@ -252,8 +252,9 @@ void run(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
   const Bounds end = bounds_of(op.activation);
   const Resize y = resize_of(op.low_height, op.height, op.align_corners);
   const Resize x = resize_of(op.low_width, op.width, op.align_corners);
-  const int low_channels = padded(op.low_channels), high_channels = padded(op.high_channels);
-  const int out_channels = padded(op.out_channels);
+  const int low_channels = computed_channels(op.low_channels),
+            high_channels = computed_channels(op.high_channels);
+  const int out_channels = computed_channels(op.out_channels);
   const int64_t tiles_down = divided_up(op.height, kRows);
   const int64_t tiles_across = divided_up(op.width, kAcross);
   const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::kShared,
@@ -269,8 +270,8 @@ void run(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
 // The instantiation for these channels, the general one for others.
 template <class T, int Taps>
 void select(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
-  if (padded(op.low_channels) == 128 && padded(op.high_channels) == 64 &&
-      padded(op.out_channels) == 128) {
+  if (computed_channels(op.low_channels) == 128 && computed_channels(op.high_channels) == 64 &&
+      computed_channels(op.out_channels) == 128) {
     return run<T, 128, 64, 128, Taps>(op, stream);
   }
   run<T, 0, 0, 0, Taps>(op, stream);

@@ -1,7 +1,8 @@
 // inverted_residual: 1x1 + bias + act -> depthwise 3x3 + bias + act -> 1x1 + bias [+ x]; what is
 // expanded stays in shared memory.
 //
-// A block owns a tile of pixels with all their output channels (at free widths 64). The tile's halo
+// A block owns a tile of pixels with all their output channels (at free widths 64 or 128 of them).
+// The tile's halo
 // of x arrives once; then, chunk by chunk of expanded channels, 64 bytes of each pixel, the halo is
 // expanded, summed up by the depthwise and projected onto sums that stay in registers. Of the
 // weights, the next chunk's expanding columns arrive during the depthwise and the projection, the
@@ -17,9 +18,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// Sizes for In and Out channels at Stride; channels are 0 where they are known only at run time,
-// when x's halo arrives in steps of channels for each chunk anew, one step while the one before is
-// multiplied.
+// Sizes for In channels, of which a block computes Out, at Stride. In is 0 where both are known
+// only at run time: then x's halo lies whole in shared memory where that has room for it, and else
+// arrives in steps of channels for each chunk anew, one step while the one before is multiplied.
 template <class T, int In, int Out, int Stride>
 struct Sizes {
   static constexpr int kAcross = 8;  // pixels of a tile's row
@@ -32,31 +33,45 @@ struct Sizes {
   static constexpr int kTiles = divided_up(kHaloPixels, 16 * kWarps);  // a warp's, of 16 pixels
   static constexpr int kSlots = rounded_up(kHaloPixels, 16 * kTiles);
   static constexpr int kChunk = 64 / int(sizeof(T));  // expanded channels
-  static constexpr int kStep = In ? In : kChunk;      // input channels
-  static constexpr int kStages = In ? 1 : 2;
-  static constexpr int kColumns = Out ? rounded_up(Out, 256 * kWarps / kPixels) : 64;
+  static constexpr int kColumns = rounded_up(Out, 256 * kWarps / kPixels);
 
-  static constexpr int kPixelPitch = pitch<T>(kStep);
   static constexpr int kHaloPitch = pitch<T>(kChunk);
   static constexpr int kLeftPitch = pitch<T>(kChunk);
   static constexpr int kColumnPitch = pitch<T>(kColumns);
 
   // Shared memory in elements: each stage's halo of x, its expanding columns, the expanded halo,
   // the depthwise result, the projecting rows.
-  static constexpr int kInputStage = kSlots * kPixelPitch;
-  static constexpr int kInput = kStages * kInputStage;
-  static constexpr int kExpandStage = kStep * pitch<T>(kChunk);
-  static constexpr int kExpand = kStages * kExpandStage;
   static constexpr int kHalo = kSlots * kHaloPitch;
   static constexpr int kLeft = kPixels * kLeftPitch;
   static constexpr int kProject = kChunk * kColumnPitch;
-  static constexpr int kWork = kExpand + kHalo + kLeft + kProject;
   // In the end the result takes the place of all but x.
   static constexpr int kResult = kPixels * kColumnPitch;
-  static constexpr int kElements = kInput + (kWork > kResult ? kWork : kResult);
   // And in floats: the depthwise's taps and bias, the expansion's bias.
   static constexpr int kTaps = 9 * kChunk;
-  static constexpr size_t kShared = kElements * sizeof(T) + (kTaps + 2 * kChunk) * sizeof(float);
+
+  // Where x's channels come in steps of `step`, and the next step's lie beside those in use.
+  struct Input {
+    int step, stages;
+
+    __host__ __device__ constexpr int pixel_pitch() const { return pitch<T>(step); }
+    __host__ __device__ constexpr int stage() const { return kSlots * pixel_pitch(); }
+    __host__ __device__ constexpr int expand_stage() const { return step * pitch<T>(kChunk); }
+    __host__ __device__ constexpr int elements() const {
+      const int work = stages * expand_stage() + kHalo + kLeft + kProject;
+      return stages * stage() + (work > kResult ? work : kResult);
+    }
+    __host__ __device__ constexpr size_t shared() const {
+      return elements() * sizeof(T) + (kTaps + 2 * kChunk) * sizeof(float);
+    }
+  };
+  // A block's share of the smallest shared memory that runs the type: sm_75's, sm_86's.
+  static constexpr size_t kMostShared = (sizeof(T) == 2 ? 64 : 99) * 1024;
+
+  __host__ __device__ static constexpr Input input(int in_channels) {
+    const Input whole{in_channels, 1};
+    if (In || whole.shared() <= kMostShared) return whole;
+    return {kChunk, 2};
+  }
 };
 
 // The row and column of the halo's pixel that lies in a slot.
@@ -85,14 +100,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   using S = Sizes<T, In, Out, Stride>;
   using Product = Shares<S::kPixels, S::kColumns, kWarps>;
   if (In) in_channels = In;
-  if (Out) out_channels = Out;
+  if (In) out_channels = Out;
   const int row_pitch = padded_columns(out_channels);
+  const int mid_pitch = In ? mid_channels : rounded_up(mid_channels, 64);
+  const auto sizes = S::input(in_channels);
   T* const input = reinterpret_cast<T*>(shared_memory());
-  T* const expand = input + S::kInput;
-  T* const halo = expand + S::kExpand;
+  T* const expand = input + sizes.stages * sizes.stage();
+  T* const halo = expand + sizes.stages * sizes.expand_stage();
   T* const left = halo + S::kHalo;
   T* const project = left + S::kLeft;
-  float* const taps = reinterpret_cast<float*>(input + S::kElements);
+  float* const taps = reinterpret_cast<float*>(input + sizes.elements());
   float* const taps_bias = taps + S::kTaps;
   float* const expanded_bias = taps_bias + S::kChunk;
 
@@ -102,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   x += image * x_image;
   out += image * out_image;
   const int first_column = blockIdx.y * S::kColumns;
+  const int stored = computed_channels(out_channels);
 
   const auto pixel_of = [&](int at) {
     const int2 in_halo = position<Stride, S::kHaloColumns>(at);
@@ -113,26 +131,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   int stage = 0;
   const auto queue_input = [&](int first) {
-    T* const to = input + stage * S::kInputStage;
-    constexpr int kVectors = S::kStep / kPerVector<T>;
+    T* const to = input + stage * sizes.stage();
+    const int vectors = sizes.step / kPerVector<T>;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < S::kSlots * kVectors; i += kThreads) {
-      const int at = i / kVectors, within = i % kVectors * kPerVector<T>;
+    for (int i = threadIdx.x; i < S::kSlots * vectors; i += kThreads) {
+      const int at = i / vectors, within = i % vectors * kPerVector<T>;
       const int2 pixel = pixel_of(at);
       const bool exists = is_inside(at, pixel) && first + within < in_channels;
       async_copy_16(
-          to + at * S::kPixelPitch + within,
+          to + at * sizes.pixel_pitch() + within,
           exists ? x + (int64_t{pixel.x} * width + pixel.y) * x_pixel + first + within : x, exists);
     }
   };
   const auto queue_expand = [&](int first, int chunk) {
-    copy_matrix<S::kStep, S::kChunk, kThreads>(
-        expand + stage * S::kExpandStage, pitch<T>(S::kChunk),
-        expand_weight + int64_t{first} * mid_channels + chunk, mid_channels, in_channels - first,
-        S::kChunk);
+    copy_matrix<S::kChunk, kThreads>(sizes.step, expand + stage * sizes.expand_stage(),
+                                     pitch<T>(S::kChunk),
+                                     expand_weight + int64_t{first} * mid_pitch + chunk, mid_pitch,
+                                     in_channels - first, S::kChunk);
   };
   const auto queue_row = [&](float* to, const float* from) {
-    copy_matrix<1, S::kChunk, kThreads>(to, S::kChunk, from, 0, 1, S::kChunk);
+    copy_matrix<S::kChunk, kThreads>(1, to, S::kChunk, from, 0, 1, S::kChunk);
   };
 
   // Of the pixels that this warp expands, the lane's that are inside the image.
@@ -156,48 +174,60 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int chunk = 0; chunk < mid_channels; chunk += S::kChunk) {
     async_wait<0>();
     __syncthreads();
-    copy_matrix<9, S::kChunk, kThreads>(taps, S::kChunk, depthwise_weight + chunk, mid_channels, 9,
-                                        S::kChunk);
+    copy_matrix<S::kChunk, kThreads>(9, taps, S::kChunk, depthwise_weight + chunk, mid_pitch, 9,
+                                     S::kChunk);
     queue_row(taps_bias, depthwise_bias + chunk);
     async_commit();
-    copy_matrix<S::kChunk, S::kColumns, kThreads>(
-        project, S::kColumnPitch, project_weight + int64_t{chunk} * row_pitch + first_column,
-        row_pitch, S::kChunk, row_pitch - first_column);
+    copy_matrix<S::kColumns, kThreads>(S::kChunk, project, S::kColumnPitch,
+                                       project_weight + int64_t{chunk} * row_pitch + first_column,
+                                       row_pitch, S::kChunk, row_pitch - first_column);
     async_commit();
 
     Accumulator<S::kTiles, S::kChunk / 8> expanded;
     expanded.start(expanded_bias);
-    for (int first = 0; first < in_channels; first += S::kStep) {
+    for (int first = 0; first < in_channels; first += sizes.step) {
       const int now = stage;
-      if (!In) {
+      if (sizes.stages > 1) {
         if (first) {
           async_wait<0>();
           __syncthreads();
         }
         stage ^= 1;
-        if (first + S::kStep < in_channels) {
-          queue_input(first + S::kStep);
-          queue_expand(first + S::kStep, chunk);
+        if (first + sizes.step < in_channels) {
+          queue_input(first + sizes.step);
+          queue_expand(first + sizes.step, chunk);
           async_commit();
         }
       }
-      if (expands) {
-        multiply<S::kStep>(expanded, input + now * S::kInputStage + first_slot * S::kPixelPitch,
-                           S::kPixelPitch, expand + now * S::kExpandStage, pitch<T>(S::kChunk));
+      if (!expands) continue;
+      const T* const x_now = input + now * sizes.stage() + first_slot * sizes.pixel_pitch();
+      const T* const expand_now = expand + now * sizes.expand_stage();
+      if constexpr (In != 0) {
+        multiply<In>(expanded, x_now, sizes.pixel_pitch(), expand_now, pitch<T>(S::kChunk));
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < sizes.step; k += 16) {
+          multiply<16>(expanded, x_now + k, sizes.pixel_pitch(),
+                       expand_now + k * pitch<T>(S::kChunk), pitch<T>(S::kChunk));
+        }
       }
     }
     if (expands) {
-      // Outside the image it is the expanded value that is zero, not x.
+      // Outside the image it is the expanded value that is zero, not x. Channels that exist only in
+      // memory are zero even where x is infinite.
+      const int channels = mid_channels - chunk;
       expanded.for_each([&](int row, int column, float2& pair) {
         const bool exists = inside >> row / 8 & 1;
-        store_pair(halo + (first_slot + row) * S::kHaloPitch + column,
-                   exists ? bounded(pair, low, high) : float2{0, 0});
+        float2 value = exists ? bounded(pair, low, high) : float2{0, 0};
+        if (In == 0 && column >= channels) value.x = 0;
+        if (In == 0 && column + 1 >= channels) value.y = 0;
+        store_pair(halo + (first_slot + row) * S::kHaloPitch + column, value);
       });
     }
     async_wait<1>();
     __syncthreads();
     if (const int next = chunk + S::kChunk; next < mid_channels) {
-      if (!In) queue_input(0);
+      if (sizes.stages > 1) queue_input(0);
       queue_expand(0, next);
       queue_row(expanded_bias, expand_bias + next);
     }
@@ -211,28 +241,41 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
 
   T* const result = expand;
+  constexpr int kVectors = S::kColumns / kPerVector<T>;
+  const bool adds = Stride == 1 && (In == 0 || In == Out) && residual;
+  if (adds && sizes.stages > 1) {  // x where the result will lie
+#pragma unroll 1
+    for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
+      const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
+      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
+      const bool exists = y < height && z < width && first_column + column < in_channels;
+      async_copy_16(result + pixel * S::kColumnPitch + column,
+                    exists ? x + (int64_t{y} * width + z) * x_pixel + first_column + column : x,
+                    exists);
+    }
+    async_commit();
+    async_wait<0>();
+    __syncthreads();
+  }
   total.for_each([&](int row, int column, float2& pair) {
     const int pixel = Product::row() + row, o = Product::column() + column;
-    if (In == Out && Stride == 1 && residual) {
-      const int r = pixel / S::kAcross, c = pixel % S::kAcross;
-      float2 own{0, 0};
-      if constexpr (In != 0) {
-        const int at = slot<Stride, S::kHaloColumns>(r + 1, c + 1);
-        own = load_pair(input + at * S::kPixelPitch + o);
-      } else if (top + r < height && start + c < width && first_column + o < in_channels) {
-        own = load_pair(x + (int64_t{top + r} * width + start + c) * x_pixel + first_column + o);
-      }
+    T* const to = result + pixel * S::kColumnPitch + o;
+    if (adds) {
+      const int at = slot<Stride, S::kHaloColumns>(pixel / S::kAcross + 1, pixel % S::kAcross + 1);
+      const float2 own = load_pair(
+          sizes.stages > 1 ? to : input + at * sizes.pixel_pitch() + (In ? o : first_column + o));
       pair = {pair.x + own.x, pair.y + own.y};
     }
-    store_pair(result + pixel * S::kColumnPitch + o, pair);
+    if (In == 0 && first_column + o >= out_channels) pair.x = 0;
+    if (In == 0 && first_column + o + 1 >= out_channels) pair.y = 0;
+    store_pair(to, pair);
   });
   __syncthreads();
-  constexpr int kVectors = S::kColumns / kPerVector<T>;
 #pragma unroll 1
   for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
     const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
     const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-    if (y >= out_height || z >= out_width || first_column + column >= out_channels) continue;
+    if (y >= out_height || z >= out_width || first_column + column >= stored) continue;
     copy_16(out + (int64_t{y} * out_width + z) * out_pixel + first_column + column,
             result + pixel * S::kColumnPitch + column);
   }
@@ -242,25 +285,26 @@ template <class T, int In, int Out, int Stride>
 void run(const fastscnn_inverted_residual& op, fastscnn_stream stream) {
   using S = Sizes<T, In, Out, Stride>;
   const Bounds bounds = bounds_of(op.activation);
-  const int in_channels = padded(op.in_channels), out_channels = padded(op.out_channels);
-  const int mid_channels = rounded_up(op.mid_channels, 64);
+  const int in_channels = computed_channels(op.in_channels);
   const int64_t tiles_down = divided_up(op.out_height, S::kRows);
   const int64_t tiles_across = divided_up(op.out_width, S::kAcross);
-  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::kShared,
-                    divided_up(out_channels, S::kColumns)};
+  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::input(in_channels).shared(),
+                    divided_up(op.out_channels, S::kColumns)};
   FASTSCNN_LAUNCH((inverted_residual_kernel<T, In, Out, Stride>), shape, stream, op.x,
                   op.expand_weight, op.expand_bias, op.depthwise_weight, op.depthwise_bias,
                   op.project_weight, op.project_bias, op.out, op.height, op.width, op.out_height,
-                  op.out_width, tiles_down, tiles_across, in_channels, mid_channels, out_channels,
-                  op.residual, bounds.low, bounds.high, op.x_image, op.x_pixel, op.out_image,
-                  op.out_pixel);
+                  op.out_width, tiles_down, tiles_across, in_channels, op.mid_channels,
+                  op.out_channels, op.residual, bounds.low, bounds.high, op.x_image, op.x_pixel,
+                  op.out_image, op.out_pixel);
 }
 
-// The instantiation for these channels and stride, the general one for others.
+// The instantiation for these channels and stride, the general one for others: it is the one that
+// knows expanded and output channels which exist only in memory.
 template <class T>
 void select(const fastscnn_inverted_residual& op, fastscnn_stream stream) {
   const auto is = [&](int in, int out, int stride) {
-    return padded(op.in_channels) == in && padded(op.out_channels) == out && op.stride == stride;
+    return computed_channels(op.in_channels) == in && op.out_channels == out &&
+           op.mid_channels % 64 == 0 && op.stride == stride;
   };
   if (is(64, 64, 1)) return run<T, 64, 64, 1>(op, stream);
   if (is(64, 64, 2)) return run<T, 64, 64, 2>(op, stream);
@@ -268,8 +312,9 @@ void select(const fastscnn_inverted_residual& op, fastscnn_stream stream) {
   if (is(96, 96, 1)) return run<T, 96, 96, 1>(op, stream);
   if (is(96, 128, 1)) return run<T, 96, 128, 1>(op, stream);
   if (is(128, 128, 1)) return run<T, 128, 128, 1>(op, stream);
-  if (op.stride == 1) return run<T, 0, 0, 1>(op, stream);
-  run<T, 0, 0, 2>(op, stream);
+  const bool narrow = op.out_channels <= 64;
+  if (op.stride == 1) return narrow ? run<T, 0, 64, 1>(op, stream) : run<T, 0, 128, 1>(op, stream);
+  narrow ? run<T, 0, 64, 2>(op, stream) : run<T, 0, 128, 2>(op, stream);
 }
 
 }  // namespace

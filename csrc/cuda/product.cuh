@@ -132,13 +132,13 @@ struct Shares {
 };
 
 // Queues copies of `rows` x `columns` of a matrix in global memory to shared memory, zeros beyond
-// them up to (Rows, Columns); a block's Threads share them.
-template <int Rows, int Columns, int Threads, class T>
-__device__ __forceinline__ void copy_matrix(T* to, int to_pitch, const T* from, int64_t from_pitch,
-                                            int rows, int columns) {
+// them up to (all_rows, Columns); a block's Threads share them.
+template <int Columns, int Threads, class T>
+__device__ __forceinline__ void copy_matrix(int all_rows, T* to, int to_pitch, const T* from,
+                                            int64_t from_pitch, int rows, int columns) {
   constexpr int kAcross = Columns / kPerVector<T>;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Rows * kAcross; i += Threads) {
+  for (int i = threadIdx.x; i < all_rows * kAcross; i += Threads) {
     const int row = i / kAcross, column = i % kAcross * kPerVector<T>;
     const bool exists = row < rows && column < columns;
     async_copy_16(to + row * to_pitch + column, exists ? from + row * from_pitch + column : from,

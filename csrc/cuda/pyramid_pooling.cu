@@ -148,8 +148,8 @@ struct Grids {
 template <class T>
 void run(const fastscnn_pyramid_pooling& op, fastscnn_stream stream) {
   const Grids grids(op);
-  const int channels = padded(op.in_channels), columns = padded_columns(op.out_channels);
-  const int mid = power_of_two(padded(op.mid_channels));
+  const int channels = computed_channels(op.in_channels), columns = padded_columns(op.out_channels);
+  const int mid = power_of_two(computed_channels(op.mid_channels));
   if (grids.cells) {
     const int64_t items = int64_t{grids.row_cells} * (channels / kPerVector<T>);
     const Shape rows{op.images * op.height, kThreads, 0, divided_up(items, kThreads)};
@@ -213,7 +213,8 @@ void fastscnn_cuda_pyramid_pooling_scratch(const fastscnn_pyramid_pooling* op, s
     rules.at_least(1, "height", op->height);
     const fc::Grids grids(*op);
     const size_t element = op->type == FASTSCNN_FLOAT32 ? 4 : 2, images = op->images;
-    *sums = images * op->height * grids.row_cells * fc::padded(op->in_channels) * sizeof(float);
+    *sums = images * op->height * grids.row_cells * fc::computed_channels(op->in_channels) *
+            sizeof(float);
     *shares = images * grids.taps * grids.cells * fc::padded_columns(op->out_channels) * element;
   });
 }

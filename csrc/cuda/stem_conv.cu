@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
     total.start(bias + own, row_pitch - own);
   };
   const auto queue = [&](int chunk) {
-    copy_matrix<kChunk, kColumns, kThreads>(right, pitch<T>(kColumns),
-                                            weight + int64_t{chunk} * kChunk * row_pitch + first,
-                                            row_pitch, rows - chunk * kChunk, row_pitch - first);
+    copy_matrix<kColumns, kThreads>(kChunk, right, pitch<T>(kColumns),
+                                    weight + int64_t{chunk} * kChunk * row_pitch + first, row_pitch,
+                                    rows - chunk * kChunk, row_pitch - first);
     async_commit();
   };
   const auto multiply_chunk = [&] {
@@ -238,7 +238,7 @@ template <class T, class X, int Channels, int Stride>
 void run(const fastscnn_stem_conv& op, fastscnn_stream stream) {
   using S = Sizes<T, Channels, Stride>;
   const Bounds end = bounds_of(op.activation);
-  const int out_channels = padded(op.out_channels);
+  const int out_channels = computed_channels(op.out_channels);
   const int64_t tiles_down = divided_up(op.out_height, kRows);
   const int64_t tiles_across = divided_up(op.out_width, kAcross);
   const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::kShared,

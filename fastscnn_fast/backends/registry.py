@@ -16,6 +16,7 @@ import torch
 from ..arch.config import Config
 from ..program import arithmetic
 from ..program.program import fast_scnn
+from .gpu import gpus
 
 #: The cpu backend's arithmetics by name.
 CPU_ARITHMETICS = arithmetic.of("cpu")
@@ -101,7 +102,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def architecture(device: torch.device) -> int | str:
+def architecture(device: torch.device) -> gpus.Architecture:
     """10 times the compute capability of an NVIDIA GPU, AMD's name of one, "interpreter" for the cpu."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -109,9 +110,9 @@ def architecture(device: torch.device) -> int | str:
 
 
 @cache
-def _architecture(device: torch.device) -> int | str:
+def _architecture(device: torch.device) -> gpus.Architecture:
     if device.type == "cpu":
-        return "interpreter"
+        return gpus.INTERPRETER
     if torch.version.hip:
         name: str = torch.cuda.get_device_properties(device).gcnArchName
         return name.split(":")[0]
@@ -262,7 +263,7 @@ def _why_not_high(backend: str, device: torch.device, dtype: torch.dtype) -> str
         has_tf32 = (
             found >= int(arithmetic.ARITHMETICS["high"].needs["triton"])
             if isinstance(found, int)
-            else found in ("gfx942", "interpreter")
+            else found == gpus.INTERPRETER or (found in gpus.GPUS and gpus.GPUS[found].tf32)
         )
         return None if has_tf32 else f"it needs TF32, the GPU is of architecture {found}"
     if isa() not in isas("high"):

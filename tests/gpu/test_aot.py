@@ -34,7 +34,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import BaseBackend
 
 from fastscnn_fast.backends.gpu import aot
-from fastscnn_fast.backends.gpu.tiles import Architecture
+from fastscnn_fast.backends.gpu.gpus import Architecture
 from fastscnn_fast.kernels.launch import Launch
 from fastscnn_fast.program.memory import Buffer
 

@@ -5,6 +5,7 @@ Its numerics are test_cuda_host.py and test_gpu.py, its machine code test_cuda_c
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import runpy
@@ -27,9 +28,10 @@ from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import choices, cuda, nvcc, runner, tune
 from fastscnn_fast.backends.gpu.cuda import CudaStep
+from fastscnn_fast.backends.gpu.gpus import MULTIPROCESSORS
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.lower.fold import fold
-from fastscnn_fast.program.layers import OPS
+from fastscnn_fast.program.layers import ACTIVATIONS, OPS, OUTPUTS, Layer
 from fastscnn_fast.program.memory import Buffer
 from fastscnn_fast.program.program import fast_scnn
 
@@ -142,7 +144,7 @@ def test_the_extension_knows_what_it_is_for() -> None:
 def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
     """The extension loads, and the launch itself is refused, with CUDA's own text."""
     module = registry.cuda_module()
-    arguments = module.UpsampleClassify()
+    arguments = module.arguments["upsample_classify"]()
     for name, value in {
         "classes": 2,
         "images": 1,
@@ -167,6 +169,8 @@ def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyP
     setup = runpy.run_path("setup.py", run_name="setup")
     assert not any("," in flag for flag in setup["definitions"]([75, 80], 80))
     assert setup["NVCC_FLAGS"] == nvcc.FLAGS
+    listed = [entry.partition("+")[0].split(".") for entry in setup["ARCHITECTURES"].split()]
+    assert {10 * int(major) + int(minor) for major, minor in listed} <= set(MULTIPROCESSORS)
     read = setup["architectures"]
     told = SimpleNamespace(stdout="compute_75\ncompute_80\ncompute_86\ncompute_90\n")
     nothing = SimpleNamespace(stdout="", stderr="broken")
@@ -194,22 +198,6 @@ def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyP
 
 
 # ---------------------------------------------------------------- structs
-
-
-@emulated
-def test_steps_fill_every_field_that_the_header_has() -> None:
-    """By name, and nothing else; scratch and weights that a layer has not stay null."""
-    header = (ROOT / "csrc" / "cuda" / "fastscnn_cuda.h").read_text()
-    module = cuda_host.shared()
-    for body, name in re.findall(r"typedef struct \{(.*?)\} fastscnn_(\w+);", header, re.DOTALL):
-        lines = [line.strip() for line in body.split(";") if line.strip()]
-        fields = {
-            field.strip(" *\n").partition("[")[0]
-            for line in lines
-            for field in re.sub(r"^(const void|void|int64_t|int)\b", "", line).split(",")
-        }
-        struct = getattr(module, cuda.STRUCTS[name])()
-        assert fields == {field for field in dir(struct) if not field.startswith("_")}
 
 
 @pytest.fixture
@@ -295,11 +283,11 @@ def test_no_triton_is_needed() -> None:
 
 @emulated
 def test_bad_arguments_are_named(host: Any) -> None:
-    arguments = host.DSConv()
+    arguments = host.arguments["dsconv"]()
     with pytest.raises(ValueError, match="dsconv: in_channels must be at least 1, got 0"):
         host.dsconv(arguments, 0)
     with pytest.raises(ValueError, match="bins must be at most 8, got 9"):
-        host.PyramidPooling().bins = list(range(9))
+        host.arguments["pyramid_pooling"]().bins = list(range(9))
 
 
 def steps_of_all_kinds() -> dict[str, CudaStep]:
@@ -362,6 +350,35 @@ RULES: dict[str, tuple[list[str], list[str], list[tuple[str, Any, str]]]] = {
         [("classes", 257, "at most 256"), ("classes", 0, "at least 1"), ("low_width", 0, "at least 1"), ("height", 0, "at least 1"), ("output", 3, "logits, probabilities or labels")],
     ),
 }  # fmt: skip
+
+
+def test_numbers_are_those_of_the_header() -> None:
+    header = (ROOT / "csrc" / "cuda" / "fastscnn_cuda.h").read_text()
+    enums = [
+        [name.lower() for name in re.findall(r"FASTSCNN_(\w+)", body)]
+        for body in re.findall(r"enum \{(.*?)\}", header, re.DOTALL)
+    ]
+    types = [str(dtype).removeprefix("torch.") for dtype in cuda._TYPES]
+    assert [types, list(ACTIVATIONS), list(OUTPUTS)] == enums[:3]
+
+
+@emulated
+@pytest.mark.parametrize("kind", RULES)
+def test_steps_fill_every_field_that_the_header_has(kind: str, host: Any) -> None:
+    """By name, and nothing else but what a layer has and the op does not need."""
+    header = (ROOT / "csrc" / "cuda" / "fastscnn_cuda.h").read_text()
+    step = steps_of_all_kinds()[kind]
+    (listed,) = re.findall(rf"FASTSCNN_FIELDS_{step.op}\(F\)((?:.*\\\n)+.*)\n", header)
+    fields = {name: type_ for type_, name in re.findall(r"F\((\w+), (\w+)\)", listed)}
+    struct = step.struct()
+    assert set(fields) | {"sizes"} == {name for name in dir(struct) if not name.startswith("_")}
+    sizes = {name for name, type_ in fields.items() if "put" not in type_}
+    assert tuple(name for name in fields if name in sizes) == struct.sizes
+    assert sizes <= set(step.sizes) and set(step.arguments) <= set(fields) - sizes
+    assert set(step.sizes) - sizes <= {field.name for field in dataclasses.fields(Layer)}
+    unset = dataclasses.replace(step, sizes={})
+    with pytest.raises(KeyError, match="type"):
+        unset.struct()
 
 
 def rules() -> Iterator[Any]:

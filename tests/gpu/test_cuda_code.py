@@ -18,7 +18,8 @@ from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import dump, nvcc
 from fastscnn_fast.backends.gpu.cuda import CudaStep, Described, described
-from fastscnn_fast.backends.gpu.machine import MULTIPROCESSORS, PRODUCTS, count
+from fastscnn_fast.backends.gpu.gpus import MULTIPROCESSORS
+from fastscnn_fast.backends.gpu.machine import PRODUCTS, count
 from fastscnn_fast.cli import main
 from fastscnn_fast.program.layers import OPS
 from fastscnn_fast.program.program import layer_sizes

@@ -77,10 +77,13 @@ def test_real_layers(case: GpuCase, module: ModuleType) -> None:
             check_odd(case)
 
 
-#: More output channels than a block has, with all that follows them; the network's widths in float32.
+#: More output channels than a block has, with all that follows them; more input channels than lie in shared
+#: memory at once; the network's widths in float32.
 WIDE = [
     Layer("dsconv", "", 20, 136, last_channels=40),
     Layer("inverted_residual", "", 72, 136, mid_channels=80),
+    Layer("inverted_residual", "", 144, 144, mid_channels=40, residual=True),
+    Layer("inverted_residual", "", 152, 48, mid_channels=72, stride=2),
     Layer("inverted_residual", "", 64, 64, mid_channels=128, residual=True),
     Layer("inverted_residual", "", 128, 128, mid_channels=64, residual=True),
 ]

@@ -58,8 +58,8 @@ def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture
 if INTERPRETED:
     from fastscnn_fast.backends.gpu import choices, runner, tune
     from fastscnn_fast.backends.gpu.choices import TORCH, Choice
+    from fastscnn_fast.backends.gpu.gpus import INTERPRETER
     from fastscnn_fast.backends.gpu.plan import PlacedLayer, Plan
-    from fastscnn_fast.backends.gpu.tiles import INTERPRETER
     from fastscnn_fast.backends.gpu.torch_step import TorchStep
     from fastscnn_fast.kernels.launch import Tile
 

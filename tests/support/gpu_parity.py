@@ -384,6 +384,51 @@ def test_many_classes(classes: int) -> None:
     check(GpuCase.of(Case(layer, ((5, 6),), batch=2), "float32"))
 
 
+def free_block(stride: int, residual: bool) -> Layer:
+    """An inverted residual of widths that nobody chose, drawn by the run's seed; not both multiples of 16."""
+    inputs, mid, out = (1 + 5 * n for n in torch.randint(4, 24, (3,)).tolist())
+    out = inputs if residual else out
+    return Layer(
+        "inverted_residual", "", inputs, out, mid_channels=mid, stride=stride, residual=residual
+    )
+
+
+@pytest.mark.parametrize(
+    "arithmetic",
+    ["float32", *(slow_unless(not INTERPRETED, name) for name in ("float16", "bfloat16"))],
+)
+@pytest.mark.parametrize(("stride", "residual"), [(1, False), (1, True), (2, False)])
+def test_blocks_of_free_widths(stride: int, residual: bool, arithmetic: str) -> None:
+    case = Case(free_block(stride, residual), ((5, 11),)).enlarged(1024)
+    print(case)
+    check_odd(GpuCase.of(case, arithmetic))
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", slow_unless(not INTERPRETED, "float16")])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize(
+    "layer", [INVERTED_RESIDUAL[3], INVERTED_RESIDUAL[5]], ids=lambda layer: str(Case(layer, ()))
+)
+def test_an_infinity_reaches_no_channel_that_exists_only_in_memory(
+    layer: Layer, sign: int, arithmetic: str
+) -> None:
+    """Expanded ones, and those of the result: infinity times the zeros that pad weights would be NaN."""
+    case = GpuCase.of(Case(replace(layer, activation="relu"), ((5, 9),)), arithmetic)
+    (x,), weights = case.inputs(), case.weights()
+    x[0, 0, 2, 3] = float("inf")
+    weights["expand_weight"][:, 0] = (
+        weights["expand_weight"][:, 0].abs() * sign
+    )  # ReLU ends it, or not
+    for name in ("depthwise_weight", "project_weight"):
+        weights[name] = weights[name].abs()
+    with np.errstate(all="ignore"):  # the interpreter's numpy warns of infinities
+        y = case.run((x,), weights)  # which looks at the padding of the result
+    ref64 = case.reference64((x,), weights)
+    assert ref64.isinf().any() == (sign > 0) and not ref64.isnan().any()
+    tolerance = 20 * torch.finfo(case.dtype).eps
+    torch.testing.assert_close(y.double(), ref64, rtol=tolerance, atol=tolerance)
+
+
 def test_strides_of_dimensions_of_size_one() -> None:
     """Torch calls an activation dense whatever strides it tells where the size is 1."""
     case = GpuCase.of(Case(Layer("dsconv", "", 64, 64), ((7, 1),)), "float32")
@@ -452,6 +497,32 @@ def test_networks(name: str, arithmetic: str, size: Size, raw: bool, output: str
         if output == "probabilities":
             ref64, owns = ref64.softmax(1), owns.softmax(1)
         assert_parity(y, owns, ref64, *bound(arithmetic).network)
+
+
+@pytest.mark.parametrize(
+    "arithmetic",
+    ["float32", *(slow_unless(not INTERPRETED, name) for name in ("float16", "bfloat16"))],
+)
+@torch.no_grad()
+def test_a_network_of_free_widths(arithmetic: str) -> None:
+    """Each block's expanded and output channels are its own, as those of a pruned network are."""
+    widths = iter(1 + 3 * n for n in torch.randint(2, 30, (21,)).tolist())
+    stages = [[(next(widths), next(widths), stride) for stride in (2, 1, 1)] for _ in range(3)]
+    stages[0][2] = (next(widths), stages[0][1][1], 1)  # which adds its input
+    stages[2][2] = (next(widths), 4 * next(widths), 1)  # as many as the bins' number divides
+    bottlenecks = tuple(map(tuple, stages))
+    rest = {
+        name: v for name, v in SMALL.items() if not name.startswith(("bottleneck", "expansion"))
+    }
+    print(bottlenecks)
+    model = lifelike(preset("paper", **rest, bottlenecks=bottlenecks, num_classes=7))
+    network = FusedFastSCNN(fold(model), BACKEND, *how(arithmetic), cuda_graph="off").to(DEVICE)
+    x = noise(2, 3, 49, 65).to(network.dtype)
+    arguments = (x.to(DEVICE), network.weights, network.program, network.dtype, "logits")
+    y = run_poisoned("network", *arguments, backend=BACKEND).cpu()
+    own, model64 = copy.deepcopy(model).to(network.dtype), copy.deepcopy(model).double()
+    ref64 = model64.reference(x.double())
+    assert_parity(y, own.reference(x), ref64, *bound(arithmetic).network)
 
 
 @torch.no_grad()

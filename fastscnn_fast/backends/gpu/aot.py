@@ -25,9 +25,9 @@ from ...lower import gpu as weights
 from ...lower.pack import TAG
 from ...program.memory import Buffer, rounded_up
 from ...program.program import fast_scnn, layer_sizes
-from .machine import MULTIPROCESSORS, PRODUCTS, WIDE_LOADS, count, instructions, listing
+from .gpus import MULTIPROCESSORS, Architecture
+from .machine import PRODUCTS, WIDE_LOADS, count, instructions, listing
 from .plan import Plan, network_plan
-from .tiles import Architecture
 
 _POINTERS = {
     "torch.float16": "*fp16",

@@ -26,7 +26,7 @@ from ...program.layers import Layer
 from ...program.memory import Buffer
 from ...program.program import encode
 from ..registry import architecture, cuda_code, log_once
-from .tiles import INTERPRETER
+from .gpus import INTERPRETER
 
 #: Raised when the meaning of the file changes, or the kernels so much that old choices mislead.
 SCHEMA = 3

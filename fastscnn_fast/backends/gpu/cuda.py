@@ -10,29 +10,24 @@ from typing import Any
 import torch
 
 from ...lower.gpu import computed_channels
+from ...program.arithmetic import dtypes
 from ...program.layers import ACTIVATIONS, OUTPUTS, Layer
 from ...program.memory import Buffer
 from .. import registry
 from . import nvcc
 
 # As csrc/cuda/fastscnn_cuda.h numbers them.
-_TYPES = {dtype: i for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.uint8))}  # fmt: skip
+_TYPES = {dtype: number for number, dtype in enumerate((*dtypes("cuda"), torch.uint8))}
 #: Bytes of which the address of every plane and piece of weights is a multiple.
 ALIGNMENT = 16
-#: The struct of each op's arguments.
-STRUCTS = {
-    "stem_conv": "StemConv",
-    "dsconv": "DSConv",
-    "inverted_residual": "InvertedResidual",
-    "pyramid_pooling": "PyramidPooling",
-    "feature_fusion": "FeatureFusion",
-    "upsample_classify": "UpsampleClassify",
-}
 
 
 @dataclass(frozen=True)
 class CudaStep:
-    """One call of the C interface: ``sizes`` and the addresses of ``arguments`` are the struct's fields."""
+    """One call of the C interface: ``sizes`` and the addresses of ``arguments`` fill the op's struct.
+
+    Of ``sizes`` the struct takes what it has; addresses that a layer has not stay null.
+    """
 
     op: str
     sizes: Mapping[str, Any]
@@ -49,10 +44,14 @@ class CudaStep:
         return sum(regions.values())
 
     def struct(self) -> Any:
-        """The arguments without addresses."""
-        filled = getattr(registry.cuda_module(), STRUCTS[self.op])()
-        for name, value in self.sizes.items():
-            setattr(filled, name, value)
+        """The arguments without addresses.
+
+        Raises:
+            KeyError: the struct has a size that the step has not.
+        """
+        filled = registry.cuda_module().arguments[self.op]()
+        for name in filled.sizes:
+            setattr(filled, name, self.sizes[name])
         return filled
 
     def run(self, arguments: Any) -> None:
@@ -121,7 +120,26 @@ def step(
 ) -> CudaStep:
     """``layer`` on ``inputs`` (feature_fusion: (high, low)), laid out as plan.placed() does."""
     made = _STEPS[layer.op](layer, inputs, out, weights, output)
-    return replace(made, sizes={"type": _TYPES[dtype], **made.sizes})
+    return replace(made, sizes={"type": _TYPES[dtype], **_of_layer(layer), **made.sizes})
+
+
+def _of_layer(layer: Layer) -> dict[str, int]:
+    """The layer's numbers under their own names, which most structs share."""
+    return {
+        "in_channels": layer.in_channels,
+        "mid_channels": layer.mid_channels,
+        "out_channels": layer.out_channels,
+        "last_channels": layer.last_channels,
+        "stride": layer.stride,
+        "dilation": layer.dilation,
+        "padding": layer.padding,
+        "kernel": layer.kernel,
+        "activation": ACTIVATIONS.index(layer.activation),
+        "mid_activation": ACTIVATIONS.index(layer.mid_activation),
+        "residual": int(layer.residual),
+        "dense": int(layer.dense),
+        "align_corners": int(layer.align_corners),
+    }
 
 
 def _planes(name: str, plane: Buffer) -> dict[str, int]:
@@ -153,10 +171,6 @@ def _stem_conv(
     sizes = {
         "x_type": _TYPES[x.dtype],
         "channels": channels,
-        "out_channels": layer.out_channels,
-        "stride": layer.stride,
-        "padding": layer.padding,
-        "activation": ACTIVATIONS.index(layer.activation),
         "images": images,
         "height": height,
         "width": width,
@@ -177,13 +191,6 @@ def _dsconv(
     (x,) = inputs
     sizes = {
         "out_type": _TYPES[out.dtype],
-        "in_channels": layer.in_channels,
-        "out_channels": layer.out_channels,
-        "last_channels": layer.last_channels,
-        "stride": layer.stride,
-        "dilation": layer.dilation,
-        "mid_activation": ACTIVATIONS.index(layer.mid_activation),
-        "activation": ACTIVATIONS.index(layer.activation),
         **_sizes(x, out),
         "out_channel": out.strides[3],
     }
@@ -194,16 +201,7 @@ def _inverted_residual(
     layer: Layer, inputs: Sequence[Buffer], out: Buffer, weights: Mapping[str, Buffer], _: str
 ) -> CudaStep:
     (x,) = inputs
-    sizes = {
-        "in_channels": layer.in_channels,
-        "mid_channels": layer.mid_channels,
-        "out_channels": layer.out_channels,
-        "stride": layer.stride,
-        "residual": int(layer.residual),
-        "activation": ACTIVATIONS.index(layer.activation),
-        **_sizes(x, out),
-    }
-    return CudaStep("inverted_residual", sizes, {"x": x, **weights, "out": out})
+    return CudaStep("inverted_residual", _sizes(x, out), {"x": x, **weights, "out": out})
 
 
 def _pyramid_pooling(
@@ -220,12 +218,6 @@ def _pyramid_pooling(
         "shares": Buffer.dense("pyramid_shares", x.dtype, shares),
     }
     sizes = {
-        "in_channels": layer.in_channels,
-        "mid_channels": layer.mid_channels,
-        "out_channels": layer.out_channels,
-        "kernel": layer.kernel,
-        "activation": ACTIVATIONS.index(layer.activation),
-        "align_corners": int(layer.align_corners),
         "branches": len(layer.bins),
         "bins": list(layer.bins),
         "images": images,
@@ -244,11 +236,6 @@ def _feature_fusion(
     sizes = {
         "low_channels": layer.in_channels,
         "high_channels": layer.mid_channels,
-        "out_channels": layer.out_channels,
-        "dilation": layer.dilation,
-        "dense": int(layer.dense),
-        "activation": ACTIVATIONS.index(layer.activation),
-        "align_corners": int(layer.align_corners),
         "images": high.shape[0],
         "height": high.shape[1],
         "width": high.shape[2],
@@ -279,7 +266,6 @@ def _upsample_classify(
         "out_type": _TYPES[out.dtype],
         "classes": classes,
         "output": OUTPUTS.index(output),
-        "align_corners": int(layer.align_corners),
         "images": images,
         "low_height": low_height,
         "low_width": low_width,

@@ -19,7 +19,7 @@ from ...program.memory import Buffer
 from ...program.program import fast_scnn, layer_sizes
 from . import cuda, nvcc
 from .cuda import CudaStep
-from .machine import MULTIPROCESSORS
+from .gpus import MULTIPROCESSORS
 from .plan import PlacedLayer, Plan, activation_buffer, logits_buffer, op_plan
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What NVIDIA's multiprocessors hold, and what machine code for them consists of; nothing here needs a GPU."""
+"""What machine code for NVIDIA's GPUs consists of; nothing here needs a GPU."""
 
 from __future__ import annotations
 
@@ -9,53 +9,9 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-
-from ...program.memory import rounded_up
-
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """What one multiprocessor of a compute capability holds, and what a block may take; shared in bytes."""
-
-    warps: int
-    blocks: int
-    shared: int
-    shared_of_block: int
-    reserved: int  # shared bytes that every block takes besides its own
-    granularity: int  # of shared bytes
-    registers: int = 65536
-
-    def resident_warps(self, warps: int, registers: int, shared: int) -> int:
-        """Warps at once of blocks of ``warps`` warps, ``registers`` a thread and ``shared`` bytes a block.
-
-        NVIDIA's occupancy arithmetic: registers come 256 a warp at a time, on four partitions.
-        """
-        by_registers = self.registers // max(rounded_up(registers * 32, 256), 1) // 4 * 4
-        taken = rounded_up(shared + self.reserved, self.granularity)
-        by_shared = self.shared // taken if taken else self.blocks
-        return warps * min(self.blocks, self.warps // warps, by_registers // warps, by_shared)
-
-
-def _ampere(warps: int, blocks: int, kib: int) -> Multiprocessor:
-    return Multiprocessor(warps, blocks, kib * 1024, (kib - 1) * 1024, 1024, 128)
-
-
-#: By compute capability (CUDA C++ Programming Guide, technical specifications).
-MULTIPROCESSORS = {
-    75: Multiprocessor(32, 16, 65536, 65536, 0, 256),
-    80: _ampere(64, 32, 164),
-    86: _ampere(48, 16, 100),
-    87: _ampere(48, 16, 164),
-    89: _ampere(48, 24, 100),
-    90: _ampere(64, 32, 228),
-    100: _ampere(64, 32, 228),
-    120: _ampere(48, 24, 100),
-}
-
 
 #: Instructions of tensor cores, and loads of 16 bytes a thread from global memory, as regular expressions.
 PRODUCTS = r"(H|HG|I|Q|QG|UTCH|UTCQ|UTCI)MMA|WARPSYNC_MMA"

@@ -16,7 +16,8 @@ from ...program.program import Program
 from . import choices, cuda
 from .choices import Choice, Choices
 from .cuda import CudaStep
-from .tiles import Architecture, tile
+from .gpus import Architecture
+from .tiles import tile
 from .torch_step import TorchStep
 
 #: Memories that each call brings; all others are scratch.

@@ -22,8 +22,8 @@ from . import choices
 from .arena import Pool
 from .choices import Choices
 from .cuda import ALIGNMENT
+from .gpus import INTERPRETER, Architecture
 from .plan import PlacedLayer, Plan, activation_buffer, input_names, network_plan, op_plan
-from .tiles import INTERPRETER, Architecture
 
 
 def products(precision: str, architecture: Architecture) -> str:

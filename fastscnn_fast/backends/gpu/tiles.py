@@ -14,11 +14,7 @@ from ...kernels.launch import Tile
 from ...lower.gpu import chunk, computed_channels
 from ...program.layers import Layer
 from ...program.memory import cdiv
-
-#: Where the kernels run: an NVIDIA compute capability (80 for sm_80), AMD's name, or the interpreter.
-Architecture = int | str
-INTERPRETER = "interpreter"
-
+from .gpus import GPUS, INTERPRETER, MULTIPROCESSORS, Architecture
 
 # Eight warps and one stage: the nine taps' loads fly together from registers, where a pipeline would first
 # copy them through shared memory 8 bytes at a time; four warps of 64 pixels spill.
@@ -79,33 +75,21 @@ _INTERPRETED = {
 }
 
 
-# Multiprocessors of a usual device of the architecture (T4, A100, A10, Orin, RTX 4090, H100, B200, RTX 5090,
-# MI200, MI300X); of an unknown one, A100's.
-_PROCESSORS: dict[Architecture, int] = {
-    75: 40,
-    80: 108,
-    86: 72,
-    87: 16,
-    89: 128,
-    90: 132,
-    100: 148,
-    120: 170,
-    "gfx90a": 104,
-    "gfx942": 304,
-}
-_UNKNOWN_PROCESSORS = 108
+# An unlisted GPU is taken for one of A100's multiprocessors, of 100 KiB of shared memory each.
+_UNKNOWN_PROCESSORS = GPUS[80].processors
 
-# Bytes of x that a program of inverted_residual may keep in shared memory while it goes over the expanded
-# channels, so that eight warps share a multiprocessor of 164 KiB and more; of sm_75's 64 KiB, where products
-# copy them once more; of 100 KiB, the rule for unknown architectures too.
-_MOST_PIXELS: dict[Architecture, int] = {
-    75: 24 * 1024,
-    80: 64 * 1024,
-    87: 64 * 1024,
-    90: 64 * 1024,
-    100: 64 * 1024,
-}
-_UNKNOWN_MOST_PIXELS = 36 * 1024
+
+def _most_pixels(architecture: Architecture) -> int:
+    """Bytes of x that a program of inverted_residual may keep in shared memory while it goes over the expanded channels.
+
+    So that eight warps share a multiprocessor of 164 KiB and more; of sm_75's 64 KiB, where products copy them
+    once more; of 100 KiB, the rule for unknown architectures too.
+    """
+    held = MULTIPROCESSORS.get(architecture)
+    if held is None or 64 * 1024 < held.shared < 164 * 1024:
+        return 36 * 1024
+    return (24 if held.shared == 64 * 1024 else 64) * 1024
+
 
 # Blocks of a lane. The larger, the less is expanded twice: 4, 6 and 9 times each pixel at stride 1.
 _BLOCKS = ((2, 2), (1, 2), (1, 1))
@@ -141,8 +125,9 @@ def _block(
     On a small plane large blocks would leave most multiprocessors without a program: there smaller blocks
     finish earlier although they expand more in all.
     """
-    most = _MOST_PIXELS.get(architecture, _UNKNOWN_MOST_PIXELS)
-    processors = _PROCESSORS.get(architecture, _UNKNOWN_PROCESSORS)
+    most = _most_pixels(architecture)
+    gpu = GPUS.get(architecture)
+    processors = _UNKNOWN_PROCESSORS if gpu is None else gpu.processors
 
     def expanded(block: tuple[int, int]) -> int:
         rows, columns = block

@@ -29,9 +29,9 @@ from .. import registry
 from . import measure
 from .arena import Pool
 from .choices import CUDA, TORCH, Choice, Choices
+from .gpus import Architecture
 from .plan import PlacedLayer, input_names, op_plan, placed
 from .runner import RUNNERS, products
-from .tiles import Architecture
 
 #: Milliseconds of a run, several times: of these in turns, which read and write different memory.
 Clock = Callable[[Sequence[Callable[[], None]]], Sequence[float]]
