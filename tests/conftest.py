@@ -1,12 +1,12 @@
-"""One fresh seed a run, printed with the run and with each failure; one case per instruction set and arithmetic."""
+"""One seed a run, groups of tests that `make test` leaves out, and one case per instruction set and arithmetic."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from secrets import randbits
 from typing import Any
 
 import pytest
@@ -23,12 +23,64 @@ from hypothesis import settings
 
 from fastscnn_fast.backends import registry
 
-SEED = int(os.environ.get("FASTSCNN_SEED") or randbits(31))
+#: The same numbers each time, unless FASTSCNN_SEED=n asks for others; child processes find it in their environment.
+SEED = int(os.environ.setdefault("FASTSCNN_SEED", "1"))
+
+#: Groups of tests by their marker. `make test` leaves them out, `.ci/run` those of NOT_IN_CI.
+GROUPS = {
+    "gpu": "needs a GPU",
+    "exhaustive": "takes tens of minutes",
+    "sanitizers": "CUDA kernels in the emulation under AddressSanitizer and UBSan",
+    "mutants": "CUDA kernels that are wrong on purpose must be found out",
+    "machine_code": "compiles kernels for GPUs that are not at hand",
+    "emulated": "CUDA kernels compiled for the host, where they run",
+    "interpreted": "Triton kernels in Triton's interpreter",
+    "slow": "more sizes, pictures and random draws",
+}
+NOT_IN_CI = {"gpu", "exhaustive"}
 
 # Most tensors here are too small to share: on a busy processor threads would wait for each other.
 torch.set_num_threads(1)
-settings.register_profile("fastscnn_fast", deadline=None, print_blob=True)
+# What failed before is not kept: hypothesis draws from the seed alone.
+settings.register_profile("fastscnn_fast", deadline=None, print_blob=True, database=None)
 settings.load_profile("fastscnn_fast")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads it
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--hypothesis-seed") is None:
+        config.option.hypothesis_seed = str(SEED)
+    for name, what in GROUPS.items():
+        config.addinivalue_line("markers", f"{name}: {what}")
+    config.addinivalue_line("markers", "ci: of these groups, all that `.ci/run` runs")
+
+
+def _groups(item: pytest.Item) -> list[str]:
+    return [name for name in GROUPS if item.get_closest_marker(name)]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        groups = _groups(item)
+        if groups and NOT_IN_CI.isdisjoint(groups):
+            item.add_marker("ci")
+
+
+_LEFT_OUT = Counter[str]()
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    _LEFT_OUT.update(groups[0] for item in items if (groups := _groups(item)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was not run, by name; a test of two groups counts for the first."""
+    for name, what in GROUPS.items():
+        if _LEFT_OUT[name]:
+            select = name if name in NOT_IN_CI else f"{name} and ci"
+            command = f'python -m pytest -m "{select}"'
+            terminalreporter.write_line(f"{_LEFT_OUT[name]:5} not run: {command:40} # {what}")
 
 
 def pytest_report_header() -> str:

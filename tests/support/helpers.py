@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from fastscnn_fast.backends import registry
 from fastscnn_fast.ops import schemas
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.runtime.model import FastSCNN
+
+#: The checkout.
+ROOT = Path(__file__).parents[2]
 
 # ---------------------------------------------------------------- kernels
 
