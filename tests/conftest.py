@@ -26,7 +26,7 @@ from fastscnn_fast.backends import registry
 #: The same numbers each time, unless FASTSCNN_SEED=n asks for others; child processes find it in their environment.
 SEED = int(os.environ.setdefault("FASTSCNN_SEED", "1"))
 
-#: Groups of tests by their marker. `make test` leaves them out, `.ci/run` those of NOT_IN_CI.
+#: Groups of tests by their marker. `make test` leaves them out, `.ci/run` only those of NOT_IN_CI.
 GROUPS = {
     "gpu": "needs a GPU",
     "exhaustive": "takes tens of minutes",
@@ -75,7 +75,9 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was not run, by name; a test of two groups counts for the first."""
+    """What the default selection did not run, by name; a test of two groups counts for the first."""
+    if "not ci" not in terminalreporter.config.option.markexpr:
+        return
     for name, what in GROUPS.items():
         if _LEFT_OUT[name]:
             select = name if name in NOT_IN_CI else f"{name} and ci"

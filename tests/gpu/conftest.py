@@ -14,8 +14,8 @@ collect_ignore = ["test_aot.py", "test_dump.py"] if INTERPRETED else []
 _WANTED: dict[str, Callable[[Target], bool]] = {
     "target": lambda target: True,
     "triton": lambda target: target.backend == "triton",
-    "emulation": lambda target: target.runner == "emulation",
-    "on_gpu": lambda target: target.runner == "gpu",
+    "emulation": lambda target: target.where == "emulation",
+    "on_gpu": lambda target: target.where == "gpu",
 }
 
 

@@ -33,8 +33,8 @@ from cases import (
 from helpers import LAYOUTS, assert_labels, assert_parity, err, in_layout, noise, run_poisoned
 from layouts import SMALL
 from targets import (
-    ARITHMETICS,
     INTERPRETED,
+    NAMES,
     ONE_OF_EACH,
     Target,
     check,
@@ -290,7 +290,7 @@ def networks() -> Iterator[Any]:
         ("segmentron", "bfloat16", (49, 65), False, "logits"),
         ("mmseg_legacy", "float32", (49, 65), True, "labels"),
     }
-    for values in product(PRESETS, ARITHMETICS, ((49, 65), (64, 96)), (False, True), ops.OUTPUTS):
+    for values in product(PRESETS, NAMES, ((49, 65), (64, 96)), (False, True), ops.OUTPUTS):
         yield slow_unless(values in quick, *values)
 
 

@@ -47,19 +47,17 @@ from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import arena, runner
 from fastscnn_fast.backends.gpu.plan import Plan
 from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.program import arithmetic
 from fastscnn_fast.runtime.fused import FusedFastSCNN
 from fastscnn_fast.runtime.model import FastSCNN
 
 #: Triton decides it when it is imported, so the interpreter has a process of its own.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-#: dtype and precision by name.
-ARITHMETICS = {
-    "float32": (torch.float32, "highest"),
-    "high": (torch.float32, "high"),
-    "float16": (torch.float16, "highest"),
-    "bfloat16": (torch.bfloat16, "highest"),
-}
+#: Every arithmetic that a GPU backend has.
+NAMES = tuple(
+    dict.fromkeys(name for backend in ("triton", "cuda") for name in arithmetic.of(backend))
+)
 
 
 @dataclass(frozen=True)
@@ -67,26 +65,26 @@ class Target:
     """A backend and what runs its kernels: "interpreter", "emulation" or "gpu"."""
 
     backend: str
-    runner: str
+    where: str
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.runner}"
+        return f"{self.backend}-{self.where}"
 
     @property
     def marks(self) -> pytest.MarkDecorator:
         """The group of tests that a case of this target belongs to."""
         groups = {"interpreter": "interpreted", "emulation": "emulated", "gpu": "gpu"}
-        return getattr(pytest.mark, groups[self.runner])
+        return getattr(pytest.mark, groups[self.where])
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if self.runner == "gpu" else "cpu")
+        return torch.device("cuda" if self.where == "gpu" else "cpu")
 
     def why_not(self) -> str:
         """Why it cannot run here, "" where it can."""
-        if self.runner == "emulation":
+        if self.where == "emulation":
             return cuda_host.why_not()
-        if self.runner == "gpu" and not torch.cuda.is_available():
+        if self.where == "gpu" and not torch.cuda.is_available():
             return "there is no GPU"
         why_not = registry.BACKENDS[self.backend].why_not(Config(), self.device, torch.float32)
         return why_not or ""
@@ -95,7 +93,7 @@ class Target:
     def ready(self) -> Iterator[Target]:
         """With plans, arenas and tiles of the test's own; the emulation stands in for the CUDA extension."""
         with pytest.MonkeyPatch.context() as monkeypatch:
-            if self.runner == "emulation":
+            if self.where == "emulation":
                 monkeypatch.setattr(registry, "_cuda_module", cuda_host.shared())
             monkeypatch.setattr(arena, "Bound", PoisonedBound)
             monkeypatch.setattr(runner, "_pool", arena.Pool())
@@ -103,26 +101,25 @@ class Target:
         runner._op_plan.cache_clear()
         runner._network_plan.cache_clear()
 
-    def arithmetic(self, name: str) -> tuple[torch.dtype, str]:
-        """Its dtype and precision; skips the test where the backend has no such arithmetic."""
-        if name == "high" and self.backend == "cuda":
-            pytest.skip("the cuda backend has no precision 'high'")
-        return ARITHMETICS[name]
+    def asked(self, name: str) -> tuple[torch.dtype, str]:
+        """The arithmetic's dtype and precision; skips the test where the backend has no such arithmetic."""
+        if name not in arithmetic.of(self.backend):
+            pytest.skip(f"the {self.backend} backend has no arithmetic {name!r}")
+        return arithmetic.ARITHMETICS[name].asked
 
     def bound(self, name: str) -> Bound:
         """In the interpreter "high" is as good as "highest"; on a GPU it is TF32."""
-        high = "float32" if self.runner == "interpreter" else "tf32"
+        high = "float32" if self.where == "interpreter" else "tf32"
         return BOUNDS[high if name == "high" else name]
 
-    def case(self, case: Case, arithmetic: str | None = None) -> GpuCase:
-        """``case`` on this target, in its own arithmetic or another."""
-        fields = {**vars(case), "arithmetic": arithmetic or case.arithmetic}
-        return GpuCase(**fields, target=self)
+    def case(self, case: Case, name: str | None = None) -> GpuCase:
+        """``case`` on this target, in its own arithmetic or the one of that name."""
+        return GpuCase(**{**vars(case), "arithmetic": name or case.arithmetic}, target=self)
 
-    def fused(self, name: str, arithmetic: str = "float32") -> FusedFastSCNN:
+    def fused(self, preset: str, name: str = "float32") -> FusedFastSCNN:
         """:func:`small_model`, without CUDA graphs, so that every call launches (graphs have tests of their own)."""
-        folded = fold(small_model(name))
-        how = self.arithmetic(arithmetic)
+        folded = fold(small_model(preset))
+        how = self.asked(name)
         return FusedFastSCNN(folded, self.backend, *how, cuda_graph="off").to(self.device)
 
 
@@ -136,16 +133,12 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class GpuCase(Case):
-    """A :class:`Case` on a target; its arithmetic is one of ARITHMETICS above."""
+    """A :class:`Case` on a target."""
 
     target: Target = field(kw_only=True)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return ARITHMETICS[self.arithmetic][0]
-
     def packed(self, weights: dict[str, Tensor]) -> Tensor:
-        how = self.target.arithmetic(self.arithmetic)
+        how = self.target.asked(self.arithmetic)
         packed = ops.pack([self.layer], [weights], self.target.backend, *how)
         return Guarded(packed.numel(), device=self.target.device).inside.copy_(packed)
 
