@@ -26,17 +26,17 @@ from fastscnn_fast.backends import registry
 #: The same numbers each time, unless FASTSCNN_SEED=n asks for others; child processes find it in their environment.
 SEED = int(os.environ.setdefault("FASTSCNN_SEED", "1"))
 
-#: Groups of tests by their marker. `make test` leaves them out, `.ci/run` only those of NOT_IN_CI.
-GROUPS = {
-    "gpu": "needs a GPU",
-    "exhaustive": "takes tens of minutes",
-    "sanitizers": "CUDA kernels in the emulation under AddressSanitizer and UBSan",
-    "mutants": "CUDA kernels that are wrong on purpose must be found out",
-    "machine_code": "compiles kernels for GPUs that are not at hand",
-    "emulated": "CUDA kernels compiled for the host, where they run",
-    "interpreted": "Triton kernels in Triton's interpreter",
-    "slow": "more sizes, pictures and random draws",
-}
+#: The markers of groups that `make test` leaves out (pyproject.toml says what they are), and those that `.ci/run` does too.
+GROUPS = (
+    "gpu",
+    "exhaustive",
+    "sanitizers",
+    "mutants",
+    "machine_code",
+    "emulated",
+    "interpreted",
+    "slow",
+)
 NOT_IN_CI = {"gpu", "exhaustive"}
 
 # Most tensors here are too small to share: on a busy processor threads would wait for each other.
@@ -50,9 +50,6 @@ settings.load_profile("fastscnn_fast")
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--hypothesis-seed") is None:
         config.option.hypothesis_seed = str(SEED)
-    for name, what in GROUPS.items():
-        config.addinivalue_line("markers", f"{name}: {what}")
-    config.addinivalue_line("markers", "ci: of these groups, all that `.ci/run` runs")
 
 
 def _groups(item: pytest.Item) -> list[str]:
@@ -76,13 +73,14 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What the default selection did not run, by name; a test of two groups counts for the first."""
-    if "not ci" not in terminalreporter.config.option.markexpr:
+    config = terminalreporter.config
+    if "not ci" not in config.option.markexpr:
         return
-    for name, what in GROUPS.items():
-        if _LEFT_OUT[name]:
-            select = name if name in NOT_IN_CI else f"{name} and ci"
-            command = f'python -m pytest -m "{select}"'
-            terminalreporter.write_line(f"{_LEFT_OUT[name]:5} not run: {command:40} # {what}")
+    what = dict(line.split(": ", 1) for line in config.getini("markers") if ": " in line)
+    for name in filter(_LEFT_OUT.get, GROUPS):
+        select = name if name in NOT_IN_CI else f"{name} and ci"
+        command = f'python -m pytest -m "{select}"'
+        terminalreporter.write_line(f"{_LEFT_OUT[name]:5} not run: {command:41} # {what[name]}")
 
 
 def pytest_report_header() -> str:

@@ -139,14 +139,13 @@ def source_of(name: str) -> str:
 #: What a failing check says: numbers that are wrong (or were never written, and stayed NaN), labels that are, memory
 #: that was not the kernel's to write, and rules of a block that the emulation watches.
 NUMBERS = r"AssertionError: error (everywhere|on the border) \S+, bound"
-LABELS = r"AssertionError: \d+ of \d+ labels are wrong|AssertionError: \w+ left part of its result unwritten"
+LABELS = r"AssertionError: (\d+ of \d+ labels are wrong|label \d+ is none|\w+ left part of its result unwritten)"
 WRITTEN = (
     r"AssertionError: \w+ (wrote outside of its result|left something in the padding channels)"
 )
 WRITTEN += r"|AssertionError: a kernel wrote outside of its scratch memory"
-BARRIERS = r"RuntimeError: (a barrier is not reached by threads that ended|threads of one block wait at different)"
-BARRIERS += r"|RuntimeError: a barrier or a collective of the warp is not reached by all threads"
-COPIES = r"RuntimeError: a thread must wait for its asynchronous copies before it ends"
+BARRIERS = r"ValueError: \w+: (a barrier|threads of one block wait at different barriers)"
+COPIES = r"ValueError: \w+: a thread must wait for its asynchronous copies before it ends"
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,8 @@ def assert_labels(labels: Tensor, logits64: Tensor, tolerance: float) -> Tensor:
     Another class passes where its logit is within ``tolerance`` of the largest. Returns by how much each is below.
     """
     assert labels.dtype == torch.uint8
+    classes, largest = logits64.shape[1], int(labels.max())
+    assert largest < classes, f"label {largest} is none of {classes} classes"
     chosen = logits64.gather(1, labels.long()[:, None])[:, 0]
     gap = logits64.amax(1) - chosen
     assert (gap <= tolerance).all(), (
