@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 from targets import INTERPRETED, TARGETS, Target
 
-# Nothing is compiled where it is interpreted.
-collect_ignore = ["test_aot.py", "test_dump.py"] if INTERPRETED else []
+# Nothing is compiled where it is interpreted, and no further process is started.
+collect_ignore = ["test_aot.py", "test_dump.py", "test_interpreter.py"] if INTERPRETED else []
 
 _WANTED: dict[str, Callable[[Target], bool]] = {
     "target": lambda target: True,
