@@ -2,7 +2,7 @@
 # there (editable) and rebuilds the C++ extension where a source has changed.
 #
 #   make demo [IMAGE=photo.jpg]   segment a picture, with the speed and the parity beside it
-#   make test                     the fast tests
+#   make test                     the tests, but for the groups that it names at its end
 #   make bench                    the whole network (and bench.png), then every fused op, against torch
 #   make sanitize                 the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (GCC or Clang)
 #   make lint                     ruff, clang-format, mypy, the contracts on imports

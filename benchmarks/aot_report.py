@@ -25,8 +25,8 @@ from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import aot, nvcc
 from fastscnn_fast.backends.gpu.cuda import CudaStep, Described, described
-from fastscnn_fast.backends.gpu.gpus import GPUS, MULTIPROCESSORS, Gpu
 from fastscnn_fast.backends.gpu.machine import PRODUCTS, WIDE_LOADS, count
+from fastscnn_fast.backends.gpus import GPUS, MULTIPROCESSORS, Gpu
 from fastscnn_fast.kernels.launch import Launch
 from fastscnn_fast.program.layers import SizedLayer
 from fastscnn_fast.program.memory import cdiv, rounded_up

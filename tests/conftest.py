@@ -1,12 +1,12 @@
-"""One fresh seed a run, printed with the run and with each failure; one case per instruction set and arithmetic."""
+"""One seed a run, groups of tests that `make test` leaves out, and one case per instruction set and arithmetic."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from secrets import randbits
 from typing import Any
 
 import pytest
@@ -23,12 +23,64 @@ from hypothesis import settings
 
 from fastscnn_fast.backends import registry
 
-SEED = int(os.environ.get("FASTSCNN_SEED") or randbits(31))
+#: The same numbers each time, unless FASTSCNN_SEED=n asks for others; child processes find it in their environment.
+SEED = int(os.environ.setdefault("FASTSCNN_SEED", "1"))
+
+#: The markers of groups that `make test` leaves out (pyproject.toml says what they are), and those that `.ci/run` does too.
+GROUPS = (
+    "gpu",
+    "exhaustive",
+    "sanitizers",
+    "mutants",
+    "machine_code",
+    "emulated",
+    "interpreted",
+    "slow",
+)
+NOT_IN_CI = {"gpu", "exhaustive"}
 
 # Most tensors here are too small to share: on a busy processor threads would wait for each other.
 torch.set_num_threads(1)
-settings.register_profile("fastscnn_fast", deadline=None, print_blob=True)
+# What failed before is not kept: hypothesis draws from the seed alone.
+settings.register_profile("fastscnn_fast", deadline=None, print_blob=True, database=None)
 settings.load_profile("fastscnn_fast")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads it
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--hypothesis-seed") is None:
+        config.option.hypothesis_seed = str(SEED)
+
+
+def _groups(item: pytest.Item) -> list[str]:
+    return [name for name in GROUPS if item.get_closest_marker(name)]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        groups = _groups(item)
+        if groups and NOT_IN_CI.isdisjoint(groups):
+            item.add_marker("ci")
+
+
+_LEFT_OUT = Counter[str]()
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    _LEFT_OUT.update(groups[0] for item in items if (groups := _groups(item)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the default selection did not run, by name; a test of two groups counts for the first."""
+    config = terminalreporter.config
+    if "not ci" not in config.option.markexpr:
+        return
+    what = dict(line.split(": ", 1) for line in config.getini("markers") if ": " in line)
+    for name in filter(_LEFT_OUT.get, GROUPS):
+        select = name if name in NOT_IN_CI else f"{name} and ci"
+        command = f'python -m pytest -m "{select}"'
+        terminalreporter.write_line(f"{_LEFT_OUT[name]:5} not run: {command:41} # {what[name]}")
 
 
 def pytest_report_header() -> str:

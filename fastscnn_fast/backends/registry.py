@@ -16,7 +16,7 @@ import torch
 from ..arch.config import Config
 from ..program import arithmetic
 from ..program.program import fast_scnn
-from .gpu import gpus
+from . import gpus
 
 #: The cpu backend's arithmetics by name.
 CPU_ARITHMETICS = arithmetic.of("cpu")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from layouts import SMALL, key_lists, random_state
 from safetensors.torch import save_file
 from torch import Tensor
@@ -65,7 +66,7 @@ def test_every_layout_comes_back_byte_for_byte(name: str, tmp_path: Path) -> Non
     check_round_trip(random_state(key_lists()[name]), name, tmp_path / "weights.pth")
 
 
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
+REFERENCE = ROOT.resolve().parent / "shared" / "reference"
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="no complete key lists beside the checkout")

@@ -6,18 +6,16 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import err, small_network, threads
+from helpers import ROOT, err, small_network, threads
 from torch.utils.data import DataLoader
 from workers import Labels, openmp_libraries
 
 from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse
 from fastscnn_fast.backends import registry
 
-ROOT = Path(__file__).parents[2]
 BEGIN = """
 import ctypes, os, sys, threading
 sys.path[:0] = [{root!r}, {support!r}]

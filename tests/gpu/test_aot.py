@@ -15,7 +15,6 @@ half precision are loaded by 16 bytes a thread. What does not hold:
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,13 +27,11 @@ import torch
 from fastscnn_fast.arch.config import PRESETS, preset
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels are interpreted (TRITON_INTERPRET=1)", allow_module_level=True)
 
 from triton.backends.compiler import BaseBackend
 
 from fastscnn_fast.backends.gpu import aot
-from fastscnn_fast.backends.gpu.gpus import Architecture
+from fastscnn_fast.backends.gpus import Architecture
 from fastscnn_fast.kernels.launch import Launch
 from fastscnn_fast.program.memory import Buffer
 
@@ -152,7 +149,7 @@ def test_machine_code(case: Case) -> None:
     _check(case)
 
 
-@pytest.mark.slow
+@pytest.mark.machine_code
 @pytest.mark.parametrize("case", list(_all()), ids=_name)
 def test_machine_code_of_every_specialisation(case: Case) -> None:
     _check(case)
@@ -168,7 +165,7 @@ def _odd() -> Iterator[Any]:
     for odd in itertools.product(
         ("tramac", "segmentron"), (torch.float16, torch.float32), ODD_SIZES
     ):
-        yield pytest.param(*odd, marks=[] if odd == few else [pytest.mark.slow])
+        yield pytest.param(*odd, marks=[] if odd == few else [pytest.mark.machine_code])
 
 
 @pytest.mark.parametrize(("name", "dtype", "size"), list(_odd()), ids=str)

@@ -1,6 +1,6 @@
 """The CUDA backend without a kernel running: who can run it, what is built, what it plans, and that it says why not.
 
-Its numerics are test_cuda_host.py and test_gpu.py, its machine code test_cuda_code.py.
+Its numerics are test_parity.py and test_cuda_host.py, its machine code test_cuda_code.py.
 """
 
 from __future__ import annotations
@@ -21,26 +21,30 @@ from typing import Any, NoReturn
 import cuda_host
 import pytest
 import torch
-from helpers import small_network
+from helpers import ROOT, small_network
 
 from fastscnn_fast import fuse, ops
 from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import choices, cuda, nvcc, runner, tune
 from fastscnn_fast.backends.gpu.cuda import CudaStep
-from fastscnn_fast.backends.gpu.gpus import MULTIPROCESSORS
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
+from fastscnn_fast.backends.gpus import MULTIPROCESSORS
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program.layers import ACTIVATIONS, OPS, OUTPUTS, Layer
 from fastscnn_fast.program.memory import Buffer
 from fastscnn_fast.program.program import fast_scnn
 
-ROOT = Path(__file__).parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 built = pytest.mark.skipif(
     registry._cuda_module is None, reason=f"fastscnn_fast._cuda: {registry._cuda_missing}"
 )
-emulated = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
+
+
+def emulated(test: Any) -> Any:
+    """Needs the extension that is compiled for the host."""
+    why_not = cuda_host.why_not()
+    return pytest.mark.emulated(pytest.mark.skipif(bool(why_not), reason=why_not)(test))
 
 
 # ---------------------------------------------------------------- who can run it

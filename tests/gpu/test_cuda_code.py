@@ -18,15 +18,18 @@ from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import dump, nvcc
 from fastscnn_fast.backends.gpu.cuda import CudaStep, Described, described
-from fastscnn_fast.backends.gpu.gpus import MULTIPROCESSORS
 from fastscnn_fast.backends.gpu.machine import PRODUCTS, count
+from fastscnn_fast.backends.gpus import MULTIPROCESSORS
 from fastscnn_fast.cli import main
 from fastscnn_fast.program.layers import OPS
 from fastscnn_fast.program.program import layer_sizes
 
-pytestmark = pytest.mark.skipif(
-    bool(cuda_host.why_not() or nvcc.why_not()), reason=cuda_host.why_not() or nvcc.why_not()
-)
+pytestmark = [
+    pytest.mark.machine_code,
+    pytest.mark.skipif(
+        bool(cuda_host.why_not() or nvcc.why_not()), reason=cuda_host.why_not() or nvcc.why_not()
+    ),
+]
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 NO_SPILLS = (80, 90)

@@ -12,37 +12,23 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import cuda_host
-import gpu_parity
 import pytest
 import torch
 from cases import Case
-from gpu_parity import *  # noqa: F403
-from gpu_parity import GpuCase, check_odd, slow_unless
+from helpers import ROOT
+from targets import ONE_OF_EACH, GpuCase, Target, check_odd, check_upsampling, slow_unless
 
 from fastscnn_fast.arch.config import PRESETS
-from fastscnn_fast.backends import registry
 from fastscnn_fast.program.layers import OPS, Layer
 from fastscnn_fast.program.program import layer_sizes
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-@pytest.fixture(scope="session")
-def module() -> ModuleType:
-    return cuda_host.shared()
-
-
-@pytest.fixture
-def backend(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(registry, "_cuda_module", module)
-    monkeypatch.setattr(gpu_parity, "DEVICE", torch.device("cpu"))
-    return "cuda"
 
 
 # ---------------------------------------------------------------- the network's own instantiations
@@ -64,17 +50,15 @@ def real_layers() -> Iterator[Any]:
             for arithmetic in DTYPES:
                 quick = arithmetic == "float16" and name in ("tramac", "paper")
                 id = f"{step.layer.op}-{name}-{step.layer.name}-{arithmetic}"
-                yield slow_unless(quick, GpuCase.of(case, arithmetic), id=id)
+                yield slow_unless(quick, replace(case, arithmetic=arithmetic), id=id)
 
 
 @pytest.mark.parametrize("case", list(real_layers()))
-def test_real_layers(case: GpuCase, module: ModuleType) -> None:
+def test_real_layers(case: Case, emulation: Target) -> None:
+    check = check_upsampling if case.layer.op == "upsample_classify" else check_odd
     for order in (0, 1, 2, 3):
-        module.set_warp_order(order)
-        if case.layer.op == "upsample_classify":
-            gpu_parity.test_upsampling(case)  # every output
-        else:
-            check_odd(case)
+        cuda_host.shared().set_warp_order(order)
+        check(emulation.case(case))
 
 
 #: More output channels than a block has, with all that follows them; more input channels than lie in shared
@@ -91,10 +75,10 @@ WIDE = [
 
 @pytest.mark.parametrize("arithmetic", ["float32", "float16"])
 @pytest.mark.parametrize("layer", WIDE, ids=lambda layer: str(Case(layer, ())))
-def test_wide_layers(layer: Layer, arithmetic: str, module: ModuleType) -> None:
+def test_wide_layers(layer: Layer, arithmetic: str, emulation: Target) -> None:
     for order in (0, 1):
-        module.set_warp_order(order)
-        check_odd(GpuCase.of(Case(layer, ((9, 18),)), arithmetic))
+        cuda_host.shared().set_warp_order(order)
+        check_odd(emulation.case(Case(layer, ((9, 18),)), arithmetic))
 
 
 def fenced(packed: torch.Tensor) -> torch.Tensor:
@@ -109,16 +93,22 @@ def fenced(packed: torch.Tensor) -> torch.Tensor:
     return inside.copy_(packed)
 
 
+class FencedCase(GpuCase):
+    """Its weights are :func:`fenced`."""
+
+    def packed(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return fenced(super().packed(weights))
+
+
 @pytest.mark.parametrize("out_channels", [16, 48])
-def test_nothing_is_read_past_the_weights(
-    out_channels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_read_past_the_weights(out_channels: int, emulation: Target) -> None:
     """In a process that a read past them ends."""
-    packed = GpuCase.packed
-    monkeypatch.setattr(GpuCase, "packed", lambda *arguments: fenced(packed(*arguments)))
     cases = [
-        GpuCase.of(replace(case, layer=replace(case.layer, out_channels=out_channels)), "float32")
-        for case in gpu_parity.ONE_OF_EACH
+        FencedCase(
+            **{**vars(case), "layer": replace(case.layer, out_channels=out_channels)},
+            target=emulation,
+        )
+        for case in ONE_OF_EACH
         if case.layer.op != "upsample_classify" and not case.layer.residual
     ]
     child = os.fork()
@@ -149,15 +139,27 @@ def source_of(name: str) -> str:
     return header.replace("#pragma once", "")
 
 
+#: What a failing check says: numbers that are wrong (or were never written, and stayed NaN), labels that are, memory
+#: that was not the kernel's to write, and rules of a block that the emulation watches.
+NUMBERS = r"AssertionError: error (everywhere|on the border) \S+, bound"
+LABELS = r"AssertionError: (\d+ of \d+ labels are wrong|label \d+ is none|\w+ left part of its result unwritten)"
+WRITTEN = (
+    r"AssertionError: \w+ (wrote outside of its result|left something in the padding channels)"
+)
+WRITTEN += r"|AssertionError: a kernel wrote outside of its scratch memory"
+BARRIERS = r"ValueError: \w+: (a barrier|threads of one block wait at different barriers)"
+COPIES = r"ValueError: \w+: a thread must wait for its asynchronous copies before it ends"
+
+
 @dataclass(frozen=True)
 class Mutant:
-    """The ``n``-th match of ``pattern`` in an op's source becomes ``replacement``; a test must then say ``says``."""
+    """The ``n``-th match of ``pattern`` in an op's source becomes ``replacement``; one of ``checks`` must then fail."""
 
     source: str  # without its ending
     what: str
     pattern: str
     replacement: str
-    says: str = ""
+    checks: tuple[str, ...]
     n: int = 0
 
     def __str__(self) -> str:
@@ -177,21 +179,27 @@ class Mutant:
 
 
 BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
-KINDS = (
-    ("without a barrier", BARRIER, ";", ""),
-    ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", "barrier"),
-    ("copies not waited for", LAST_WAIT, ";", ""),
+LATER_WAIT = r"async_wait<(1|kStages - 2)>\(\);"
+KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS)),
+    ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", (BARRIERS,)),
+    ("copies not waited for", LAST_WAIT, ";", (NUMBERS, COPIES)),
+    ("copies waited for too late", LATER_WAIT, r"async_wait<\1 + 1>();", (NUMBERS, COPIES)),
+    ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", (NUMBERS,)),
     (
-        "copies waited for too late",
-        r"async_wait<(1|kStages - 2)>\(\);",
-        r"async_wait<\1 + 1>();",
-        "",
+        "reads past the edge",
+        r"(?<=z >= 0 && z) < width|(?<=pixel\.y) < width",
+        " <= width",
+        (NUMBERS,),
     ),
-    ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", ""),
-    ("reads past the edge", r"(?<=z >= 0 && z) < width|(?<=pixel\.y) < width", " <= width", ""),
-    ("writes past the edge", r"z >= (out_)?width\b|column >= width\b", r"(\g<0>) && false", ""),
-    ("a write past the end", r"p >= pixels\b", "p > pixels", ""),
-    ("labels past the edge", r"if \(column < width\) to", "to", ""),
+    (
+        "writes past the edge",
+        r"z >= (out_)?width\b|column >= width\b",
+        r"(\g<0>) && false",
+        (NUMBERS, LABELS, WRITTEN),
+    ),
+    ("a write past the end", r"p >= pixels\b", "p > pixels", (NUMBERS, LABELS, WRITTEN)),
+    ("labels past the edge", r"if \(column < width\) to", "to", (LABELS, WRITTEN)),
 )
 
 
@@ -200,53 +208,46 @@ def mutants() -> Iterator[Any]:
         for kind in KINDS:
             for n in range(len(re.findall(kind[1], source_of(source)))):
                 mutant = Mutant(source, *kind, n=n)
-                marks = [] if source == "dsconv" and n == 0 else [pytest.mark.slow]
-                if n > 0:  # minutes
-                    marks = [pytest.mark.exhaustive]
+                marks = [pytest.mark.mutants, *[pytest.mark.exhaustive] * (n > 0)]
                 yield pytest.param(mutant, id=str(mutant), marks=marks)
+
+
+def run_emulated(module: Path, selected: str, timeout: int, **environment: str) -> Any:
+    """The first selection of the emulation's tests on ``module``, in a process of their own, to the first failure."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    tests = [
+        str(Path(__file__).with_name(name)) for name in ("test_parity.py", "test_cuda_host.py")
+    ]
+    return subprocess.run(
+        [*command, "-m", "emulated and not slow", "-k", selected, *tests],
+        env={**os.environ, cuda_host.VARIABLE: str(module), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.mark.parametrize("mutant", list(mutants()))
 def test_mutants_are_found(mutant: Mutant) -> None:
+    """By a check that is there to find them; a crash, or another error, is no such thing."""
     built = cuda_host.build(changed={f"{mutant.op}.cu": mutant.text()})
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [
-            *command,
-            "-k",
-            f"{mutant.op} and (real_layers or small_size or upsampling or wide_layers)",
-        ],
-        env={**os.environ, cuda_host.VARIABLE: str(built)},
-        cwd=cuda_host.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    selected = f"{mutant.op} and (real_layers or small_size or upsampling or wide_layers)"
+    done = run_emulated(built, selected, 300)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
-    assert mutant.says in done.stdout, done.stdout
+    (said,) = re.findall(r"^E +(\w*(?:Error|Exception): .*)", done.stdout, re.MULTILINE)
+    assert any(re.match(check, said) for check in mutant.checks), said
 
 
 # ---------------------------------------------------------------- sanitizers
 
 
-@pytest.mark.slow
+@pytest.mark.sanitizers
 def test_sanitizers_find_nothing() -> None:
     """AddressSanitizer and UBSan over every op in a process of its own; Python itself leaks and is not asked."""
     built = cuda_host.build(cuda_host.SANITIZED)
     command = [cuda_host.COMPILER, "-print-file-name=libasan.so"]
     asan = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "test_real_layers or a_small_size"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, *options],
-        env={
-            **os.environ,
-            cuda_host.VARIABLE: str(built),
-            "LD_PRELOAD": asan,
-            "ASAN_OPTIONS": "detect_leaks=0",
-        },
-        cwd=cuda_host.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
+    selected = "test_real_layers or a_small_size"
+    done = run_emulated(built, selected, 1800, LD_PRELOAD=asan, ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,38 +1,21 @@
-"""The GPU backends on a GPU: every case of the interpreter's and the emulation's, and what only a device shows.
+"""What only a GPU shows of the GPU backends; their numerics there are test_parity.py's.
 
-python -m pytest tests/gpu/test_gpu.py -m gpu
+python -m pytest tests/gpu -m gpu
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import err, noise
+from targets import Target, odd_network
 
-pytest.importorskip("triton", reason="triton is not installed")
-
-from gpu_parity import DEVICE, INTERPRETED, fused
-from helpers import noise
-from triton_parity import *  # noqa: F403
-
-from fastscnn_fast.arch.config import Config
-from fastscnn_fast.backends import registry
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 runs kernels on the cpu"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
-
-
-@pytest.fixture(params=["triton", "cuda"])
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    why_not = registry.BACKENDS[name].why_not(Config(), DEVICE, torch.float32)
-    if why_not is not None:
-        pytest.skip(f"{name}: {why_not}")
-    return name
+from fastscnn_fast import bench, fuse
+from fastscnn_fast.backends.gpu import choices, tune
+from fastscnn_fast.lower.fold import fold
 
 
 @pytest.fixture
@@ -44,8 +27,10 @@ def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_warm_call_does_not_wait_for_the_device(request: pytest.FixtureRequest) -> None:
-    fast, x = fused("paper", "float16"), noise(1, 3, 64, 96).half().to(DEVICE)
+def test_a_warm_call_does_not_wait_for_the_device(
+    on_gpu: Target, request: pytest.FixtureRequest
+) -> None:
+    fast, x = on_gpu.fused("paper", "float16"), noise(1, 3, 64, 96).half().to(on_gpu.device)
     out = torch.empty_like(fast(x))
     labels = torch.empty_like(fast.labels(x))
     request.getfixturevalue("no_synchronisation")
@@ -53,9 +38,9 @@ def test_a_warm_call_does_not_wait_for_the_device(request: pytest.FixtureRequest
     fast(x, out=out), fast.labels(x, out=labels)
 
 
-def test_streams_have_arenas_of_their_own() -> None:
+def test_streams_have_arenas_of_their_own(on_gpu: Target) -> None:
     """Many calls at once on two streams, each with its own picture: the same bits as one after the other."""
-    fast, x = fused("paper", "float16"), noise(2, 3, 128, 192).half().to(DEVICE)
+    fast, x = on_gpu.fused("paper", "float16"), noise(2, 3, 128, 192).half().to(on_gpu.device)
     expected = [fast(x[i : i + 1]) for i in (0, 1)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
@@ -70,7 +55,27 @@ def test_streams_have_arenas_of_their_own() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
-def test_a_device_that_is_not_the_current_one() -> None:
-    fast, x = fused("paper"), noise(1, 3, 64, 96).to(DEVICE)
-    other = fused("paper").to("cuda:1")
-    assert torch.equal(other(x.to("cuda:1")).to(DEVICE), fast(x))
+def test_a_device_that_is_not_the_current_one(on_gpu: Target) -> None:
+    fast, x = on_gpu.fused("paper"), noise(1, 3, 64, 96).to(on_gpu.device)
+    other = on_gpu.fused("paper").to("cuda:1")
+    assert torch.equal(other(x.to("cuda:1")).to(on_gpu.device), fast(x))
+
+
+def test_no_layer_is_slower_than_torch_and_the_network_is_right(
+    on_gpu: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is tuned."""
+    monkeypatch.setenv(choices.VARIABLE, str(tmp_path / "tune.json"))
+    choices._load.cache_clear()
+    size, device = (64, 96), torch.device("cuda", torch.cuda.current_device())
+    network = odd_network().to(device)
+    found = list(tune.tune(fold(network), [size], 1, torch.float32, "highest", device))
+    for layer in found:
+        *_, torchs = layer.trials
+        assert layer.best is not None and torchs.ms is not None, layer
+        assert layer.best.ms is not None and layer.best.ms <= torchs.ms
+    choices.save({f.key: f.best.choice for f in found if f.best}, device)
+    x = noise(1, 3, *size).to(device)
+    for policy in ("off", "on"):
+        y = fuse(network, on_gpu.backend, cuda_graph=policy)(x)
+        assert err(y, bench.exact_logits(network, x)) < 1e-5

@@ -1,18 +1,14 @@
 """The Triton backend without a kernel running: who can run it, what it packs, what it plans.
 
-Its numerics are tests/gpu/interpreted/, which runs here in a process of its own, and test_gpu.py.
+Its numerics are test_parity.py and test_tiles.py.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from threading import Barrier, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -41,36 +37,6 @@ built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not
 HALF = (torch.float16, torch.bfloat16)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LAYER = Layer("dsconv", "", 16, 32)
-
-
-# ---------------------------------------------------------------- the interpreter's process
-
-
-def run_interpreted(*arguments: str, timeout: int) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("FASTSCNN_BACKEND", None)
-    folder = Path(__file__).parent / "interpreted"
-    done = subprocess.run(
-        [*command, str(folder)],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@installed
-def test_interpreted_kernels() -> None:
-    run_interpreted(timeout=900)
-
-
-@installed
-@pytest.mark.exhaustive
-def test_every_case_of_interpreted_kernels() -> None:
-    run_interpreted("-m", "slow", timeout=4 * 3600)
 
 
 # ---------------------------------------------------------------- who can run it
@@ -188,6 +154,12 @@ def test_high_precision_has_a_layout_of_its_own(monkeypatch: pytest.MonkeyPatch)
     assert (high.precision, highest.precision) == ("high", "highest")
     assert not torch.equal(high.weights[: TAG.size], highest.weights[: TAG.size])
     assert torch.equal(high.weights[TAG.size :], highest.weights[TAG.size :])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "--size", "64x96"]) == 2
+    assert "tune measures on a GPU, and torch finds none" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- packed weights

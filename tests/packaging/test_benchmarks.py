@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import small_network
+from helpers import ROOT, small_network
 
 from fastscnn_fast import bench, fuse, ops
 from fastscnn_fast.arch.config import PRESETS, preset
@@ -24,7 +24,6 @@ from fastscnn_fast.checkpoints import CAMVID11
 from fastscnn_fast.program.parity import Parity
 from fastscnn_fast.program.program import layer_sizes
 
-ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "benchmarks" / "bench_ops.py"
 BENCH_MODEL = ROOT / "benchmarks" / "bench_model.py"
 GPU = ROOT / "benchmarks" / "gpu.py"

@@ -11,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import fastscnn_fast
 
-ROOT = Path(__file__).parents[2]
 SITE = sysconfig.get_path("purelib")
 
 

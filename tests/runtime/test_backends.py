@@ -6,11 +6,10 @@ import copy
 import logging
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import BOUNDS, Kernels, assert_parity, err, small_network
+from helpers import BOUNDS, ROOT, Kernels, assert_parity, err, small_network
 
 from fastscnn_fast import fuse
 from fastscnn_fast.arch.config import PRESETS, Config, preset
@@ -241,9 +240,8 @@ for run in (lambda: fuse(model, "cpu"), registry.isa, lambda: ops.network(x, fas
     else:
         raise AssertionError("no error")
 """
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "error", "-c", script]
-    subprocess.run(command, check=True, cwd=root, timeout=120)
+    subprocess.run(command, check=True, cwd=ROOT, timeout=120)
 
 
 def test_import_and_use_warn_of_nothing():
@@ -258,10 +256,9 @@ with torch.no_grad():
     model(x), model(x.to(torch.uint8)), fuse(model).probabilities(x), fuse(model).labels(x)
 assert not torch.cuda.is_initialized()
 """
-    root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(
-        command, check=True, cwd=root, timeout=120, capture_output=True, text=True
+        command, check=True, cwd=ROOT, timeout=120, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("", "") or not registry.isas()
 

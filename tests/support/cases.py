@@ -10,8 +10,8 @@ from helpers import Kernels, in_layout, random_weights
 from torch import Tensor
 
 from fastscnn_fast import ops
-from fastscnn_fast.backends import registry
 from fastscnn_fast.program import reference
+from fastscnn_fast.program.arithmetic import ARITHMETICS
 from fastscnn_fast.program.layers import Layer
 
 Size = tuple[int, ...]  # (height, width)
@@ -31,11 +31,11 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return registry.CPU_ARITHMETICS[self.arithmetic].dtype
+        return ARITHMETICS[self.arithmetic].dtype
 
     def on(self, kernels: Kernels) -> Case:
         """In that arithmetic, or in what it has for this op."""
-        record = registry.CPU_ARITHMETICS[kernels.arithmetic]
+        record = ARITHMETICS[kernels.arithmetic]
         layer = replace(self.layer, arithmetic=record.layers.get(self.layer.op, ""))
         return replace(self, layer=layer, arithmetic=kernels.arithmetic)
 
@@ -45,9 +45,7 @@ class Case:
         return {name: w.to(self.dtype).float() for name, w in named.items()}
 
     def packed(self, weights: dict[str, Tensor]) -> Tensor:
-        return ops.pack(
-            [self.layer], [weights], "cpu", *registry.CPU_ARITHMETICS[self.arithmetic].asked
-        )
+        return ops.pack([self.layer], [weights], "cpu", *ARITHMETICS[self.arithmetic].asked)
 
     def enlarged(self, values: int = 64) -> Case:
         """With a batch so large that the result has so many values.

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from helpers import ROOT
 
 from fastscnn_fast.backends.gpu.machine import nvidia_program
 
-ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 BUILT = ROOT / "build" / "cuda_host"
 COMPILER = os.environ.get("CXX", "g++")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from fastscnn_fast.backends import registry
 from fastscnn_fast.ops import schemas
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.runtime.model import FastSCNN
+
+#: The checkout.
+ROOT = Path(__file__).parents[2]
 
 # ---------------------------------------------------------------- kernels
 
@@ -197,6 +201,8 @@ def assert_labels(labels: Tensor, logits64: Tensor, tolerance: float) -> Tensor:
     Another class passes where its logit is within ``tolerance`` of the largest. Returns by how much each is below.
     """
     assert labels.dtype == torch.uint8
+    classes, largest = logits64.shape[1], int(labels.max())
+    assert largest < classes, f"label {largest} is none of {classes} classes"
     chosen = logits64.gather(1, labels.long()[:, None])[:, 0]
     gap = logits64.amax(1) - chosen
     assert (gap <= tolerance).all(), (

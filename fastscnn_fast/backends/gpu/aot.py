@@ -25,7 +25,7 @@ from ...lower import gpu as weights
 from ...lower.pack import TAG
 from ...program.memory import Buffer, rounded_up
 from ...program.program import fast_scnn, layer_sizes
-from .gpus import MULTIPROCESSORS, Architecture
+from ..gpus import MULTIPROCESSORS, Architecture
 from .machine import PRODUCTS, WIDE_LOADS, count, instructions, listing
 from .plan import Plan, network_plan
 

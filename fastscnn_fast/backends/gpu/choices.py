@@ -25,8 +25,8 @@ from ...kernels.launch import Tile
 from ...program.layers import Layer
 from ...program.memory import Buffer
 from ...program.program import encode
+from ..gpus import INTERPRETER
 from ..registry import architecture, cuda_code, log_once
-from .gpus import INTERPRETER
 
 #: Raised when the meaning of the file changes, or the kernels so much that old choices mislead.
 SCHEMA = 3

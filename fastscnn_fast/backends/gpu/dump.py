@@ -17,9 +17,9 @@ from ...lower.pack import TAG
 from ...program.layers import Layer, SizedLayer
 from ...program.memory import Buffer
 from ...program.program import fast_scnn, layer_sizes
+from ..gpus import MULTIPROCESSORS
 from . import cuda, nvcc
 from .cuda import CudaStep
-from .gpus import MULTIPROCESSORS
 from .plan import PlacedLayer, Plan, activation_buffer, logits_buffer, op_plan
 
 if TYPE_CHECKING:

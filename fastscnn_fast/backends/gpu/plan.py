@@ -13,10 +13,10 @@ from ...kernels.launch import Launch, Tile
 from ...program.layers import PICTURE, Layer
 from ...program.memory import Buffer, pixel_pitch, rounded_up
 from ...program.program import Program
+from ..gpus import Architecture
 from . import choices, cuda
 from .choices import Choice, Choices
 from .cuda import CudaStep
-from .gpus import Architecture
 from .tiles import tile
 from .torch_step import TorchStep
 

@@ -18,11 +18,11 @@ from ...program.memory import Buffer, dense
 from ...program.program import Program, parsed
 from ...program.reference import Weights
 from .. import registry
+from ..gpus import INTERPRETER, Architecture
 from . import choices
 from .arena import Pool
 from .choices import Choices
 from .cuda import ALIGNMENT
-from .gpus import INTERPRETER, Architecture
 from .plan import PlacedLayer, Plan, activation_buffer, input_names, network_plan, op_plan
 
 

@@ -14,7 +14,7 @@ from ...kernels.launch import Tile
 from ...lower.gpu import chunk, computed_channels
 from ...program.layers import Layer
 from ...program.memory import cdiv
-from .gpus import GPUS, INTERPRETER, MULTIPROCESSORS, Architecture
+from ..gpus import GPUS, INTERPRETER, MULTIPROCESSORS, Architecture
 
 # Eight warps and one stage: the nine taps' loads fly together from registers, where a pipeline would first
 # copy them through shared memory 8 bytes at a time; four warps of 64 pixels spill.

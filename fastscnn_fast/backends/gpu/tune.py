@@ -26,10 +26,10 @@ from ...program.layers import OUTPUTS
 from ...program.memory import Buffer
 from ...program.parity import relative_error
 from .. import registry
+from ..gpus import Architecture
 from . import measure
 from .arena import Pool
 from .choices import CUDA, TORCH, Choice, Choices
-from .gpus import Architecture
 from .plan import PlacedLayer, input_names, op_plan, placed
 from .runner import RUNNERS, products
 

@@ -1,10 +1,10 @@
 """Triton's interpreter has to be asked for before triton is imported: these tests run in a process of their own.
 
-TRITON_INTERPRET=1 python -m pytest tests/gpu/interpreted [-m "slow or not slow"]
+test_interpreter.py starts it; by hand: TRITON_INTERPRET=1 python -m pytest -m "interpreted and not slow" tests/gpu
 """
 
 from __future__ import annotations
 
-import os
+from targets import INTERPRETED
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]

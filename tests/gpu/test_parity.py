@@ -1,19 +1,14 @@
-"""A GPU backend against plain torch in float64, on what runs it: Triton's interpreter, the emulation of CUDA or a GPU.
+"""Every GPU backend against plain torch in float64, on whatever runs it (fixture ``target``).
 
-Modules that import these tests have a fixture ``backend``: its name; the cases beyond a first selection are slow.
-Results, guard zones, weights' surroundings and scratch arenas are poisoned with NaN before each
-run, so that one run also shows that every element is written, nothing else is, and nothing else is read.
+The cases beyond a first selection are slow.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -26,7 +21,6 @@ from cases import (
     FEATURE_FUSION,
     INVERTED_RESIDUAL,
     LABEL_ULPS,
-    PYRAMID_POOLING,
     SIZES,
     STEM_CONV,
     UPSAMPLES,
@@ -38,11 +32,7 @@ from cases import (
     upsample,
 )
 from helpers import (
-    BOUNDS,
-    GUARD,
     LAYOUTS,
-    Bound,
-    Guarded,
     assert_labels,
     assert_parity,
     err,
@@ -52,110 +42,27 @@ from helpers import (
     run_poisoned,
 )
 from layouts import SMALL
+from targets import (
+    INTERPRETED,
+    NAMES,
+    ONE_OF_EACH,
+    Target,
+    check,
+    check_odd,
+    check_upsampling,
+    each_op,
+    slow_unless,
+    small_model,
+)
 from torch import Tensor
 
 from fastscnn_fast import ops
 from fastscnn_fast.arch.config import PRESETS, preset
-from fastscnn_fast.backends.gpu import arena, runner
-from fastscnn_fast.backends.gpu.plan import Plan
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.program import layer_sizes
 from fastscnn_fast.runtime.fused import FusedFastSCNN
-from fastscnn_fast.runtime.model import FastSCNN
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKEND = ""  # the fixture's
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-
-#: dtype and precision by name. In the interpreter "high" is as good as "highest".
-ARITHMETICS = {
-    "float32": (torch.float32, "highest"),
-    "high": (torch.float32, "high"),
-    "float16": (torch.float16, "highest"),
-    "bfloat16": (torch.bfloat16, "highest"),
-}
-
-
-def bound(arithmetic: str) -> Bound:
-    name = "float32" if INTERPRETED else "tf32"
-    return BOUNDS[name if arithmetic == "high" else arithmetic]
-
-
-def how(arithmetic: str) -> tuple[torch.dtype, str]:
-    """Its dtype and precision."""
-    if arithmetic == "high" and BACKEND == "cuda":
-        pytest.skip("the cuda backend has no precision 'high'")
-    return ARITHMETICS[arithmetic]
-
-
-@dataclass(frozen=True)
-class GpuCase(Case):
-    """A :class:`Case` of a GPU backend; its arithmetic is one of ARITHMETICS above."""
-
-    @staticmethod
-    def of(case: Case, arithmetic: str) -> GpuCase:
-        return GpuCase(**{**vars(case), "arithmetic": arithmetic})
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return ARITHMETICS[self.arithmetic][0]
-
-    def packed(self, weights: dict[str, Tensor]) -> Tensor:
-        packed = ops.pack([self.layer], [weights], BACKEND, *how(self.arithmetic))
-        memory = Guarded(packed.numel(), device=DEVICE).inside
-        memory.copy_(packed)
-        return memory
-
-    def run(self, inputs: Sequence[Tensor], weights: dict[str, Tensor]) -> Tensor:
-        """The op's result, on the cpu."""
-        placed = tuple(in_layout(x.to(DEVICE), self.layout) for x in inputs)
-        arguments = self.arguments(placed, weights)
-        return run_poisoned(self.layer.op, *arguments, backend=BACKEND).cpu()
-
-
-class PoisonedBound(arena.Bound):
-    """Its arena lies between guard zones and holds NaN before each run."""
-
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        offsets = {name: at + GUARD for name, at in plan.offsets.items()}
-        super().__init__(replace(plan, offsets=offsets, bytes=plan.bytes + 2 * GUARD), device)
-
-    def run(self, tensors: Any) -> None:
-        self._arena.fill_(255)
-        super().run(tensors)
-        for zone in (self._arena[:GUARD], self._arena[-GUARD:]):
-            assert (zone == 255).all(), "a kernel wrote outside of its scratch memory"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_arenas(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Plans, arenas and tiles are the test's own."""
-    monkeypatch.setattr(sys.modules[__name__], "BACKEND", backend)
-    monkeypatch.setattr(arena, "Bound", PoisonedBound)
-    monkeypatch.setattr(runner, "_pool", arena.Pool())
-    yield
-    runner._op_plan.cache_clear()
-    runner._network_plan.cache_clear()
-
-
-def check(case: GpuCase, least: float = 0.0) -> None:
-    inputs, weights = case.inputs(), case.weights()
-    own, ref64 = case.reference(inputs, weights), case.reference64(inputs, weights)
-    assert_parity(case.run(inputs, weights), own, ref64, *bound(case.arithmetic).op, least)
-
-
-def check_odd(case: GpuCase) -> None:
-    """As test_ops.size_of_numbers: the numbers that get rounded may be larger than the result's spread."""
-    ref64 = case.reference64(case.inputs(), case.weights())
-    check(case, max(1.0, ref64.square().mean().sqrt().item()))
-
-
-def slow_unless(quick: bool, *values: Any, id: str | None = None) -> Any:
-    marks = [] if quick else [pytest.mark.slow]
-    return pytest.param(*values, id=id, marks=marks)
-
 
 # ---------------------------------------------------------------- ops
 
@@ -177,15 +84,15 @@ def small_layers() -> Iterator[Any]:
                     quick = arithmetic == "bfloat16" and not (
                         INTERPRETED and step.layer.kernel == 3
                     )
-                    yield slow_unless(quick, GpuCase.of(case, arithmetic), id=id)
+                    yield slow_unless(quick, replace(case, arithmetic=arithmetic), id=id)
 
 
 @pytest.mark.parametrize("case", list(small_layers()))
-def test_layers_of_presets(case: GpuCase) -> None:
-    check_odd(case)
+def test_layers_of_presets(case: Case, target: Target) -> None:
+    check_odd(target.case(case))
 
 
-def odd_cases(layer: Layer, arithmetic: str, sizes: Sequence[Size]) -> Iterator[GpuCase]:
+def odd_cases(layer: Layer, arithmetic: str, sizes: Sequence[Size]) -> Iterator[Case]:
     for size in sizes:
         if layer.op == "stem_conv" and layer.padding == 0 and min(size) < 3:
             continue
@@ -193,48 +100,35 @@ def odd_cases(layer: Layer, arithmetic: str, sizes: Sequence[Size]) -> Iterator[
         for low in lows if layer.op == "feature_fusion" else [()]:
             case = Case(layer, (size, low) if low else (size,), batch=3 if size == (6, 5) else 1)
             case = case.enlarged(64 if arithmetic == "float32" else 1024)
-            yield GpuCase.of(case, arithmetic)
+            yield replace(case, arithmetic=arithmetic)
 
 
 each_variant = pytest.mark.parametrize("layer", VARIANTS, ids=lambda layer: str(Case(layer, ())))
 
 
 @each_variant
-def test_a_small_size(layer: Layer) -> None:
+def test_a_small_size(layer: Layer, target: Target) -> None:
     for case in odd_cases(layer, "float32", [(3, 5)]):
-        check_odd(case)
+        check_odd(target.case(case))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ["float32", "float16", "bfloat16"])
 @each_variant
-def test_odd_sizes(layer: Layer, arithmetic: str) -> None:
+def test_odd_sizes(layer: Layer, arithmetic: str, target: Target) -> None:
     for case in odd_cases(layer, arithmetic, SIZES):
-        check_odd(case)
-
-
-ONE_OF_EACH = [
-    Case(STEM_CONV[5], ((9, 13),), batch=2),
-    Case(DSCONV[7], ((5, 6),), batch=2),
-    Case(INVERTED_RESIDUAL[2], ((5, 6),), batch=2),
-    Case(INVERTED_RESIDUAL[1], ((5, 6),)),
-    Case(PYRAMID_POOLING[6], ((5, 6),), batch=2),
-    Case(FEATURE_FUSION[2], ((9, 7), (3, 2))),
-    Case(FEATURE_FUSION[4], ((9, 7), (3, 2)), batch=2),
-    Case(upsample(19, align_corners=True), ((2, 3), (9, 12)), batch=2),
-]
-each_op = pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+        check_odd(target.case(case))
 
 
 @pytest.mark.slow
 @each_op
-def test_high_precision(case: Case) -> None:
-    check_odd(GpuCase.of(case, "high"))
+def test_high_precision(case: Case, target: Target) -> None:
+    check_odd(target.case(case, "high"))
 
 
 @each_op
-def test_empty_batches(case: Case) -> None:
-    own = GpuCase.of(case, "float32")
+def test_empty_batches(case: Case, target: Target) -> None:
+    own = target.case(case, "float32")
     inputs, weights = own.inputs(), own.weights()
     y = own.run([x[:0] for x in inputs], weights)
     assert y.shape == (0, *own.reference(inputs, weights).shape[1:])
@@ -243,25 +137,25 @@ def test_empty_batches(case: Case) -> None:
 @pytest.mark.parametrize(
     "case", [slow_unless(case.layer.op == "dsconv", case, id=str(case)) for case in ONE_OF_EACH]
 )
-def test_opcheck(case: Case) -> None:
-    own = GpuCase.of(case, "float32")
-    inputs = tuple(x.to(DEVICE) for x in own.inputs())
+def test_opcheck(case: Case, target: Target) -> None:
+    own = target.case(case, "float32")
+    inputs = tuple(x.to(target.device) for x in own.inputs())
     arguments = own.arguments(inputs, own.weights())
     op = getattr(torch.ops.fastscnn, case.layer.op).default
-    results = torch.library.opcheck(op, (*arguments, BACKEND))
+    results = torch.library.opcheck(op, (*arguments, target.backend))
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pictures_of_any_strides(layout: str, raw: bool) -> None:
+def test_pictures_of_any_strides(layout: str, raw: bool, target: Target) -> None:
     for layer in (STEM_CONV[4], STEM_CONV[7]):
-        check(GpuCase.of(Case(layer, ((7, 18),), 2, layout, raw), "float32"))
+        check(target.case(Case(layer, ((7, 18),), 2, layout, raw), "float32"))
 
 
 @pytest.mark.parametrize("arithmetic", ["float16", "bfloat16"])
-def test_raw_pixels_in_half_types(arithmetic: str) -> None:
-    check(GpuCase.of(Case(STEM_CONV[5], ((7, 18),), raw=True), arithmetic))
+def test_raw_pixels_in_half_types(arithmetic: str, target: Target) -> None:
+    check(target.case(Case(STEM_CONV[5], ((7, 18),), raw=True), arithmetic))
 
 
 @pytest.mark.parametrize(
@@ -277,25 +171,26 @@ def test_raw_pixels_in_half_types(arithmetic: str) -> None:
     ],
     ids=str,
 )
-def test_activations_of_any_strides(case: Case, layout: str) -> None:
-    check_odd(GpuCase.of(replace(case, layout=layout), "float32"))
+def test_activations_of_any_strides(case: Case, layout: str, target: Target) -> None:
+    check_odd(target.case(replace(case, layout=layout), "float32"))
 
 
-def test_activations_at_any_address() -> None:
-    case = GpuCase.of(Case(Layer("dsconv", "", 32, 16), ((6, 9),)), "float32")
+def test_activations_at_any_address(target: Target) -> None:
+    case = target.case(Case(Layer("dsconv", "", 32, 16), ((6, 9),)), "float32")
     (x,), weights = case.inputs(), case.weights()
-    memory = torch.empty(x.numel() + 1, device=DEVICE)
+    memory = torch.empty(x.numel() + 1, device=target.device)
     shifted = memory[1:].view(1, 6, 9, 32).permute(0, 3, 1, 2).copy_(x)
-    y = run_poisoned("dsconv", *case.arguments((shifted,), weights), backend=BACKEND)
+    y = run_poisoned("dsconv", *case.arguments((shifted,), weights), backend=target.backend)
     assert torch.equal(y.cpu(), case.run((x,), weights))
 
 
-def test_weights_off_16_bytes_are_refused() -> None:
-    case = GpuCase.of(Case(Layer("dsconv", "", 32, 16), ((6, 9),)), "float32")
+def test_weights_off_16_bytes_are_refused(target: Target) -> None:
+    case = target.case(Case(Layer("dsconv", "", 32, 16), ((6, 9),)), "float32")
     (x, packed, *rest) = case.arguments(case.inputs(), case.weights())
-    shifted = torch.empty(packed.numel() + 4, dtype=torch.uint8, device=DEVICE)[4:].copy_(packed)
+    memory = torch.empty(packed.numel() + 4, dtype=torch.uint8, device=target.device)
+    shifted = memory[4:].copy_(packed)
     with pytest.raises(ValueError, match="weights must be aligned to 16 bytes"):
-        torch.ops.fastscnn.dsconv(x.to(DEVICE), shifted, *rest, BACKEND)
+        torch.ops.fastscnn.dsconv(x.to(target.device), shifted, *rest, target.backend)
 
 
 # ---------------------------------------------------------------- upsample_classify
@@ -311,22 +206,14 @@ def upsamples() -> Iterator[Any]:
         for arithmetic in ("float32", "float16", "bfloat16"):
             quick = arithmetic == "float32" and case.layer.in_channels == 11
             quick = quick and (case.sizes, case.layer.align_corners) in QUICK
-            yield slow_unless(quick, GpuCase.of(case, arithmetic), id=f"{case} {arithmetic}")
+            yield slow_unless(
+                quick, replace(case, arithmetic=arithmetic), id=f"{case} {arithmetic}"
+            )
 
 
 @pytest.mark.parametrize("case", list(upsamples()))
-def test_upsampling(case: GpuCase) -> None:
-    """Logits, probabilities, and labels: the largest logit's class, but where two are within a few ulp."""
-    check(case)
-    check(replace(case, output="probabilities"))
-    if case.layer.in_channels <= 256:
-        inputs = case.inputs()
-        labels = replace(case, output="labels").run(inputs, {})
-        ref64 = case.reference64(inputs, {})
-        largest = inputs[0].abs().max().item()
-        gap = assert_labels(labels, ref64, LABEL_ULPS * largest)
-        # Between logits that are equal (as of bfloat16 many are), float64's own choice is chance.
-        assert (gap > 1e-12 * largest).double().mean() < 1e-3
+def test_upsampling(case: Case, target: Target) -> None:
+    check_upsampling(target.case(case))
 
 
 exact_resizes = pytest.mark.parametrize(
@@ -335,8 +222,10 @@ exact_resizes = pytest.mark.parametrize(
 
 
 @exact_resizes
-def test_the_first_of_equal_logits_wins(layer: Layer, low: Size, size: Size) -> None:
-    case = GpuCase.of(Case(layer, (low, size), output="labels"), "float32")
+def test_the_first_of_equal_logits_wins(
+    layer: Layer, low: Size, size: Size, target: Target
+) -> None:
+    case = target.case(Case(layer, (low, size), output="labels"), "float32")
     x = coarse_logits(case, layer.in_channels, *low)
     assert torch.equal(case.run((x,), {}), case.reference64((x,), {}))
 
@@ -345,9 +234,11 @@ def test_the_first_of_equal_logits_wins(layer: Layer, low: Size, size: Size) -> 
 @pytest.mark.parametrize(
     "arithmetic", ["float32", *(slow_unless(False, name) for name in ("float16", "bfloat16"))]
 )
-def test_non_finite_logits(layer: Layer, low: Size, size: Size, arithmetic: str) -> None:
+def test_non_finite_logits(
+    layer: Layer, low: Size, size: Size, arithmetic: str, target: Target
+) -> None:
     """As torch has it: non-finite just where torch's are, and NaN is the largest of all."""
-    case = GpuCase.of(Case(layer, (low, size)), arithmetic)
+    case = target.case(Case(layer, (low, size)), arithmetic)
     x = coarse_logits(case, layer.in_channels, *low)
     tolerance = max(1e-6, torch.finfo(case.dtype).eps)
     for value in (float("nan"), float("inf"), float("-inf")):
@@ -367,10 +258,10 @@ def test_non_finite_logits(layer: Layer, low: Size, size: Size, arithmetic: str)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30, 3e38])
-def test_labels_of_extreme_logits(magnitude: float) -> None:
+def test_labels_of_extreme_logits(magnitude: float, target: Target) -> None:
     """Differences of finite logits may be infinite."""
     x = (2 * torch.rand(1, 19, 5, 9) - 1) * magnitude
-    case = GpuCase.of(Case(upsample(19), ((5, 9), (40, 72)), output="labels"), "float32")
+    case = target.case(Case(upsample(19), ((5, 9), (40, 72)), output="labels"), "float32")
     with np.errstate(all="ignore"):
         labels = case.run((x,), {})
     logits64 = replace(case, output="logits").reference64((x,), {})
@@ -378,10 +269,10 @@ def test_labels_of_extreme_logits(magnitude: float) -> None:
 
 
 @pytest.mark.parametrize("classes", [128, 150, 300])
-def test_many_classes(classes: int) -> None:
+def test_many_classes(classes: int, target: Target) -> None:
     """The second product of a dsconv takes all of them at once."""
     layer = replace(DSCONV[3], in_channels=32, out_channels=32, last_channels=classes)
-    check(GpuCase.of(Case(layer, ((5, 6),), batch=2), "float32"))
+    check(target.case(Case(layer, ((5, 6),), batch=2), "float32"))
 
 
 def free_block(stride: int, residual: bool) -> Layer:
@@ -393,15 +284,20 @@ def free_block(stride: int, residual: bool) -> Layer:
     )
 
 
-@pytest.mark.parametrize(
-    "arithmetic",
-    ["float32", *(slow_unless(not INTERPRETED, name) for name in ("float16", "bfloat16"))],
-)
+HALVES_ARE_SLOW = [
+    "float32",
+    *(slow_unless(not INTERPRETED, name) for name in ("float16", "bfloat16")),
+]
+
+
+@pytest.mark.parametrize("arithmetic", HALVES_ARE_SLOW)
 @pytest.mark.parametrize(("stride", "residual"), [(1, False), (1, True), (2, False)])
-def test_blocks_of_free_widths(stride: int, residual: bool, arithmetic: str) -> None:
+def test_blocks_of_free_widths(
+    stride: int, residual: bool, arithmetic: str, target: Target
+) -> None:
     case = Case(free_block(stride, residual), ((5, 11),)).enlarged(1024)
     print(case)
-    check_odd(GpuCase.of(case, arithmetic))
+    check_odd(target.case(case, arithmetic))
 
 
 @pytest.mark.parametrize("arithmetic", ["float32", slow_unless(not INTERPRETED, "float16")])
@@ -410,15 +306,14 @@ def test_blocks_of_free_widths(stride: int, residual: bool, arithmetic: str) -> 
     "layer", [INVERTED_RESIDUAL[3], INVERTED_RESIDUAL[5]], ids=lambda layer: str(Case(layer, ()))
 )
 def test_an_infinity_reaches_no_channel_that_exists_only_in_memory(
-    layer: Layer, sign: int, arithmetic: str
+    layer: Layer, sign: int, arithmetic: str, target: Target
 ) -> None:
     """Expanded ones, and those of the result: infinity times the zeros that pad weights would be NaN."""
-    case = GpuCase.of(Case(replace(layer, activation="relu"), ((5, 9),)), arithmetic)
+    case = target.case(Case(replace(layer, activation="relu"), ((5, 9),)), arithmetic)
     (x,), weights = case.inputs(), case.weights()
     x[0, 0, 2, 3] = float("inf")
-    weights["expand_weight"][:, 0] = (
-        weights["expand_weight"][:, 0].abs() * sign
-    )  # ReLU ends it, or not
+    # ReLU ends it, or not.
+    weights["expand_weight"][:, 0] = weights["expand_weight"][:, 0].abs() * sign
     for name in ("depthwise_weight", "project_weight"):
         weights[name] = weights[name].abs()
     with np.errstate(all="ignore"):  # the interpreter's numpy warns of infinities
@@ -429,36 +324,24 @@ def test_an_infinity_reaches_no_channel_that_exists_only_in_memory(
     torch.testing.assert_close(y.double(), ref64, rtol=tolerance, atol=tolerance)
 
 
-def test_strides_of_dimensions_of_size_one() -> None:
+def test_strides_of_dimensions_of_size_one(target: Target) -> None:
     """Torch calls an activation dense whatever strides it tells where the size is 1."""
-    case = GpuCase.of(Case(Layer("dsconv", "", 64, 64), ((7, 1),)), "float32")
+    case = target.case(Case(Layer("dsconv", "", 64, 64), ((7, 1),)), "float32")
     weights = case.weights()
     x = torch.randn(1, 7, 64).transpose(1, 2)[..., None]
     assert x.permute(0, 2, 3, 1).is_contiguous() and x.stride(3) == 1
-    y = ops.dsconv(x.to(DEVICE), case.packed(weights).to(DEVICE), case.layer, BACKEND).cpu()
-    assert err(y, case.reference64((x,), weights)) < 1e-6
+    y = ops.dsconv(x.to(target.device), case.packed(weights), case.layer, target.backend)
+    assert err(y.cpu(), case.reference64((x,), weights)) < 1e-6
 
 
-def test_positions_beyond_32_bits() -> None:
+def test_positions_beyond_32_bits(target: Target) -> None:
     """A numerator of a position is as large as four times the product of both sizes."""
-    case = GpuCase.of(Case(upsample(1), ((1, 23250), (1, 46500))), "float32")
+    case = target.case(Case(upsample(1), ((1, 23250), (1, 46500))), "float32")
     (x,), weights = case.inputs(), case.weights()
     assert err(case.run((x,), weights), case.reference64((x,), weights)) < 1e-6
 
 
 # ---------------------------------------------------------------- networks
-
-
-@cache
-def small_model(name: str) -> FastSCNN:
-    """Of few classes: the interpreter takes them one after the other."""
-    return lifelike(preset(name, **SMALL, num_classes=7))
-
-
-def fused(name: str, arithmetic: str = "float32") -> FusedFastSCNN:
-    """Without CUDA graphs, so that every call launches (graphs have tests of their own)."""
-    folded = fold(small_model(name))
-    return FusedFastSCNN(folded, BACKEND, *how(arithmetic), cuda_graph="off").to(DEVICE)
 
 
 def networks() -> Iterator[Any]:
@@ -468,14 +351,16 @@ def networks() -> Iterator[Any]:
         ("segmentron", "bfloat16", (49, 65), False, "logits"),
         ("mmseg_legacy", "float32", (49, 65), True, "labels"),
     }
-    for values in product(PRESETS, ARITHMETICS, ((49, 65), (64, 96)), (False, True), ops.OUTPUTS):
+    for values in product(PRESETS, NAMES, ((49, 65), (64, 96)), (False, True), ops.OUTPUTS):
         yield slow_unless(values in quick, *values)
 
 
 @pytest.mark.parametrize(("name", "arithmetic", "size", "raw", "output"), list(networks()))
 @torch.no_grad()
-def test_networks(name: str, arithmetic: str, size: Size, raw: bool, output: str) -> None:
-    model, fast = small_model(name), fused(name, arithmetic)
+def test_networks(
+    name: str, arithmetic: str, size: Size, raw: bool, output: str, target: Target
+) -> None:
+    model, fast = small_model(name), target.fused(name, arithmetic)
     own, model64 = copy.deepcopy(model).to(fast.dtype), copy.deepcopy(model).double()
     batch = 4 if fast.dtype.itemsize == 2 else 1  # one small picture may be lucky in what it rounds
     x = torch.randint(256, (batch, 3, *size), dtype=torch.uint8) if raw else noise(batch, 3, *size)
@@ -483,9 +368,9 @@ def test_networks(name: str, arithmetic: str, size: Size, raw: bool, output: str
     ref64, owns = model64.reference(x if raw else x.double()), own.reference(x)
 
     def run(output: str) -> Tensor:
-        placed = in_layout(x.to(DEVICE), "cropped")
+        placed = in_layout(x.to(target.device), "cropped")
         arguments = (placed, fast.weights, fast.program, fast.dtype, output)
-        return run_poisoned("network", *arguments, backend=BACKEND).cpu()
+        return run_poisoned("network", *arguments, backend=target.backend).cpu()
 
     y = run(output)
     if output == "labels":
@@ -496,48 +381,46 @@ def test_networks(name: str, arithmetic: str, size: Size, raw: bool, output: str
     else:
         if output == "probabilities":
             ref64, owns = ref64.softmax(1), owns.softmax(1)
-        assert_parity(y, owns, ref64, *bound(arithmetic).network)
+        assert_parity(y, owns, ref64, *target.bound(arithmetic).network)
 
 
-@pytest.mark.parametrize(
-    "arithmetic",
-    ["float32", *(slow_unless(not INTERPRETED, name) for name in ("float16", "bfloat16"))],
-)
+@pytest.mark.parametrize("arithmetic", HALVES_ARE_SLOW)
 @torch.no_grad()
-def test_a_network_of_free_widths(arithmetic: str) -> None:
+def test_a_network_of_free_widths(arithmetic: str, target: Target) -> None:
     """Each block's expanded and output channels are its own, as those of a pruned network are."""
     widths = iter(1 + 3 * n for n in torch.randint(2, 30, (21,)).tolist())
     stages = [[(next(widths), next(widths), stride) for stride in (2, 1, 1)] for _ in range(3)]
     stages[0][2] = (next(widths), stages[0][1][1], 1)  # which adds its input
     stages[2][2] = (next(widths), 4 * next(widths), 1)  # as many as the bins' number divides
     bottlenecks = tuple(map(tuple, stages))
+    print(bottlenecks)
     rest = {
         name: v for name, v in SMALL.items() if not name.startswith(("bottleneck", "expansion"))
     }
-    print(bottlenecks)
     model = lifelike(preset("paper", **rest, bottlenecks=bottlenecks, num_classes=7))
-    network = FusedFastSCNN(fold(model), BACKEND, *how(arithmetic), cuda_graph="off").to(DEVICE)
-    x = noise(2, 3, 49, 65).to(network.dtype)
-    arguments = (x.to(DEVICE), network.weights, network.program, network.dtype, "logits")
-    y = run_poisoned("network", *arguments, backend=BACKEND).cpu()
-    own, model64 = copy.deepcopy(model).to(network.dtype), copy.deepcopy(model).double()
+    asked = target.asked(arithmetic)
+    fast = FusedFastSCNN(fold(model), target.backend, *asked, cuda_graph="off").to(target.device)
+    x = noise(2, 3, 49, 65).to(fast.dtype)
+    arguments = (x.to(target.device), fast.weights, fast.program, fast.dtype, "logits")
+    y = run_poisoned("network", *arguments, backend=target.backend).cpu()
+    own, model64 = copy.deepcopy(model).to(fast.dtype), copy.deepcopy(model).double()
     ref64 = model64.reference(x.double())
-    assert_parity(y, own.reference(x), ref64, *bound(arithmetic).network)
+    assert_parity(y, own.reference(x), ref64, *target.bound(arithmetic).network)
 
 
 @torch.no_grad()
-def test_a_batch_of_pictures_whose_logits_are_one_pixel() -> None:
+def test_a_batch_of_pictures_whose_logits_are_one_pixel(target: Target) -> None:
     """Their planes of 1x1 have the strides of a pixel's channels, whose padding would be the next image's."""
-    model, fast, x = small_model("paper"), fused("paper"), noise(2, 3, 8, 8)
-    arguments = (x.to(DEVICE), fast.weights, fast.program, fast.dtype, "logits")
-    y = run_poisoned("network", *arguments, backend=BACKEND).cpu()
+    model, fast, x = small_model("paper"), target.fused("paper"), noise(2, 3, 8, 8)
+    arguments = (x.to(target.device), fast.weights, fast.program, fast.dtype, "logits")
+    y = run_poisoned("network", *arguments, backend=target.backend).cpu()
     ref64 = copy.deepcopy(model).double().reference(x.double())
-    assert_parity(y, model.reference(x), ref64, *BOUNDS["float32"].network)
+    assert_parity(y, model.reference(x), ref64, *target.bound("float32").network)
 
 
-def test_calls_of_a_network() -> None:
+def test_calls_of_a_network(target: Target) -> None:
     """In a batch, compiled, into out=, in two threads at once: the same bits."""
-    fast, x = fused("paper", "float16"), noise(2, 3, 32, 32).half().to(DEVICE)
+    fast, x = target.fused("paper", "float16"), noise(2, 3, 32, 32).half().to(target.device)
     y = torch.compile(fast, fullgraph=True, backend="aot_eager")(x)
     out = torch.full_like(y[1:], float("nan"))
     with ThreadPoolExecutor(1) as pool:
@@ -546,9 +429,10 @@ def test_calls_of_a_network() -> None:
         assert other.result() is out and torch.equal(out, y[1:])
 
 
-def test_other_weights_of_the_same_network() -> None:
+def test_other_weights_of_the_same_network(target: Target) -> None:
     """Networks of the same layers share arenas, not weights."""
-    fast, other, x = fused("paper"), fused("paper"), noise(1, 3, 32, 32).to(DEVICE)
+    fast, other = target.fused("paper"), target.fused("paper")
+    x = noise(1, 3, 32, 32).to(target.device)
     y = fast(x)
     fast.weights[TAG.size :] = 0
     assert (fast(x) == 0).all()

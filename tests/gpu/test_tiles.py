@@ -1,4 +1,4 @@
-"""What gpu_parity.py shows of any GPU backend, of Triton's, and what only its kernels have: tiles, two sizes of offsets."""
+"""What only the Triton kernels have: tiles, and two sizes of offsets."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from cases import (
     Size,
     upsample,
 )
-from gpu_parity import *  # noqa: F403
-from gpu_parity import GpuCase, check_odd, each_op
+from targets import Target, check_odd, each_op
 
 from fastscnn_fast.backends.gpu import plan, tiles
 from fastscnn_fast.kernels import (
@@ -38,16 +37,11 @@ KERNELS = (
 )
 
 
-@pytest.fixture
-def backend() -> str:
-    return "triton"
-
-
 @each_op
-def test_offsets_of_64_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_of_64_bits(case: Case, monkeypatch: pytest.MonkeyPatch, triton: Target) -> None:
     for op in KERNELS:
         monkeypatch.setattr(op, "wide", lambda *_: True)
-    check_odd(GpuCase.of(case, "float32"))
+    check_odd(triton.case(case, "float32"))
 
 
 @pytest.mark.parametrize(
@@ -73,12 +67,14 @@ def test_offsets_of_64_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
         else f"{value.pixels}x{value.block} {value.rows}x{value.columns}"
     ),
 )
-def test_other_tiles(layer: Layer, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tiles(
+    layer: Layer, tile: Tile, monkeypatch: pytest.MonkeyPatch, triton: Target
+) -> None:
     monkeypatch.setattr(plan, "tile", lambda *_: tile)
     sizes: tuple[Size, ...] = ((5, 17),)
     if layer.op in ("feature_fusion", "upsample_classify"):
         sizes = ((5, 17), (2, 5)) if layer.op == "feature_fusion" else ((3, 5), (11, 37))
-    check_odd(GpuCase.of(Case(layer, sizes), "float32"))
+    check_odd(triton.case(Case(layer, sizes), "float32"))
 
 
 @pytest.mark.parametrize("architecture", [75, 80, 90])
@@ -86,7 +82,7 @@ def test_other_tiles(layer: Layer, tile: Tile, monkeypatch: pytest.MonkeyPatch) 
 @each_op
 @pytest.mark.slow
 def test_tiles_of_gpus(
-    case: Case, arithmetic: str, architecture: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, arithmetic: str, architecture: int, monkeypatch: pytest.MonkeyPatch, triton: Target
 ) -> None:
     """The tiles of the table, whatever runs them."""
     monkeypatch.setattr(
@@ -94,4 +90,4 @@ def test_tiles_of_gpus(
         "tile",
         lambda layer, dtype, _, pixels: tiles.tile(layer, dtype, architecture, pixels),
     )
-    check_odd(GpuCase.of(case, arithmetic))
+    check_odd(triton.case(case, arithmetic))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...program.memory import rounded_up
+from ..program.memory import rounded_up
 
 #: Where kernels run: an NVIDIA compute capability (80 for sm_80), AMD's name, or the interpreter.
 Architecture = int | str

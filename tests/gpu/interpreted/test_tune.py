@@ -1,16 +1,8 @@
-"""Tuning: measured with a clock of the test's own under Triton's interpreter, kept, and followed by calls.
-
-Triton decides when it is imported whether it interprets, so one test runs the rest of this file in a process
-of their own.
-"""
+"""Tuning: measured with a clock of the test's own under Triton's interpreter, kept, and followed by calls."""
 
 from __future__ import annotations
 
-import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,80 +10,43 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import err, noise, randomise, small_network
+from helpers import err, noise, randomise
+from targets import odd_network
 
 from fastscnn_fast import FastSCNN, bench, cli, fuse
 from fastscnn_fast.backends import registry
+from fastscnn_fast.backends.gpu import choices, runner, tune
+from fastscnn_fast.backends.gpu.choices import TORCH, Choice
+from fastscnn_fast.backends.gpu.plan import PlacedLayer, Plan
+from fastscnn_fast.backends.gpu.torch_step import TorchStep
+from fastscnn_fast.backends.gpus import INTERPRETER
+from fastscnn_fast.kernels.launch import Tile
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import encode
 from fastscnn_fast.program.program import fast_scnn
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
+pytestmark = pytest.mark.interpreted
 SIZE = (64, 96)
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_under_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", __file__, "-p", "no:cacheprovider"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert ", 2 skipped" in run.stdout, run.stdout
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.skipif(INTERPRETED, reason="nothing of the interpreter's")
-def test_tune_says_why_it_cannot_run_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["tune", "--size", "64x96"]) == 2
-    assert "tune measures on a GPU, and torch finds none" in capsys.readouterr().err
-
-
-if INTERPRETED:
-    from fastscnn_fast.backends.gpu import choices, runner, tune
-    from fastscnn_fast.backends.gpu.choices import TORCH, Choice
-    from fastscnn_fast.backends.gpu.gpus import INTERPRETER
-    from fastscnn_fast.backends.gpu.plan import PlacedLayer, Plan
-    from fastscnn_fast.backends.gpu.torch_step import TorchStep
-    from fastscnn_fast.kernels.launch import Tile
-
-
 @pytest.fixture(scope="module")
 def model() -> FastSCNN:
-    """All ops, channels that are no multiples of 16, and quick."""
-    return small_network(
-        num_classes=5,
-        downsample_channels=(8, 16, 24),
-        bottleneck_channels=(24, 32, 40),
-        bottleneck_repeats=(1, 1, 2),
-        expansion=2,
-        pyramid_channels=40,
-        fusion_channels=24,
-    )
+    return odd_network()
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "deep" / "tune.json"
     monkeypatch.setenv("FASTSCNN_TUNE_CACHE", str(file))
-    if INTERPRETED:
-        choices._load.cache_clear()
+    choices._load.cache_clear()
     return file
 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    if INTERPRETED:
-        monkeypatch.setattr(choices, "log_once", messages.append)
+    monkeypatch.setattr(choices, "log_once", messages.append)
     return messages
 
 
@@ -141,7 +96,6 @@ def check(model: FastSCNN) -> None:
         assert (fast.labels(x) == exact.argmax(1)).double().mean() > 0.999
 
 
-@interpreted
 def test_what_is_saved_is_loaded(model: FastSCNN, cache: Path, said: list[str]) -> None:
     first, second, *_ = keys(model).values()
     found: dict[str, Choice] = {first: Tile(64, stages=3), second: TORCH}
@@ -158,7 +112,6 @@ def test_what_is_saved_is_loaded(model: FastSCNN, cache: Path, said: list[str]) 
     ]
 
 
-@interpreted
 def test_keys_tell_layers_and_all_their_shapes_apart(model: FastSCNN) -> None:
     place = places(model)[3]
     seen = {place.key(torch.float32, "ieee", "logits"), place.key(torch.float32, "tf32", "logits")}
@@ -174,7 +127,6 @@ def test_keys_tell_layers_and_all_their_shapes_apart(model: FastSCNN) -> None:
     assert keys(model, "labels")["upsample"] != keys(model)["upsample"]
 
 
-@interpreted
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -200,13 +152,11 @@ def test_damaged_and_foreign_files_are_ignored_with_a_reason(
     assert ("another GPU" in cache.read_text()) == ("another GPU" in content)
 
 
-@interpreted
 def test_a_file_that_is_no_file_is_ignored(cache: Path, said: list[str]) -> None:
     cache.mkdir(parents=True)
     assert choices.load(CPU) is choices.NONE and "is ignored" in said[0]
 
 
-@interpreted
 def test_a_chosen_tile_is_used(model: FastSCNN) -> None:
     key = keys(model)["downsample.dsconv1"]
     (before,) = [s for s in plan(model).launches if s.kernel.__name__ == "dsconv_kernel"][:1]
@@ -217,7 +167,6 @@ def test_a_chosen_tile_is_used(model: FastSCNN) -> None:
     check(model)
 
 
-@interpreted
 @pytest.mark.parametrize("which", ["alternate", "alternate, the others", "all"])
 def test_a_network_with_torch_steps_is_right(model: FastSCNN, which: str) -> None:
     first = which == "alternate, the others"
@@ -233,7 +182,6 @@ def test_a_network_with_torch_steps_is_right(model: FastSCNN, which: str) -> Non
     check(model)
 
 
-@interpreted
 def test_torch_steps_follow_weights_that_change(model: FastSCNN) -> None:
     choices.save(dict.fromkeys(keys(model).values(), TORCH), CPU)
     x, fast = noise(1, 3, *SIZE), fuse(model, "triton")
@@ -243,7 +191,6 @@ def test_torch_steps_follow_weights_that_change(model: FastSCNN) -> None:
     assert err(fast(x), bench.exact_logits(other, x)) < 1e-5 < err(before, fast(x).double())
 
 
-@interpreted
 @pytest.mark.parametrize("preset", ["mmseg", "mmseg_legacy", "leftthomas"])
 def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
     from fastscnn_fast.lower import gpu as weights
@@ -261,7 +208,6 @@ def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
             torch.testing.assert_close(got[name], value, msg=f"{layer.op} {name}")
 
 
-@interpreted
 def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.MonkeyPatch) -> None:
     def two(place: PlacedLayer, dtype: torch.dtype, architecture: Any) -> list[Tile]:
         usual = place.tile(dtype, architecture)
@@ -300,7 +246,6 @@ def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.Mon
     check(model)
 
 
-@interpreted
 def test_a_candidate_that_does_not_run_is_left_out(model: FastSCNN) -> None:
     def broken(place: PlacedLayer, dtype: torch.dtype, architecture: Any) -> list[Tile]:
         return [Tile(100)]  # no power of two
@@ -313,7 +258,6 @@ def test_a_candidate_that_does_not_run_is_left_out(model: FastSCNN) -> None:
     assert stem.row()["left out"] == "1"
 
 
-@interpreted
 def test_candidates_begin_with_what_is_used_untuned() -> None:
     for place in places(FastSCNN()):
         for dtype in (torch.float32, torch.float16):
@@ -321,7 +265,6 @@ def test_candidates_begin_with_what_is_used_untuned() -> None:
             assert tiles[0] == place.tile(dtype, 90) and len(tiles) == len(set(tiles)) > 8
 
 
-@interpreted
 def test_the_command_prints_and_keeps_what_it_found(
     model: FastSCNN,
     cache: Path,
@@ -343,27 +286,3 @@ def test_the_command_prints_and_keeps_what_it_found(
     printed = capsys.readouterr().out
     assert f"wrote {cache}" in printed and "| fusion " in printed and "2.0000" in printed
     assert choices.load(CPU).by_layer
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.slow
-def test_on_a_gpu_no_layer_is_slower_than_torch_and_the_network_is_right(
-    model: FastSCNN, cache: Path
-) -> None:
-    from fastscnn_fast.backends.gpu import choices, tune
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    network = copy.deepcopy(model).to(device)
-    found = list(tune.tune(fold(network), [SIZE], 1, torch.float32, "highest", device))
-    for layer in found:
-        *_, torchs = layer.trials
-        assert layer.best is not None and torchs.ms is not None, layer
-        assert layer.best.ms is not None and layer.best.ms <= torchs.ms
-    choices.save({f.key: f.best.choice for f in found if f.best}, device)
-    x = noise(1, 3, *SIZE).to(device)
-    for policy in ("off", "on"):
-        assert (
-            err(fuse(network, "triton", cuda_graph=policy)(x), bench.exact_logits(network, x))
-            < 1e-5
-        )
