@@ -27,6 +27,7 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 page = pytest.mark.parametrize("page", PAGES, ids=str)
+SOURCES = ("benchmarks", "csrc", "docs", "fastscnn_fast", "kernels", "tests")
 # Below these the README names no folders; and what builds leave.
 CLOSED = {"benchmarks", "docs", "tests"}
 BUILT = {"build", "dist", "demo_out", "__pycache__"}
@@ -89,12 +90,14 @@ def test_links_and_pictures_lead_somewhere(page: Path) -> None:
 
 @page
 def test_files_and_names_exist(page: Path) -> None:
-    """But for the changelog, which tells of what was."""
     text = text_of(page)
     for name in re.findall(
         r"(?<![\w/.])((?:fastscnn_fast|kernels|csrc|tests|docs)/[\w/.]*\w)", text
     ):
         assert (ROOT / name).exists(), name
+    sources = {path.name for folder in SOURCES for path in (ROOT / folder).rglob("*.*")}
+    for name in re.findall(r"(?<![\w*.])\w+\.(?:cpp|cu|cuh|h|inl|py)\b", text):
+        assert name in sources | {"setup.py"}, name
     for name in re.findall(r"(?<![\w/.-])(fastscnn_fast(?:\.[A-Za-z_]\w*)+)(?!\.?\w*[(/])", text):
         if name.startswith("fastscnn_fast.kernels.") and importlib.util.find_spec("triton") is None:
             continue
