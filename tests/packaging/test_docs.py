@@ -23,7 +23,14 @@ PROJECT = "https://github.com/fastscnn-fast/fastscnn_fast"
 RAW = "https://raw.githubusercontent.com/fastscnn-fast/fastscnn_fast/main/"
 PAGES = sorted(
     path.relative_to(ROOT)
-    for pattern in ("*.md", "docs/*.md", "kernels/*.md", "csrc/*/*.md", "benchmarks/*.md")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "kernels/*.md",
+        "csrc/*/*.md",
+        "benchmarks/*.md",
+        "tests/*.md",
+    )
     for path in ROOT.glob(pattern)
 )
 page = pytest.mark.parametrize("page", PAGES, ids=str)
