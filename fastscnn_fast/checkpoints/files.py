@@ -65,8 +65,9 @@ def load_checkpoint(
 
     Args:
         path: by default the weights that come with the package.
-        mean, std: the normalisation that the weights were trained with, one value per input channel;
+        mean: with ``std`` the normalisation that the weights were trained with, one value per input channel;
             by default ImageNet's (or what :func:`save_checkpoint` wrote). No other layout records them.
+        std: see ``mean``.
         preset: for what shapes do not tell; by default the layout's own.
         overrides: any other field of :class:`Config` that differs from the preset.
 

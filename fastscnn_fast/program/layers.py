@@ -34,22 +34,19 @@ _ARITHMETICS = ("", *ARITHMETICS)
 class Layer:
     """One fused op with everything but its input size.
 
-    ============== =========================================================================
-    field          meaning
-    ============== =========================================================================
-    in_channels    channels of x (feature_fusion: of the low branch)
-    out_channels   channels of the result (dsconv with ``last_channels``: of its pointwise)
-    mid_channels   inverted_residual: expanded; pyramid_pooling: one branch; feature_fusion: high branch
-    last_channels  dsconv: outputs of a following 1x1 with bias (the classifier's), 0 for none
-    stride         of the 3x3; the depthwise's padding equals its dilation
-    padding        stem_conv: of the 3x3
-    kernel         pyramid_pooling: of the out-convolution, 1 or 3
-    activation     of the result (inverted_residual: after expand and depthwise, the result is linear)
-    mid_activation dsconv: between depthwise and pointwise
-    dense          feature_fusion: the resized branch is refined by a 1x1, not a depthwise 3x3
-    arithmetic     name of the one that it computes in; "": the network's
-    inputs         in a program: indices of the layers that it reads, feature_fusion (high, low), or PICTURE
-    ============== =========================================================================
+    Attributes:
+        in_channels: channels of x (feature_fusion: of the low branch).
+        out_channels: channels of the result (dsconv with ``last_channels``: of its pointwise).
+        mid_channels: inverted_residual: expanded; pyramid_pooling: one branch; feature_fusion: high branch.
+        last_channels: dsconv: outputs of a following 1x1 with bias (the classifier's), 0 for none.
+        stride: of the 3x3; the depthwise's padding equals its dilation.
+        padding: stem_conv: of the 3x3.
+        kernel: pyramid_pooling: of the out-convolution, 1 or 3.
+        activation: of the result (inverted_residual: after expand and depthwise, the result is linear).
+        mid_activation: dsconv: between depthwise and pointwise.
+        dense: feature_fusion: the resized branch is refined by a 1x1, not a depthwise 3x3.
+        arithmetic: name of the one that it computes in; "": the network's.
+        inputs: in a program: indices of the layers that it reads, feature_fusion (high, low), or PICTURE.
     """
 
     op: str

@@ -169,12 +169,12 @@ def test_wheel(dist: tuple[Path, Path], python: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {
         str(path.relative_to(ROOT))
-        for folder in ("csrc", "fastscnn_fast", "kernels", "tests", "benchmarks")
+        for folder in ("csrc", "docs", "fastscnn_fast", "kernels", "tests", "benchmarks")
         for path in (ROOT / folder).rglob("*.*")
         if path.suffix not in {".pyc", ".so"}
     }
     assert sources <= names
-    assert {"LICENSE", "README.md", "Makefile", "constraints.txt"} <= names
+    assert {"LICENSE", "README.md", "SECURITY.md", "Makefile", "constraints.txt"} <= names
     assert not any(name.endswith(".so") for name in names)
 
     with zipfile.ZipFile(wheel) as archive:
