@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from helpers import assert_parity, randomise
@@ -134,8 +133,7 @@ def test_torch_export_of_the_fused_network_with_free_sizes(dtype):
     fast = fuse(randomise(FastSCNN(7)).eval())
 
     def batch(n: int, height: int, width: int) -> Tensor:
-        values = np.random.default_rng().integers(0, 256, (n, 3, height, width), np.uint8)
-        return torch.from_numpy(values).to(dtype)
+        return torch.randint(256, (n, 3, height, width), dtype=torch.uint8).to(dtype)
 
     axes = {
         0: Dim("n", min=1, max=64),
