@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .augmentation import Augmentation
+from .scenery import Scenery
 from .sources import DataError, Example, Source, raise_problems
 
 
@@ -123,6 +124,7 @@ class Batches:
         rank: which of the processes this is; it makes its part of each batch.
         world: how many there are; it divides ``batch``.
         workers: threads that prepare the next step; 0 prepares each when it is asked for.
+        scenery: what is done to whole examples before views of them are taken.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         workers: int = 2,
+        scenery: Scenery | None = None,
     ) -> None:
         if batch < 1 or batch % world:
             raise ValueError(
@@ -148,7 +151,7 @@ class Batches:
             seed,
         )
         self.extra, self.extra_share = extra, extra_share if extra is not None else 0.0
-        self.rank, self.world, self.workers = rank, world, workers
+        self.rank, self.world, self.workers, self.scenery = rank, world, workers, scenery
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
 
     def _pick(self, position: int) -> tuple[Examples, int]:
@@ -166,7 +169,11 @@ class Batches:
     def example(self, position: int) -> Example:
         """The stream's example at ``position``, augmented."""
         examples, index = self._pick(position)
-        return self.augmentation(examples[index], np.random.default_rng((self.seed, 3, position)))
+        example = examples[index]
+        if self.scenery is not None:
+            rng = np.random.default_rng((self.seed, 5, position))
+            example = Example(*self.scenery(*example, rng))
+        return self.augmentation(example, np.random.default_rng((self.seed, 3, position)))
 
     def steps(self, start: int, stop: int) -> Iterator[Batch]:
         """This process's part of the steps from ``start`` up to ``stop``."""

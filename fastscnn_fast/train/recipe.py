@@ -58,6 +58,16 @@ class Recipe:
     flip: bool = _choice(True, "mirror half of the examples")
     colour: float = _choice(0.2, "strength of changes in brightness, contrast, saturation, hue")
     photo: float = _choice(0.0, "strength of changes in gamma and colour cast, blur, noise")
+    paste: float = _choice(
+        0.0, "pieces of rare classes, cut from all examples, pasted into one, on average"
+    )
+    mix: float = _choice(
+        0.0, "probability that half of the classes of another example are laid over one"
+    )
+    style: float = _choice(
+        0.0, "probability that an example is given the colours of another, or of a street scene"
+    )
+    weather: float = _choice(0.0, "0 to 1, how often there are shadows, haze, rain, no colours")
     streets: float = _choice(0.0, "share of procedural street scenes in the batches")
     class_weights: float = _choice(
         0.0, "C > 1 weighs a class of frequency f by 1 / log(C + f); 0: all classes alike"
@@ -97,6 +107,10 @@ class Recipe:
             "scale": (0 < self.scale[0] <= self.scale[1], "must be two numbers above 0 in order"),
             "colour": (0 <= self.colour < 1, "must be at least 0 and below 1"),
             "photo": (0 <= self.photo <= 2, "must be 0 to 2"),
+            "paste": (0 <= self.paste <= 100, "must be 0 to 100"),
+            "mix": (0 <= self.mix <= 1, "must be 0 to 1"),
+            "style": (0 <= self.style <= 1, "must be 0 to 1"),
+            "weather": (0 <= self.weather <= 1, "must be 0 to 1"),
             "streets": (0 <= self.streets <= 1, "must be 0 to 1"),
             "class_weights": (
                 self.class_weights == 0 or self.class_weights > 1,

@@ -24,6 +24,7 @@ from ..checkpoints import load_checkpoint, save_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.classes import CAMVID_CLASSES, class_names
 from ..data.datasets import Batch, Batches, Examples, load
+from ..data.scenery import Pieces, Scenery, Styles
 from ..data.sources import Streets
 from ..runtime.model import FastSCNN
 from . import evaluate, files
@@ -37,6 +38,7 @@ _MOMENTUM = 0.9
 _SAVE_SECONDS = 120.0
 _SHOW_SECONDS = 2.0
 _STREET_SCENES = 500
+_RARE_BELOW = 0.03  # share of all labelled pixels
 
 
 def start_from(path: str, config: Config) -> FastSCNN:
@@ -194,6 +196,23 @@ class Trainer:
             self.group.rank,
             self.group.world,
             workers,
+            self._scenery(extra),
+        )
+
+    def _scenery(self, extra: Examples | None) -> Scenery | None:
+        recipe = self.recipe
+        if not (recipe.paste or recipe.mix or recipe.style or recipe.weather):
+            return None
+        rare = (self.train.pixels < _RARE_BELOW * self.train.pixels.sum()).nonzero()[0]
+        sources = [source for source in (self.train, extra) if source is not None]
+        return Scenery(
+            self.train,
+            Pieces(self.train if recipe.paste else (), rare.tolist(), recipe.seed),
+            Styles(*sources if recipe.style else ()),
+            recipe.mix,
+            recipe.paste,
+            recipe.style,
+            recipe.weather,
         )
 
     # What has been seen since the last row of the metrics.

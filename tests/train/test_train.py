@@ -34,7 +34,17 @@ from fastscnn_fast.train.step import class_weights, parameter_groups, update_ave
 from fastscnn_fast.train.trainer import Trainer
 
 SMALL = Recipe(
-    epochs=3, batch=4, crop=(64, 64), dtype="float32", ema=0.9, photo=0.5, class_weights=1.1
+    epochs=3,
+    batch=4,
+    crop=(64, 64),
+    dtype="float32",
+    ema=0.9,
+    photo=0.5,
+    class_weights=1.1,
+    paste=2.0,
+    mix=0.2,
+    style=0.5,
+    weather=0.5,
 )
 
 
@@ -141,6 +151,10 @@ def test_moving_average() -> None:
         ("smoothing", 1.0),
         ("colour", 1.0),
         ("dropout", 1.0),
+        ("paste", -1.0),
+        ("mix", 1.5),
+        ("style", -0.5),
+        ("weather", 2.0),
         ("seed", -1),
         ("epochs", float("inf")),
         ("aux_weight", float("nan")),
