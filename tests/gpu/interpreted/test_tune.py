@@ -22,8 +22,7 @@ from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.backends.gpus import INTERPRETER
 from fastscnn_fast.kernels.launch import Tile
 from fastscnn_fast.lower.fold import fold
-from fastscnn_fast.lower.pack import encode
-from fastscnn_fast.program.program import fast_scnn
+from fastscnn_fast.program.program import encode, fast_scnn
 
 pytestmark = pytest.mark.interpreted
 SIZE = (64, 96)
