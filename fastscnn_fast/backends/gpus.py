@@ -42,17 +42,14 @@ def _ampere(warps: int, blocks: int, kib: int) -> Multiprocessor:
 class Gpu:
     """An architecture, by a usual device of it.
 
-    ============== ==========================================================================
-    field          meaning
-    ============== ==========================================================================
-    device         its name
-    processors     multiprocessors (AMD: compute units) of the device
-    tf32           AMD's: whether its matrix instructions compute in TF32 (NVIDIA's: program/arithmetic.py)
-    multiprocessor what one holds (CUDA C++ Programming Guide, technical specifications); None for AMD's
-    bandwidth      published bytes a second of the device's memory; 0 where no time is predicted for it
-    rate           published dense fp16 operations (fp32 sums) a second
-    triton_rate    of Triton's products, where that is another
-    ============== ==========================================================================
+    Attributes:
+        device: its name.
+        processors: multiprocessors (AMD: compute units) of the device.
+        tf32: AMD's: whether its matrix instructions compute in TF32 (NVIDIA's: program/arithmetic.py).
+        multiprocessor: what one holds (CUDA C++ Programming Guide, technical specifications); None for AMD's.
+        bandwidth: published bytes a second of the device's memory; 0 where no time is predicted for it.
+        rate: published dense fp16 operations (fp32 sums) a second.
+        triton_rate: of Triton's products, where that is another.
     """
 
     device: str

@@ -11,12 +11,17 @@ import torch
 from ..arch.config import PRESETS, SMALLEST_SIDE
 from ..backends import registry
 from ..checkpoints import CAMVID11
-from ..program.arithmetic import PRECISIONS
+from ..program.arithmetic import ARITHMETICS, PRECISIONS
 
 #: A parser, or a group of its options.
 Parser = argparse._ActionsContainer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: The dtypes that some backend has kernels for, by name.
+DTYPES = {
+    name: one.dtype
+    for name, one in ARITHMETICS.items()
+    if one.precision == "highest" and set(one.needs) != {"reference"}
+}
 
 
 def add_weights(command: Parser) -> None:
