@@ -243,7 +243,8 @@ def places(given: Given, dtype: torch.dtype) -> list[NetworkLayer]:
     made: list[Tensor] = []
     for layer, tensors in zip(folded.layers, folded.tensors):
         inputs = tuple(x if at == PICTURE else made[at] for at in layer.inputs)
-        place = NetworkLayer(layer.alone, inputs, tensors, full)
+        named = replace(layer.alone, name=layer.name)
+        place = NetworkLayer(named, inputs, tensors, full)
         found.setdefault((layer.alone, inputs[0].shape), place)
         made.append(place.run(*inputs, dtype=dtype))
     return list(found.values())
