@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT
-from layouts import SMALL, key_lists, random_state
+from layouts import SMALL, free_widths, key_lists, random_state
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -122,25 +122,6 @@ def test_widths_classes_and_channels_are_derived(layout: str, tmp_path: Path) ->
     model = FastSCNN(7, name, aux=aux, **SMALL, **more)
     torch.save(to_layout(model, layout), tmp_path / "weights.pt")
     assert load_checkpoint(tmp_path / "weights.pt").config == model.config
-
-
-def free_widths(strides: tuple[int, int, int] = (2, 2, 1)) -> dict[str, Any]:
-    """Any widths, free for each block, as pruning leaves them; the first block of each stage has its stride."""
-    bottlenecks = [
-        [
-            (random.randint(1, 50), random.randint(1, 40), stride if index == 0 else 1)
-            for index in range(random.randint(1, 5))
-        ]
-        for stride in strides
-    ]
-    mid, out, stride = bottlenecks[2][-1]
-    bottlenecks[2][-1] = mid, 4 * out, stride  # four pooling branches share them
-    return {
-        "downsample_channels": tuple(random.randint(1, 40) for _ in range(3)),
-        "bottlenecks": tuple(map(tuple, bottlenecks)),
-        "pyramid_channels": random.randint(1, 60),
-        "fusion_channels": random.randint(1, 60),
-    }
 
 
 def same_function(a: FastSCNN, b: FastSCNN) -> bool:

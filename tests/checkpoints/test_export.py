@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers import assert_parity, randomise
+from layouts import free_widths
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,6 +82,12 @@ def test_one_block_a_stage_at_sizes_it_was_not_traced_at(tmp_path):
     config = json.loads(session.get_modelmeta().custom_metadata_map["fastscnn_fast"])
     assert Config(**config) == model.config
     check_logits(session, model)
+
+
+@pytest.mark.slow
+def test_free_widths(tmp_path):
+    model = randomise(FastSCNN(19, **free_widths(least=9))).eval()
+    check_logits(exported(tmp_path, model), model)
 
 
 @pytest.mark.slow

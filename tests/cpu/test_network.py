@@ -31,13 +31,14 @@ from helpers import (
     random_weights,
     threads,
 )
+from layouts import free_widths
 from networks import Network, assert_chain
 from PIL import Image
 from torch import Tensor
 from torch.random import fork_rng
 
 from fastscnn_fast import load_checkpoint, ops
-from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.program import arithmetic as records
@@ -273,6 +274,17 @@ def test_opcheck(backend: str, dtype: torch.dtype, output: str, raw: bool) -> No
     for op, keywords in ((network.default, {}), (network.out, {"out": out})):
         results = torch.library.opcheck(op, arguments, keywords)
         assert set(results.values()) == {"SUCCESS"}
+
+
+@torch.no_grad()
+def test_free_widths(best_kernels: Kernels) -> None:
+    """Every block has channels of its own, multiples of nothing, as pruning leaves them."""
+    widths = free_widths(least=9, most=90)
+    print(widths)
+    model = lifelike(preset("paper", num_classes=7, **widths))
+    net, x = Network.of(model, best_kernels.arithmetic), noise(4, 3, 97, 131)
+    x = x.to(net.fast.dtype)
+    check(net, x, net.reference(x), net.reference64(x))
 
 
 def test_wrong_arguments() -> None:

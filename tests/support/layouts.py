@@ -1,8 +1,10 @@
-"""The published implementations' keys and shapes, and a small network's widths."""
+"""The published implementations' keys and shapes, and a small network's widths, and widths that nobody chose."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,27 @@ SMALL = {
     "pyramid_channels": 32,
     "fusion_channels": 48,
 }
+
+
+def free_widths(
+    strides: tuple[int, int, int] = (2, 2, 1), least: int = 1, most: int = 40
+) -> dict[str, Any]:
+    """Any widths, free for each block, as pruning leaves them; the first block of each stage has its stride."""
+    bottlenecks = [
+        [
+            (random.randint(least, most), random.randint(least, most), stride if index == 0 else 1)
+            for index in range(random.randint(1, 5))
+        ]
+        for stride in strides
+    ]
+    mid, out, stride = bottlenecks[2][-1]
+    bottlenecks[2][-1] = mid, 4 * out, stride  # four pooling branches share them
+    return {
+        "downsample_channels": tuple(random.randint(least, most) for _ in range(3)),
+        "bottlenecks": tuple(map(tuple, bottlenecks)),
+        "pyramid_channels": random.randint(least, most),
+        "fusion_channels": random.randint(least, most),
+    }
 
 
 def key_lists() -> dict[str, Shapes]:
