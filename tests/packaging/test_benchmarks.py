@@ -138,6 +138,7 @@ def test_every_step_is_benchmarked(name: str) -> None:
     assert len({case.name for case in cases}) == len(cases)
 
 
+@pytest.mark.slow
 @built
 def test_a_time_needs_parity(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
