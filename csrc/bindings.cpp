@@ -4,6 +4,7 @@
 
 #include "bindings_training.h"
 #include "cpu/engine.h"
+#include "cpu/fingerprint.h"
 
 namespace py = pybind11;
 namespace fs = fastscnn;
@@ -147,5 +148,11 @@ PYBIND11_MODULE(_cpu, m) {
         return fs::network_stages(call(c), picture(x), output(kind), reinterpret_cast<void*>(out));
       },
       unlocked, "As network, on one picture: (name, seconds) of each stage.");
+  m.def(
+      "fingerprint",
+      [](Address pieces, size_t count) {
+        return fs::fingerprint(reinterpret_cast<const fs::Piece*>(pieces), count);
+      },
+      unlocked, "Of what lies in count pieces of memory, a table of (address, bytes).");
   bind_training(m);
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import repeat
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import network
 from .config import Config
 from .network import PlainFastSCNN
 
@@ -26,6 +30,36 @@ SETTINGS = (
     "align_corners",
     "residual",
 )
+#: The methods by which a submodule computes, in the classes that one may be of.
+_RUNS = (
+    "__call__",
+    "_call_impl",
+    "__getattr__",
+    "forward",
+    "pool",
+    "_conv_forward",
+    "_check_input_dim",
+)
+KINDS = (
+    *(network.ConvBNAct, network.DSConv, network.LearningToDownsample, network.InvertedResidual),
+    *(network.PyramidPooling, network.GlobalFeatures, network.FeatureFusion, network.Classifier),
+    *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.ReLU, nn.ReLU6, nn.Sequential),
+    *(
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    ),
+)
+#: Those of the network itself that plain torch would run.
+OF_NETWORK = ("_normalised", "_full_size")
+METHODS: list[tuple[type[nn.Module], str]] = [
+    (kind, name) for kind in KINDS for name in _RUNS if hasattr(kind, name)
+]
+METHODS += [(PlainFastSCNN, name) for name in ("forward", *OF_NETWORK)]
+_OWNERS, _NAMES = zip(*METHODS)
 _PARTS = ("learning_to_downsample", "global_features", "feature_fusion", "classifier")
 
 
@@ -39,12 +73,29 @@ def submodules(model: PlainFastSCNN) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in named if name.split(".")[0] in _PARTS]
 
 
+def parameters(model: PlainFastSCNN) -> Iterator[nn.Parameter]:
+    """Those of the submodules that run in eval mode."""
+    for _, module in submodules(model):
+        yield from (p for p in module._parameters.values() if p is not None)
+
+
+def methods() -> Iterator[Any]:
+    """The methods by which a network computes, which must stay the very same functions."""
+    return map(getattr, _OWNERS, _NAMES, repeat(None))
+
+
 def check(model: PlainFastSCNN) -> None:
     """Every submodule must be of the kind, the settings and the shapes that ``model.config`` asks for.
 
     Raises:
-        Unfusable: it is not, or it has a forward hook or a forward method of its own.
+        Unfusable: it is not, or it has a forward hook, or a method was replaced, its own or its class's.
     """
+    for kind, name in METHODS:
+        if not _is_own(kind, name):
+            raise Unfusable(f"method {name} of {kind.__name__} was replaced")
+    for name in OF_NETWORK:
+        if getattr(getattr(model, name), "__func__", None) is not getattr(PlainFastSCNN, name):
+            raise Unfusable(f"method {name} of {type(model).__name__} was replaced")
     modules = submodules(model)
     want, got = _structure(model.config), _describe(modules)
     for name in {**want, **got}:
@@ -53,8 +104,8 @@ def check(model: PlainFastSCNN) -> None:
     for name, module in modules:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unfusable(f"submodule {name} has a forward hook")
-        if "forward" in vars(module):
-            raise Unfusable(f"the forward method of submodule {name} was replaced")
+        if replaced := [method for method in _RUNS if method in vars(module)]:
+            raise Unfusable(f"method {replaced[0]} of submodule {name} was replaced")
     tensors = [
         t
         for _, module in modules
@@ -65,6 +116,21 @@ def check(model: PlainFastSCNN) -> None:
         raise Unfusable(f"a parameter or buffer is of type {odd.pop().__name__}")
     if len({(t.device, t.dtype) for t in tensors if t.is_floating_point()}) > 1:
         raise Unfusable("parameters and buffers are of several devices or dtypes")
+
+
+def _is_own(kind: type, name: str) -> bool:
+    """Whether a method is the one that ``kind``, or a class that it inherits from, was written with."""
+    method = getattr(kind, name, None)
+    return isinstance(method, FunctionType) and any(
+        # functools.wraps copies a function's name, not its globals.
+        _package(method.__globals__["__name__"]) == _package(cls.__module__)
+        and method.__qualname__.startswith(f"{cls.__name__}.")
+        for cls in kind.__mro__
+    )
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 @lru_cache(maxsize=64)

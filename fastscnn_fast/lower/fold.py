@@ -17,7 +17,9 @@ from ..arch.network import (
     PlainFastSCNN,
     PyramidPooling,
 )
+from ..arch.structure import submodules
 from ..program.layers import Layer
+from ..program.memory import check_memory
 from ..program.program import Program, fast_scnn
 
 
@@ -121,9 +123,26 @@ def _fusion(block: FeatureFusion, layer: Layer) -> dict[str, Tensor]:
     }
 
 
+def check_memory_of(model: PlainFastSCNN) -> None:
+    """No parameter or buffer that runs in eval mode may have lost its memory.
+
+    Raises:
+        RuntimeError: one has, and which.
+    """
+    for owner, module in submodules(model):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and type(tensor) in (Tensor, nn.Parameter):
+                check_memory(f"{owner}.{name}", tensor)
+
+
 @torch.no_grad()
 def fold(model: PlainFastSCNN) -> FoldedWeights:
-    """Fold every batch norm of ``model`` (as in eval mode) into the convolution before it."""
+    """Fold every batch norm of ``model`` (as in eval mode) into the convolution before it.
+
+    Raises:
+        RuntimeError: a parameter or buffer has lost its memory.
+    """
+    check_memory_of(model)
     config = model.config
     downsample, features, classifier = (
         model.learning_to_downsample,

@@ -98,14 +98,6 @@ def layer_of(layer: str, op: str) -> Layer:
     return layers[0]
 
 
-def addresses(x: Tensor) -> tuple[int, int]:
-    """Where the memory of a strided tensor begins and ends."""
-    if x.numel() == 0:
-        return (0, 0)
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    return (x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size())
-
-
 def has_tangent(x: Tensor) -> bool:
     """Whether x is a dual tensor of forward-mode differentiation, which torch.no_grad() leaves on."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None

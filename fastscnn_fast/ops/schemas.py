@@ -8,6 +8,7 @@ take raw pixels, the argument ``dtype``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ..backends import runners
-from ..program.memory import activation
+from ..program.memory import activation, addresses, check_memory
 from ..program.program import parsed
 from .checks import (
     Spec,
-    addresses,
     check_input,
     check_out,
     check_picture,
@@ -176,8 +176,12 @@ def _register(
 ) -> Callable[..., Tensor]:
     """Returns what the dispatcher calls in the end."""
 
+    names = re.findall(r"Tensor (\w+)", arguments)  # they come first
+
     def made(*args: Any) -> Tensor:
         out = result(*args)
+        for tensor, x in zip(names, args):
+            check_memory(tensor, x)
         fill(out, *args)
         return out
 
@@ -200,9 +204,11 @@ def check_network_out(x: Tensor, *args: Any, out: Tensor) -> None:
 
     Raises:
         TypeError, ValueError: it cannot, and why.
-        RuntimeError: a gradient is wanted.
+        RuntimeError: a gradient is wanted, or a tensor has lost its memory.
     """
     _network_check_out(x, *args, out=out)
+    for name, tensor in (("x", x), ("weights", args[0]), ("out", out)):
+        check_memory(name, tensor)
     begin, end = addresses(out)
     if begin % out.element_size():
         raise ValueError(f"out must be aligned to its dtype {out.dtype}, got address {begin:#x}")

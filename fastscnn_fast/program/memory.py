@@ -34,6 +34,30 @@ def dense(x: Tensor) -> Tensor:
     return memory.contiguous().permute(0, 3, 1, 2)  # pad keeps what it takes for x's layout
 
 
+def addresses(x: Tensor) -> tuple[int, int]:
+    """Where the memory of a strided tensor begins and ends."""
+    if x.numel() == 0:
+        return (0, 0)
+    return (x.data_ptr(), x.data_ptr() + _span(x) * x.element_size())
+
+
+def check_memory(name: str, x: Tensor) -> None:
+    """A strided tensor must lie within its storage, which somebody may have emptied.
+
+    Raises:
+        RuntimeError: it does not; plain torch raises one too, where it does not crash.
+    """
+    held = x.untyped_storage().nbytes()
+    needed = (x.storage_offset() + _span(x)) * x.element_size()
+    if held < needed and x.numel() > 0:
+        raise RuntimeError(f"{name} must have memory of {needed} bytes, its storage holds {held}")
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first to the last of a tensor that has any."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A strided region of a named memory: ``strides`` in elements, ``offset`` in bytes."""

@@ -3,22 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain, repeat
-from operator import attrgetter, contains, is_, itemgetter
-from typing import Any
+from operator import attrgetter, is_, itemgetter
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..arch.network import PlainFastSCNN
-from ..arch.structure import SETTINGS, Unfusable, submodules
+from ..arch.structure import (
+    OF_NETWORK,
+    SETTINGS,
+    Unfusable,
+    methods,
+    parameters,
+    submodules,
+)
 from ..backends import registry
+from ..lower.fold import check_memory_of
 from ..ops import is_traced
+from ..program.memory import addresses
 from .fused import FusedFastSCNN, fuse
 
 _WATCHED = (*SETTINGS, "training", "_forward_hooks", "_forward_pre_hooks")
 _END = object()
+
+
+class _Contents:
+    """What lies in tensors on the CPU, by a fingerprint of all their bytes."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._fingerprint = registry.cpu_module().fingerprint
+        pieces = [(begin, end - begin) for begin, end in map(addresses, tensors)]
+        self._pieces = torch.tensor(pieces, dtype=torch.int64, device="cpu").view(-1, 2)
+        self._seen = self._now()
+
+    def _now(self) -> int:
+        fingerprint: int = self._fingerprint(self._pieces.data_ptr(), len(self._pieces))
+        return fingerprint
+
+    def unchanged(self) -> bool:
+        """The tensors must lie where they lay."""
+        return self._now() == self._seen
+
+
+class _Counts:
+    """What torch counts of the writes to tensors, wherever they are, and the steps of its optimisers."""
+
+    _alive: ClassVar[WeakSet[_Counts]] = WeakSet()
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        if any(tensor.is_inference() for tensor in tensors):
+            raise Unfusable(
+                "a parameter is an inference tensor, whose changes torch does not count"
+            )
+        self._tensors, self._stepped = tensors, False
+        self._identities = set(map(id, tensors))
+        self._seen = self._now()
+        _count_steps()
+        self._alive.add(self)
+
+    def _now(self) -> list[int]:
+        return list(map(attrgetter("_version"), self._tensors))
+
+    def unchanged(self) -> bool:
+        return not self._stepped and self._now() == self._seen
+
+    @classmethod
+    def after_step(cls, optimizer: Optimizer, *_: Any) -> None:
+        """Those with ``fused=True`` write uncounted."""
+        stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        for counts in list(cls._alive):
+            counts._stepped |= not stepped.isdisjoint(counts._identities)
+
+
+@cache
+def _count_steps() -> None:
+    register_optimizer_step_post_hook(_Counts.after_step)
 
 
 class _Decision:
@@ -38,14 +103,14 @@ class _Decision:
             if table
         ]
         self.forced, self.seen = registry.forced(), list(self._look(model))
-        tensors = [value for value in self.seen if type(value) in (Tensor, nn.Parameter)]
-        self.counted = not any(tensor.is_inference() for tensor in tensors)
-        self.tensors = tensors if self.counted else []
-        self.contents = self._contents()
+        self.tensors = [value for value in self.seen if type(value) in (Tensor, nn.Parameter)]
+        self.places = self._places()
         # While the storages live, nothing else can come to lie at their addresses.
         self.storages = [tensor.untyped_storage() for tensor in self.tensors]
+        self.written: _Contents | _Counts | None = None
         self.network: FusedFastSCNN | None = None
         self.refusal: str | None = None
+        check_memory_of(model)
         try:
             self._fuse(model)
         except (Unfusable, registry.CannotRun) as reason:
@@ -54,38 +119,40 @@ class _Decision:
     def _fuse(self, model: PlainFastSCNN) -> None:
         if any(state["training"] for state in self.states):
             raise Unfusable("a submodule is in training mode")
-        if not self.counted:
-            raise Unfusable(
-                "a parameter is an inference tensor, whose changes torch does not count"
-            )
+        on_cpu = all(tensor.device.type == "cpu" for tensor in self.tensors)
+        self.written = (_Contents if on_cpu and registry.isas() else _Counts)(self.tensors)
         network = fuse(model)
         if network.backend != "reference":  # plain torch is that already; the reason was logged
             self.network = network
 
     def _look(self, model: PlainFastSCNN) -> Iterator[Any]:
-        """What must stay the very same objects: settings, hooks, types, submodules, tensors."""
+        """What must stay the very same objects: settings, hooks, types, methods, submodules, tensors."""
         return chain(
-            (model.config,),
+            (model.config, *map(vars(model).get, OF_NETWORK)),
+            map(getattr, repeat(type(model)), OF_NETWORK),
             chain.from_iterable([get(state) for get, state in zip(self.getters, self.states)]),
             map(bool, self.hooks),
-            map(contains, self.states, repeat("forward")),
+            map(len, self.states),  # a method of a submodule's own is one more
             map(type, self.modules),
+            methods(),
             chain.from_iterable([table.values() for table in self.tables]),
             (_END,),  # so that a table that grew or shrank cannot go unnoticed
         )
 
-    def _contents(self) -> list[int]:
-        """What changes when a tensor is written to or its ``.data`` is replaced."""
+    def _places(self) -> list[Any]:
+        """What changes when a tensor's ``.data`` is replaced."""
         return [
-            *map(attrgetter("_version"), self.tensors),
             *map(Tensor.data_ptr, self.tensors),
+            *map(Tensor.size, self.tensors),
+            *map(Tensor.stride, self.tensors),
         ]
 
     def holds(self, model: PlainFastSCNN) -> bool:
         return (
             registry.forced() == self.forced
             and all(map(is_, self._look(model), self.seen))
-            and self._contents() == self.contents
+            and self._places() == self.places
+            and (self.written is None or self.written.unchanged())
         )
 
 
@@ -93,10 +160,11 @@ class FastSCNN(PlainFastSCNN):
     """Fast-SCNN: (N, C, H, W) normalised floats -> logits (N, num_classes, H, W).
 
     Any batch and any size from 32x32 up, odd sizes included. In training with ``aux=True`` the result
-    is ``(logits, auxiliary)`` with one full-size tensor per entry of ``config.aux_taps``. In eval mode
-    without gradients the fused kernels run by themselves (see :func:`fastscnn_fast.fuse`); what cannot
-    be fused runs in plain torch, with the reason logged once. uint8 input is raw pixels 0..255
-    and is normalised by ``config.mean`` and ``config.std`` first.
+    is ``(logits, auxiliary)`` with one full-size tensor per entry of ``config.aux_taps``. In eval mode,
+    where no gradient is wanted (under ``torch.no_grad()``, or where neither the input nor a parameter
+    requires one), the fused kernels run by themselves (see :func:`fastscnn_fast.fuse`); what cannot be
+    fused runs in plain torch, with the reason logged once. uint8 input is raw pixels 0..255 and is
+    normalised by ``config.mean`` and ``config.std`` first.
 
     Args:
         num_classes: number of classes K.
@@ -118,14 +186,17 @@ class FastSCNN(PlainFastSCNN):
     def reference(self, x: Tensor) -> Any:
         """What :meth:`forward` computes, always in plain torch."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.refuse()  # a step of an optimiser may follow; with fused=True it writes uncounted
+            decision = self._fused
+            if decision is not None and isinstance(decision.written, _Counts):
+                self.refuse()  # training follows, perhaps by writes that nobody counts
         return super().forward(x)
 
     def refuse(self) -> None:
         """Fuse anew at the next call.
 
-        Needed after writes that torch does not count: through ``.data``, numpy or torch.distributed, or by
-        an optimiser with ``fused=True``, unless this model's own ``forward`` ran with gradients before it.
+        Never needed on the CPU, where the contents of all parameters and buffers are looked at in every call.
+        Needed on a GPU after writes that torch does not count: through ``.data`` or torch.distributed, or by an
+        optimiser that is not torch's, unless this model's own ``forward`` ran with gradients before it.
         """
         object.__setattr__(self, "_fused", None)
 
@@ -135,21 +206,39 @@ class FastSCNN(PlainFastSCNN):
 
     def fused_for(self, x: Tensor) -> FusedFastSCNN | None:
         """The fused network to run ``x`` with, or None where plain torch must run."""
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or self.training:
             return None
         if is_traced(x) or getattr(self, "_is_replica", False):
             return None
         decision = self._fused
-        if decision is None or not decision.holds(self):
-            decision = _Decision(self)
-            object.__setattr__(self, "_fused", decision)
-        reason = decision.refusal
-        if decision.network is not None:
-            reason = _refused_input(x, decision.network)
+        if decision is not None and not decision.holds(self):
+            decision = None
+        reason = self._wanted_gradient(x, decision) if torch.is_grad_enabled() else None
         if reason is None:
-            return decision.network
+            if decision is None:
+                decision = _Decision(self)
+                object.__setattr__(self, "_fused", decision)
+            reason = decision.refusal
+            if decision.network is not None:
+                reason = _refused_input(x, decision.network)
+            if reason is None:
+                return decision.network
         registry.log_once(f"FastSCNN runs unfused: {reason}")
         return None
+
+    def _wanted_gradient(self, x: Tensor, decision: _Decision | None) -> str | None:
+        """Why a result has a gradient; None where it has none."""
+        if x.requires_grad:
+            what = "the input"
+        else:
+            tensors = decision.tensors if decision is not None else parameters(self)
+            if not any(map(attrgetter("requires_grad"), tensors)):
+                return None
+            what = "a parameter"
+        return (
+            f"gradients are enabled and {what} requires one, which is many times slower: to infer, write"
+            " `with torch.no_grad():` around the call, or model.requires_grad_(False) once"
+        )
 
 
 def _refused_input(x: Tensor, network: FusedFastSCNN) -> str | None:
