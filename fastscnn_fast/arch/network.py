@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -299,8 +299,19 @@ class PlainFastSCNN(nn.Module):
         logits = self._full_size(self.classifier(fused), size)
         if not (self.training and self.auxiliary):
             return logits
-        aux = (self._full_size(head(features[tap]), size) for tap, head in self.auxiliary.items())
-        return logits, tuple(aux)
+        return logits, self._heads(features, size)
+
+    def auxiliary_logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the auxiliary heads say, one (N, K, H, W) per entry of ``config.aux_taps``, always in plain torch."""
+        x = self._normalised(x)
+        features = {"downsample": self.learning_to_downsample(x)}
+        if "global" in self.auxiliary:
+            features["global"] = self.global_features(features["downsample"])
+        return self._heads(features, x.shape[2:])
+
+    def _heads(self, features: Mapping[str, Tensor], size: Sequence[int]) -> tuple[Tensor, ...]:
+        heads = self.auxiliary.items()
+        return tuple(self._full_size(head(features[tap]), size) for tap, head in heads)
 
     def _full_size(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return resize(logits, size, self.config.align_corners)

@@ -49,9 +49,7 @@ class FastSCNN(model.FastSCNN):
         if self.training:
             logits, auxiliary = result
             return (logits, *auxiliary)
-        features = self.learning_to_downsample(self._normalised(x))
-        auxiliary = self.auxiliary["downsample"](features)
-        return result, self._full_size(auxiliary, x.shape[2:])
+        return (result, *self.auxiliary_logits(x))
 
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False

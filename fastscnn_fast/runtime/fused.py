@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -123,6 +125,21 @@ def fuse(
         CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why;
             or cuda_graph is "on" and the model is on no CUDA device.
     """
+    return fuse_as(FusedFastSCNN, model, backend, dtype, precision, cuda_graph)
+
+
+_Kind = TypeVar("_Kind", bound=FusedFastSCNN)
+
+
+def fuse_as(
+    kind: type[_Kind],
+    model: PlainFastSCNN,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    precision: str = "highest",
+    cuda_graph: str = "auto",
+) -> _Kind:
+    """As :func:`fuse`, an instance of ``kind``."""
     if not isinstance(model, PlainFastSCNN):
         raise TypeError(
             f"model must be a fastscnn_fast.FastSCNN, got {type(model).__name__}"
@@ -135,4 +152,4 @@ def fuse(
     precision = registry.choose_precision(precision, backend, chosen, weight.device, dtype)
     Graphs(cuda_graph).check(weight.device)
     with torch.inference_mode(False):  # the copy outlives the caller's mode
-        return FusedFastSCNN(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)
+        return kind(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import third_party
@@ -13,7 +15,7 @@ from helpers import randomise
 from layouts import key_lists
 from torch import Tensor, nn
 
-from fastscnn_fast import FastSCNN, accelerate, load_checkpoint
+from fastscnn_fast import FastSCNN, FusedFastSCNN, accelerate, load_checkpoint
 from fastscnn_fast.backends import registry
 from fastscnn_fast.checkpoints import CheckpointError, from_state_dict, save_checkpoint
 from fastscnn_fast.compat import tramac
@@ -88,8 +90,94 @@ def test_accelerate(name: str) -> None:
         y = first(theirs.eval()(x))
         if y.shape[2:] != x.shape[2:]:
             y = third_party.up(y, x.shape[2:], corners=False)
-    torch.testing.assert_close(fast(x), y, rtol=1e-3, atol=1e-3 * y.std().item())
+    torch.testing.assert_close(first(fast(x)), y, rtol=1e-3, atol=1e-3 * y.std().item())
     assert fast.config.num_classes == 7
+
+
+class Pair(NamedTuple):
+    main: Any
+    rest: Any
+
+
+CONTAINERS: dict[str, Callable[[tuple[Tensor, ...]], Any]] = {
+    "tuple": lambda y: y,
+    "list": list,
+    "dictionary": lambda y: {"out": y[0], "aux": y[1]},
+    "ordered dictionary, logits last": lambda y: OrderedDict(aux=y[1], out=y[0]),
+    "named tuple": lambda y: Pair(y[0], y[1]),
+    "nested": lambda y: {"out": [y[0]], "rest": (y[1], None, 7)},
+    "tensor": lambda y: y[0],
+    "tuple of one": lambda y: (y[0],),
+}
+
+
+def same(got: Any, want: Any) -> None:
+    """Of the same types all the way down, with equal tensors in the same places."""
+    assert type(got) is type(want)
+    if isinstance(want, Tensor):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.std().item())
+    elif isinstance(want, dict):
+        assert list(got) == list(want)
+        same(list(got.values()), list(want.values()))
+    elif isinstance(want, (tuple, list)):
+        assert len(got) == len(want)
+        for ours, theirs in zip(got, want):
+            same(ours, theirs)
+    else:
+        assert got == want
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_accelerate_keeps_the_container(name: str) -> None:
+    class Theirs(third_party.Tramac):
+        def forward(self, x: Tensor) -> Any:
+            return CONTAINERS[name](super().forward(x))
+
+    theirs = lively(Theirs(aux=True)).eval()
+    fast = accelerate(theirs)
+    assert isinstance(fast, FusedFastSCNN)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        want = theirs(x)
+    for network in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        same(network(x), want)
+    logits = CONTAINERS["tuple"](third_party.Tramac.forward(theirs, x))[0]
+    assert (fast.labels(x) == logits.argmax(1)).float().mean() > 0.999
+    assert fast.probabilities(x).shape == logits.shape
+    out = torch.empty_like(logits)
+    same(fast(x, out=out), want)
+    torch.testing.assert_close(out, logits.detach(), rtol=1e-3, atol=1e-3 * logits.std().item())
+
+
+@pytest.mark.parametrize("name", ["tramac", "zacario", "segmentron"])
+@pytest.mark.parametrize("aux", [False, True])
+def test_accelerate_keeps_auxiliary_results_in_their_places(name: str, aux: bool) -> None:
+    theirs = lively(THEIRS[name](aux=aux)).eval()
+    fast = accelerate(theirs)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        same(fast(x), theirs(x))
+    assert [p for p in fast.parameters() if p.requires_grad] == []
+
+
+def test_accelerate_keeps_what_the_drop_in_returns() -> None:
+    model = lively(tramac.FastSCNN(5, aux=True, mean=(0.1, 0.2, 0.3))).train()
+    fast = accelerate(model)
+    x = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        same(fast(x), copy.deepcopy(model).eval()(x))
+    assert model.training and fast.config == model.config
+
+
+def test_accelerate_says_what_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    class Features(third_party.Tramac):
+        def forward(self, x: Tensor) -> Any:
+            return {"features": x.mean((2, 3)), "out": super().forward(x)[0]}
+
+    registry.log_once.cache_clear()
+    result = accelerate(Features())(torch.randn(1, 3, 64, 96))
+    assert list(result) == ["features", "out"] and result["features"] is None
+    assert "None stands for what Features returns" in caplog.text
 
 
 class Wrapper(nn.Module):
