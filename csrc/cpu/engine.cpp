@@ -280,8 +280,8 @@ void require_rows(int rows) {
 
 void require_picture(const Loaded& loaded, const Picture& picture) {
   const Layer& stem = loaded.layer;
-  require(picture.type == loaded.input || picture.type == Type::u8,
-          "x must be uint8 or what the weights are packed for");
+  require(picture.type == loaded.input || picture.type == Type::u8 || picture.type == Type::f32,
+          "x must be uint8, float32 or what the weights are packed for");
   require(picture.c == stem.in,
           "x must have " + std::to_string(stem.in) + " channels, got " + std::to_string(picture.c));
   const int smallest = 3 - 2 * stem.padding;

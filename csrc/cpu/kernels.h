@@ -12,7 +12,8 @@
 
 namespace fastscnn {
 
-// A picture batch (N, C, H, W) with any strides, in elements; float, or raw uint8 to be normalised.
+// A picture batch (N, C, H, W) with any strides, in elements: of the network's own type, floats to
+// be rounded to that, or raw uint8 to be normalised.
 struct Picture {
   const void* data;
   Type type;

@@ -1,6 +1,7 @@
 // stem_conv: 3x3 stride 2 convolution + bias + act, straight from the caller's picture.
 
-// Source: a picture's rows as (width, channels) elements, raw bytes normalised on the way.
+// Source: a picture's rows as (width, channels) elements: raw bytes normalised, floats rounded on
+// the way.
 struct PictureRows {
   const Picture* picture;
   int image;
@@ -11,6 +12,8 @@ struct PictureRows {
     const int64_t offset = image * picture->stride_n + y * picture->stride_h;
     if (picture->type == Type::u8)
       copy(static_cast<const uint8_t*>(picture->data) + offset, out);
+    else if (picture->type == Type::f32)
+      copy(static_cast<const float*>(picture->data) + offset, out);
     else
       copy(static_cast<const element*>(picture->data) + offset, out);
   }
@@ -29,7 +32,13 @@ struct PictureRows {
   FASTSCNN_INLINE element value(uint8_t v, int c) const {
     return to_element(v * scale[c] + shift[c]);
   }
-  FASTSCNN_INLINE element value(element v, int) const { return v; }
+  template <class T>
+  FASTSCNN_INLINE element value(T v, int) const {
+    if constexpr (sizeof(T) == sizeof(element))
+      return v;
+    else
+      return to_element(v);
+  }
 
   // Planes (3, width) to pixels.
   template <class T>

@@ -118,6 +118,16 @@ def check(model: PlainFastSCNN) -> None:
         raise Unfusable("parameters and buffers are of several devices or dtypes")
 
 
+def unsound(name: str, tensor: Tensor) -> str | None:
+    """What no trained parameter or buffer of that name holds, in words; None for a sound one."""
+    wild = tensor.numel() - int(tensor.isfinite().sum())
+    if wild:
+        return f"NaN or infinity in {wild} of {tensor.numel()} values"
+    if name.endswith("running_var") and tensor.numel() and (least := tensor.min().item()) < 0:
+        return f"a negative variance, {least:.3g}"
+    return None
+
+
 def _is_own(kind: type, name: str) -> bool:
     """Whether a method is the one that ``kind``, or a class that it inherits from, was written with."""
     method = getattr(kind, name, None)

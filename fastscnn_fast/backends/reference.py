@@ -11,6 +11,7 @@ from torch import Tensor
 from ..lower.pack import TAG, arithmetic_of, flat, plain_weights, tag
 from ..program import reference
 from ..program.arithmetic import Arithmetic
+from ..program.memory import picture
 from ..program.program import Program, parsed
 from ..program.reference import Weights
 
@@ -53,6 +54,7 @@ class _Runner:
     def stem_conv(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
     ) -> None:
+        x = picture(x, dtype)
         _fill(lambda p, w: reference.stem_conv(x, p.layers[0], w[0]), out, weights, layer, dtype)
 
     def plane(self, op: str, out: Tensor, x: Tensor, weights: Tensor, layer: str) -> None:
@@ -90,6 +92,7 @@ class _Runner:
         dtype: torch.dtype,
         output: str,
     ) -> None:
+        x = picture(x, dtype)
         _fill(lambda p, w: reference.network(x, p, w, output), out, weights, program, dtype)
 
 

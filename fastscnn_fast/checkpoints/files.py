@@ -72,7 +72,8 @@ def load_checkpoint(
         overrides: any other field of :class:`Config` that differs from the preset.
 
     Raises:
-        CheckpointError: a truncated, empty, huge, foreign or malicious file. Nothing in it is executed.
+        CheckpointError: a truncated, empty, huge, foreign or malicious file, or one whose weights hold NaN,
+            infinity or a negative variance. Nothing in it is executed.
         OSError: the file cannot be opened.
     """
     source = str(path)

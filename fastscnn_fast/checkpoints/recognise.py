@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arch.config import MOST_BLOCKS, PRESETS, SHORT, Block, Config, preset as config_preset
+from ..arch.structure import unsound
 from ..runtime.model import FastSCNN
 from .layouts import LAYOUTS, OURS, Layout, Shapes, names_in, shapes_of
 
@@ -39,7 +40,8 @@ def from_state_dict(
             those of the tensors; ``bottlenecks`` need be given only for strides other than the paper's.
 
     Raises:
-        CheckpointError: no known network; names the closest layout and what differs.
+        CheckpointError: no known network, with the closest layout and what differs; or a tensor, which is
+            named, holds NaN, infinity or a negative variance.
         ValueError: an unknown preset or field.
     """
     tensors = tensors_in(state, source)
@@ -76,9 +78,7 @@ def from_state_dict(
     if fit.problems:
         which = f"layout {closest!r}" if name == closest else f"layout {closest!r}, preset {name!r}"
         raise CheckpointError(f"{source}: no known Fast-SCNN; closest is {which}: {fit}")
-    return _build(
-        fit.config, {ours: tensors[key] for ours, key in fit.names.items() if key in tensors}
-    )
+    return _build(fit, tensors)
 
 
 def from_own(state: Any, config: Config, source: str) -> FastSCNN:
@@ -98,7 +98,7 @@ def from_own(state: Any, config: Config, source: str) -> FastSCNN:
     fit = _Fit(source, config, OURS, shapes)
     if fit.problems:
         raise CheckpointError(f"{source}: its tensors do not belong to its config: {fit}")
-    return _build(config, tensors)
+    return _build(fit, tensors)
 
 
 def config_of(source: str, make: Any, *args: Any, **values: Any) -> Config:
@@ -114,7 +114,7 @@ class _Fit:
     """How far the keys and shapes of a file are from those of one network in one layout."""
 
     def __init__(self, source: str, config: Config, layout: Layout, shapes: Shapes) -> None:
-        self.config = config
+        self.source, self.config = source, config
         try:
             self.names = names_in(config, layout)
         except RuntimeError as error:  # more elements than torch can count
@@ -227,18 +227,26 @@ def tensors_in(state: Any, source: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _build(config: Config, tensors: Mapping[str, Tensor]) -> FastSCNN:
-    """The network with copies of tensors that fit it; all in one type, the widest among them."""
-    floats = [tensor for name, tensor in tensors.items() if not _optional(name)]
+def _build(fit: _Fit, tensors: Mapping[str, Tensor]) -> FastSCNN:
+    """The network with copies of tensors that fit it; all in one type, the widest among them.
+
+    Raises:
+        CheckpointError: one holds what no trained network does; the message names it.
+    """
+    found = {ours: tensors[key] for ours, key in fit.names.items() if key in tensors}
+    for ours, tensor in found.items():
+        if (what := unsound(ours, tensor)) is not None:
+            raise CheckpointError(f"{fit.source}: {fit.names[ours]} holds {what}")
+    floats = [tensor for name, tensor in found.items() if not _optional(name)]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in floats))
     device = floats[0].device
     with torch.device("meta"):
-        model = FastSCNN.from_config(config)
+        model = FastSCNN.from_config(fit.config)
     state = {}
-    for name, shape in shapes_of(config).items():
+    for name, shape in shapes_of(fit.config).items():
         wanted = torch.int64 if _optional(name) else dtype
         state[name] = torch.zeros(shape, dtype=wanted, device=device)
-        if name in tensors:
-            state[name].copy_(tensors[name].detach())
+        if name in found:
+            state[name].copy_(found[name].detach())
     model.load_state_dict(state, assign=True)
     return model.eval()

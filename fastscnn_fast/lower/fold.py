@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,7 +18,7 @@ from ..arch.network import (
     PlainFastSCNN,
     PyramidPooling,
 )
-from ..arch.structure import submodules
+from ..arch.structure import Unfusable, submodules, unsound
 from ..program.layers import Layer
 from ..program.memory import check_memory
 from ..program.program import Program, fast_scnn
@@ -123,16 +124,22 @@ def _fusion(block: FeatureFusion, layer: Layer) -> dict[str, Tensor]:
     }
 
 
+def _tensors(model: PlainFastSCNN) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers that run in eval mode, by name."""
+    for owner, module in submodules(model):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and type(tensor) in (Tensor, nn.Parameter):
+                yield f"{owner}.{name}", tensor
+
+
 def check_memory_of(model: PlainFastSCNN) -> None:
     """No parameter or buffer that runs in eval mode may have lost its memory.
 
     Raises:
         RuntimeError: one has, and which.
     """
-    for owner, module in submodules(model):
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and type(tensor) in (Tensor, nn.Parameter):
-                check_memory(f"{owner}.{name}", tensor)
+    for name, tensor in _tensors(model):
+        check_memory(name, tensor)
 
 
 @torch.no_grad()
@@ -141,8 +148,12 @@ def fold(model: PlainFastSCNN) -> FoldedWeights:
 
     Raises:
         RuntimeError: a parameter or buffer has lost its memory.
+        Unfusable: one holds NaN, infinity or a negative variance; the message names it.
     """
     check_memory_of(model)
+    for name, tensor in _tensors(model):
+        if (what := unsound(name, tensor)) is not None:
+            raise Unfusable(f"{name} holds {what}")
     config = model.config
     downsample, features, classifier = (
         model.learning_to_downsample,

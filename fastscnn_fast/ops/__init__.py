@@ -12,7 +12,12 @@ from ..program import arithmetic, reference
 from ..program.layers import OUTPUTS as OUTPUTS, Layer
 from ..program.program import Program, encode as encode
 from . import schemas
-from .checks import is_differentiated as is_differentiated, is_traced as is_traced, needs_dispatcher
+from .checks import (
+    is_differentiated as is_differentiated,
+    is_traced as is_traced,
+    needs_dispatcher,
+    picture_dtypes as picture_dtypes,
+)
 from .schemas import check_network_out as check_network_out
 
 
@@ -47,7 +52,7 @@ def stem_conv(
     backend: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """x (N, C, H, W), of ``dtype`` or raw uint8, any strides -> (N, O, H', W') of ``dtype``."""
+    """x (N, C, H, W), of one of ``picture_dtypes(dtype)``, any strides -> (N, O, H', W') of ``dtype``."""
     return torch.ops.fastscnn.stem_conv(x, weights, encode([layer]), dtype, backend)
 
 
@@ -97,7 +102,7 @@ def network(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The whole network on x (N, C, H, W), of ``dtype`` or raw uint8, any strides.
+    """The whole network on x (N, C, H, W), of one of ``picture_dtypes(dtype)``, any strides.
 
     ``program`` comes from encode(). ``out`` is filled and returned where it is given: contiguous, of the
     result's shape and dtype.

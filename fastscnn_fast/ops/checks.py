@@ -51,11 +51,17 @@ def check_input(
         raise TypeError(f"{name} must be of dtype {allowed} for backend {backend}, got {x.dtype}")
 
 
+def picture_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes of the pictures that a network of ``dtype`` takes: its own, float32 where that is wider, raw pixels."""
+    wider = (torch.float32,) if dtype.itemsize < torch.float32.itemsize else ()
+    return (dtype, *wider, torch.uint8)
+
+
 def check_picture(
     x: Tensor, channels: int, weights: Tensor, dtype: torch.dtype, backend: str
 ) -> None:
     """x may be raw pixels; ``dtype`` is what is computed in."""
-    check_input("x", x, channels, weights, backend, (dtype, torch.uint8))
+    check_input("x", x, channels, weights, backend, picture_dtypes(dtype))
     if dtype not in arithmetic.dtypes(backend):
         allowed = ", ".join(map(str, arithmetic.dtypes(backend)))
         raise TypeError(f"dtype must be {allowed} for backend {backend}, got {dtype}")

@@ -34,6 +34,11 @@ def dense(x: Tensor) -> Tensor:
     return memory.contiguous().permute(0, 3, 1, 2)  # pad keeps what it takes for x's layout
 
 
+def picture(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels or floats for kernels that read floats of ``dtype`` alone."""
+    return x if x.dtype in (dtype, torch.uint8) else x.to(dtype)
+
+
 def addresses(x: Tensor) -> tuple[int, int]:
     """Where the memory of a strided tensor begins and ends."""
     if x.numel() == 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,18 @@ from ..lower.fold import FoldedWeights, fold
 from ..program.arithmetic import choose
 from .graphs import Graphs
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of the type checker
+
 
 class FusedFastSCNN(nn.Module):
     """Fast-SCNN for inference: folded, packed and run by one fused op. Made by :func:`fuse`.
 
-    Input is (N, C, H, W) with any strides: normalised floats of :attr:`dtype`, or raw uint8 pixels, which
-    are normalised by ``config.mean`` and ``config.std`` inside the first kernel. It has no parameters and no
-    gradients. Works under ``torch.compile(fullgraph=True)`` and ``torch.export``.
+    Input is (N, C, H, W) with any strides: normalised floats of :attr:`dtype` or, where that has 16 bits, of
+    torch.float32, which the first kernel rounds, or raw uint8 pixels, which are normalised by ``config.mean`` and
+    ``config.std`` inside the first kernel. It has no parameters and no gradients. Its dtype is that of its packed
+    weights: ``half()``, ``to(torch.bfloat16)`` and their like raise, :func:`fuse` takes a dtype. Works under
+    ``torch.compile(fullgraph=True)`` and ``torch.export``.
 
     Each method takes ``out``, a contiguous tensor of the result's shape and dtype, to be filled and returned
     instead of a new one.
@@ -29,7 +35,7 @@ class FusedFastSCNN(nn.Module):
     Attributes:
         config: the architecture, :class:`fastscnn_fast.arch.config.Config`.
         backend: "cpu", "triton" or "reference".
-        dtype: dtype of float input and of the results.
+        dtype: dtype that is computed in, of float input and of the results.
         precision: "highest", or "high": float32 whose products keep about 17 bits on the cpu backend, and
             are TF32, 10 bits, on the triton backend.
     """
@@ -85,11 +91,27 @@ class FusedFastSCNN(nn.Module):
                 "x must not require grad or have a tangent: the fused network has no gradient (use"
                 " torch.no_grad(), or FastSCNN.reference(x) to differentiate)"
             )
-        if x.dtype not in (self.dtype, torch.uint8):
-            raise TypeError(f"x must be of dtype {self.dtype} or torch.uint8, got {x.dtype}")
+        if x.dtype not in (taken := ops.picture_dtypes(self.dtype)):
+            allowed = " or ".join(map(str, taken))
+            raise TypeError(f"x must be of dtype {allowed}, got {x.dtype}")
         weights = self._buffers["weights"]  # as self.weights, which takes its time
         assert weights is not None
         return self._graphs.network(x, weights, self.program, output, self.backend, self.dtype, out)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``half`` and their like come to, of a module that holds this one too.
+
+        Raises:
+            TypeError: another dtype is asked for.
+        """
+        asked = fn(torch.empty(0, dtype=self.dtype, device=self.weights.device)).dtype
+        if asked != self.dtype:
+            raise TypeError(
+                f"a fused network of {self.dtype} cannot become one of {asked}, its weights are packed:"
+                f" call fuse(model, dtype={asked})"
+            )
+        applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
 
     def extra_repr(self) -> str:
         return (
@@ -121,7 +143,9 @@ def fuse(
 
     Raises:
         TypeError: not a FastSCNN.
-        ValueError: unknown backend, precision or cuda_graph, or a submodule was replaced or hooked (:class:`structure.Unfusable`).
+        ValueError: unknown backend, precision or cuda_graph, or a submodule was replaced or hooked, or a parameter
+            or buffer holds NaN, infinity or a negative variance (:class:`structure.Unfusable`).
+        RuntimeError: a parameter or buffer has lost its memory.
         CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why;
             or cuda_graph is "on" and the model is on no CUDA device.
     """

@@ -191,6 +191,30 @@ def test_own_keys_tell_the_preset(name: str) -> None:
         assert from_state_dict(model.state_dict(), preset=name).config == model.config
 
 
+@pytest.mark.parametrize("layout", ["paper", "tramac", "mmseg"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1e-6])
+def test_weights_of_a_broken_training_are_refused_by_name(
+    layout: str, value: float, tmp_path: Path
+) -> None:
+    model = FastSCNN(5, layout)
+    if layout == "paper":
+        state, path = model.state_dict(), tmp_path / "own.safetensors"
+    else:
+        state, path = to_layout(model, layout), tmp_path / "theirs.pth"
+    for key in [key for key in state if value != -1e-6 or key.endswith("running_var")][::40]:
+        if not state[key].is_floating_point():
+            continue
+        kept = state[key].clone()
+        state[key].view(-1)[-1] = value
+        if layout == "paper":
+            save_checkpoint(model, path)
+        else:
+            torch.save(state, path)
+        state[key].copy_(kept)
+        with pytest.raises(CheckpointError, match=f"{path}: {key} holds (NaN or inf|a negative)"):
+            load_checkpoint(path)
+
+
 def test_one_of_two_auxiliary_heads() -> None:
     shapes = {k: s for k, s in key_lists()["mmseg"].items() if "auxiliary_head.1" not in k}
     state = random_state(shapes)

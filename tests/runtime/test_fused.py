@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, assert_labels, err, in_layout, small_network, threads
+from helpers import LAYOUTS, Kernels, assert_labels, err, in_layout, small_network, threads
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -544,9 +544,9 @@ COPIES: dict[str, Callable[[FusedFastSCNN], Any]] = {
     "copy": copy.copy,
     "pickle": lambda fast: pickle.loads(pickle.dumps(fast)),
     "torch.save": saved,
-    **{name: getattr(nn.Module, name) for name in ("half", "double", "bfloat16", "float", "cpu")},
-    "to dtype": lambda fast: fast.to(torch.float16),
+    "cpu": nn.Module.cpu,
     "to device": lambda fast: fast.to("cpu"),
+    "to its dtype": lambda fast: fast.to("cpu", fast.dtype),
     "channels last": lambda fast: fast.to(memory_format=torch.channels_last),
     "share memory": nn.Module.share_memory,
     "train": nn.Module.train,
@@ -574,6 +574,108 @@ def test_copies_and_conversions_do_not_corrupt_it(way, arithmetic, fused, x):
     assert_all_equal(other, fast, x.to(fast.dtype))
     for name in ("config", "backend", "dtype", "precision", "program"):
         assert getattr(other, name) == getattr(fast, name)
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
+    **{name: getattr(nn.Module, name) for name in ("half", "double", "bfloat16", "float")},
+    "to": lambda module: module.to(torch.float16),
+    "to device and dtype": lambda module: module.to("cpu", torch.float64),
+    "to like": lambda module: module.to(torch.zeros(1, dtype=torch.float16)),
+    "type": lambda module: module.type(torch.float16),
+}
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("way", CONVERSIONS)
+def test_conversions_to_another_dtype_raise(way, arithmetic, fused, x):
+    fast = copy.deepcopy(fused[arithmetic])
+    if {"float": torch.float32, "bfloat16": torch.bfloat16}.get(way) == fast.dtype:
+        assert_all_equal(CONVERSIONS[way](fast), fused[arithmetic], x.to(fast.dtype))
+        return
+    for module in (fast, nn.Sequential(fast), nn.ModuleDict({"a": nn.Identity(), "b": fast})):
+        with pytest.raises(TypeError, match=r"cannot become .*: call fuse\(model, dtype=torch\."):
+            CONVERSIONS[way](module)
+    assert_all_equal(fast, fused[arithmetic], x.to(fast.dtype))
+
+
+PICTURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "planes": lambda x: x,
+    "pixels": lambda x: x.to(memory_format=torch.channels_last),
+    "slice": lambda x: x[:, :, 1:, 3:],
+    "every second": lambda x: x[..., ::2],
+    "narrow": lambda x: x[..., :33],
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("chosen", Kernels.all(), ids=str)
+def test_networks_of_16_bits_take_float32_pictures(picture, chosen, model, monkeypatch):
+    """Rounded to nearest even in the first kernel: bit for bit what a cast before it gives."""
+    monkeypatch.setenv("FASTSCNN_ISA", chosen.isa)
+    fast = fuse(model, "cpu", chosen.dtype, chosen.precision)
+    x = PICTURES[picture](torch.randn(2, 3, 75, 97) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None])
+    if chosen.dtype == torch.float32:
+        with pytest.raises(TypeError, match="x must be of dtype torch.float32 or torch.uint8, got"):
+            fast(x.bfloat16())
+        return
+    y = fast(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, fast(x.bfloat16()))
+    assert torch.equal(fast.labels(x), fast.labels(x.bfloat16()))
+    assert torch.equal(torch.compile(fast, backend="eager", fullgraph=True)(x), y)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_float32_pictures_of_other_channels(channels):
+    fast = fuse(
+        small_network(in_channels=channels, mean=(0,) * channels, std=(1,) * channels),
+        "cpu",
+        torch.bfloat16,
+    )
+    x = torch.randn(1, channels, 65, 97)
+    assert torch.equal(fast(x), fast(x.bfloat16()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_takes_float32_pictures(dtype, model, x):
+    fast = fuse(model, "reference", dtype)
+    assert torch.equal(fast(x), fast(x.to(dtype))) and fast(x).dtype == dtype
+    with pytest.raises(
+        TypeError, match=f"x must be of dtype {dtype} or torch.float32 or torch.uint8"
+    ):
+        fast(x.double())
+
+
+UNSOUND = {
+    "NaN": ("classifier.conv.bias", float("nan"), "NaN or infinity in 1 of 5 values"),
+    "infinity": (
+        "learning_to_downsample.stem.conv.weight",
+        float("inf"),
+        "NaN or infinity in 1 of",
+    ),
+    "infinite variance": (
+        "classifier.dsconv1.depthwise.bn.running_var",
+        float("inf"),
+        "NaN or inf",
+    ),
+    "negative variance": (
+        "global_features.pyramid.out.bn.running_var",
+        -1e-3,
+        "a negative variance, -0.001",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNSOUND)
+def test_weights_of_a_broken_training_are_refused_by_name(what, x, caplog):
+    name, value, message = UNSOUND[what]
+    model = small_network()
+    model.state_dict()[name].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=f"{name} holds {message}"):
+        fuse(model)
+    registry.log_once.cache_clear()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.reference(x), rtol=0, atol=0, equal_nan=True)
+    assert f"FastSCNN runs unfused: {name} holds {message}" in caplog.text
 
 
 def test_state_dicts_fit_the_same_network_only(fast, x):

@@ -70,7 +70,9 @@ def key_lists() -> dict[str, Shapes]:
 
 
 def random_state(shapes: Shapes) -> dict[str, Tensor]:
-    return {
-        key: torch.randn(shape) if not key.endswith("num_batches_tracked") else torch.tensor(7)
-        for key, shape in shapes.items()
-    }
+    state = {}
+    for key, shape in shapes.items():
+        state[key] = torch.tensor(7) if key.endswith("num_batches_tracked") else torch.randn(shape)
+        if key.endswith("running_var"):
+            state[key].abs_()
+    return state

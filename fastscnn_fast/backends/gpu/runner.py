@@ -14,7 +14,7 @@ from torch import Tensor
 from ...lower import gpu as layout
 from ...lower.pack import TAG, arithmetic_of, plain_weights, tag
 from ...program.arithmetic import Arithmetic
-from ...program.memory import Buffer, dense
+from ...program.memory import Buffer, dense, picture
 from ...program.program import Program, parsed
 from ...program.reference import Weights
 from .. import registry
@@ -148,7 +148,7 @@ class _Runner:
     def stem_conv(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
     ) -> None:
-        self._op(out, {"x": x}, weights, layer, dtype)
+        self._op(out, {"x": picture(x, dtype)}, weights, layer, dtype)
 
     def plane(self, op: str, out: Tensor, x: Tensor, weights: Tensor, layer: str) -> None:
         self._op(out, {"x": _dense(x)}, weights, layer, x.dtype)
@@ -190,6 +190,7 @@ class _Runner:
         dtype: torch.dtype,
         output: str,
     ) -> None:
+        x = picture(x, dtype)
         precision = _precision(weights, program, dtype, self._backend)
         key = (program, _where(x), _where(out), dtype, output)
         chosen = choices.load(out.device)
