@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..arch.config import Config
+from ..runtime.forked import serial
 from ..runtime.model import FastSCNN
 from .layouts import tensors_of
 from .recognise import DTYPES, CheckpointError, config_of, from_own, from_state_dict, tensors_in
@@ -49,6 +50,7 @@ _HARMLESS = re.compile(
 _TOO_MUCH = f"more than {MAX_PICKLE} bytes that are not tensors"
 
 
+@serial()
 def load_checkpoint(
     path: str | os.PathLike[str] = CAMVID11,
     mean: tuple[float, ...] | None = None,

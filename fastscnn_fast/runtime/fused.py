@@ -14,6 +14,7 @@ from ..arch.network import PlainFastSCNN
 from ..backends import registry
 from ..lower.fold import FoldedWeights, fold
 from ..program.arithmetic import choose
+from .forked import serial
 from .graphs import Graphs
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def fuse(
 _Kind = TypeVar("_Kind", bound=FusedFastSCNN)
 
 
+@serial()
 def fuse_as(
     kind: type[_Kind],
     model: PlainFastSCNN,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..arch.config import SMALLEST_SIDE, Config
 from ..data.pictures import Picture, read_picture, resized
+from .forked import serial
 from .fused import FusedFastSCNN
 from .model import FastSCNN
 
@@ -66,6 +67,7 @@ def run_size(pixels: NDArray[np.uint8], config: Config) -> tuple[int, int]:
     return max(round(height * scale), SMALLEST_SIDE), max(round(width * scale), SMALLEST_SIDE)
 
 
+@serial()
 @torch.no_grad()
 def _labels(fast: FusedFastSCNN | FastSCNN, x: Tensor) -> Tensor:
     """uint8 pixels (1, C, H, W) -> uint8 labels (1, H, W)."""

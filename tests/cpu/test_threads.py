@@ -96,6 +96,49 @@ assert running_threads() == before + 1
     python(script, seed)
 
 
+def test_a_forked_server(seed):
+    """Folding, loading and segmenting for the first time in a child, after torch's pool was used in its parent."""
+    script = """
+import signal
+from PIL import Image
+from fastscnn_fast import load_checkpoint, segment
+torch.set_num_threads(4)
+picture = Image.effect_noise((96, 64), 80).convert("RGB")
+pixels = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
+models = [load_checkpoint() for _ in range(2)]
+torch.randn(1000, 1000).mm(torch.randn(1000, 1000)).relu().sum()
+expected = segment(load_checkpoint(), picture)
+def loaded():
+    return (segment(load_checkpoint(), picture) == expected).all()
+def first():
+    return (segment(models[0], picture) == expected).all()
+def fused():
+    return (segment(fuse(models[0]), picture) == expected).all()
+def half():
+    return fuse(models[0], dtype=torch.bfloat16)(pixels).shape == (1, 11, 64, 96)
+def plain():
+    os.environ["FASTSCNN_BACKEND"] = "reference"
+    return (segment(models[0], picture) == expected).mean() > 0.99
+@torch.no_grad()
+def called():
+    before = torch.get_num_threads()
+    return models[1](pixels).shape == (1, 11, 64, 96) and torch.get_num_threads() == before == 4
+for run in (loaded, first, fused, half, plain, called):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        signal.alarm(30)  # ends what hangs
+        try:
+            code = 0 if run() else 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0, (run, code)
+assert torch.get_num_threads() == 4
+"""
+    python(script, seed)
+
+
 def test_a_forked_child_runs_alone(seed):
     """The parent's pool of threads does not survive a fork; waiting for it would never end."""
     script = """
