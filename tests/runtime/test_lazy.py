@@ -210,6 +210,7 @@ def train_step(
 
 
 def compiled_forward(model: FastSCNN, x: Tensor) -> Tensor:
+    torch.compiler.reset()
     return torch.compile(model, backend="eager")(x)
 
 
