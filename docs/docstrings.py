@@ -6,6 +6,7 @@ In the built pages roles are links, which ``make docs`` checks strictly, and suc
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -27,13 +28,15 @@ def _rewrite(obj: griffe.Object) -> None:
     if obj.docstring is not None:
         obj.docstring.value = _ROLE.sub(lambda m: _link(obj, *m.groups()), obj.docstring.value)
     for member in obj.members.values():
-        if not member.is_alias:
+        if isinstance(member, griffe.Object):  # an alias is rewritten where it stands
             _rewrite(member)
 
 
 def _comment(obj: griffe.Object) -> str:
     """The lines that begin with ``#:`` just above ``obj``."""
     lines: list[str] = []
+    if not isinstance(obj.filepath, Path) or obj.lineno is None:
+        return ""
     for line in reversed(obj.lines_collection[obj.filepath][: obj.lineno - 1]):
         if not line.strip().startswith("#:"):
             break
@@ -46,8 +49,8 @@ def _link(obj: griffe.Object, role: str, name: str) -> str:
     if role == "attr":  # stands in its class's own docstring
         return f"`{name}`"
     if name.startswith("."):
-        package = obj.module if obj.module.is_init_module else obj.module.parent
-        path = package.path + name
+        module = obj.module.path
+        path = (module if obj.module.is_init_module else module.rpartition(".")[0]) + name
     else:
         first, _, rest = name.partition(".")
         try:
