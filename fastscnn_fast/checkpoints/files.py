@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..arch.config import Config
 from ..runtime.model import FastSCNN
+from ..writing import write_whole
 from .layouts import tensors_of
 from .recognise import DTYPES, CheckpointError, config_of, from_own, from_state_dict, tensors_in
 
@@ -94,7 +95,7 @@ def save_checkpoint(
     details: Mapping[str, Any] | None = None,
     stored_as: torch.dtype | None = None,
 ) -> None:
-    """Writes the weights and the whole config (mean, std and size too) to a ``.safetensors`` file.
+    """Writes the weights and the whole config (mean, std and size too) to a ``.safetensors`` file, whole or not at all.
 
     Args:
         details: values for JSON that :func:`read_details` gives back: class names, scores, and so on.
@@ -104,8 +105,9 @@ def save_checkpoint(
     Raises:
         ValueError: another ending, by which :func:`load_checkpoint` would not know the file; weights that
             are too large for ``stored_as``.
+        OSError: the file cannot be written; what was there before still is.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
@@ -116,7 +118,7 @@ def save_checkpoint(
         tensors = {name: _stored(name, t, stored_as) for name, t in tensors.items()}
     if details is not None:
         metadata[_DETAILS] = json.dumps(details)
-    save_file(tensors, path, metadata)
+    write_whole(path, save(tensors, metadata))
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 from .. import bench
 from ..checkpoints import load_checkpoint
 from ..data.classes import CAMVID_CLASSES, CAMVID_PALETTE
-from ..data.pictures import overlay, read_picture, resized
+from ..data.pictures import overlay, read_picture, resized, save_png
 from ..data.scenes import street
 from ..runtime.fused import fuse
 from ..runtime.segment import run_size, segment
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
         name = "street"
         picture, truth = street(*_STREET)
         files = [args.out / "street.png", args.out / "street_truth.png"]
-        Image.fromarray(picture).save(files[0])
-        overlay(picture, truth, CAMVID_CLASSES, CAMVID_PALETTE).save(files[1])
+        save_png(Image.fromarray(picture), files[0])
+        save_png(overlay(picture, truth, CAMVID_CLASSES, CAMVID_PALETTE), files[1])
         pixels = read_picture(picture, model.config.in_channels)
     else:
         name = args.image.stem

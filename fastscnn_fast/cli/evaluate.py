@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ..checkpoints import load_checkpoint, read_details
 from ..data.datasets import load
 from ..data.sources import open_source
 from ..train.evaluate import compare, labeller, save_csv, save_picture
+from ..writing import folder
 from . import options
 
 _MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
@@ -48,6 +50,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with folder(args.out) if args.out else nullcontext():
+        return _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     model = load_checkpoint(args.weights).float().to(device)
     source = open_source(args.data, args.split, args.classes, args.ignore)
@@ -85,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
             f"  {1000 * seconds[name] / len(examples):7.1f}"
         )
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         save_csv(scores[reference], examples.classes, args.out / "confusion.csv")
         print(f"wrote {args.out}/confusion.csv")
         try:

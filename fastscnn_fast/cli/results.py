@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .. import bench
 from ..checkpoints import read_details
 from ..data.classes import Colour, class_names
-from ..data.pictures import label_image, overlay
+from ..data.pictures import label_image, overlay, save_png
 from ..runtime.fused import FusedFastSCNN
 from ..runtime.model import FastSCNN
 
@@ -37,11 +37,11 @@ def legend(weights: Path, model: FastSCNN) -> Legend:
 def write(
     name: Path, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], legend: Legend
 ) -> list[Path]:
-    """Both results of one picture; returns their paths."""
+    """Both results of one picture, each whole or not there; returns their paths."""
     files = [name.with_name(name.name + ending) for ending in (LABELS, OVERLAY)]
     name.parent.mkdir(parents=True, exist_ok=True)
-    label_image(labels, legend.palette).save(files[0])
-    overlay(pixels, labels, *legend).save(files[1], compress_level=3)
+    save_png(label_image(labels, legend.palette), files[0])
+    save_png(overlay(pixels, labels, *legend), files[1], compress_level=3)
     return files
 
 

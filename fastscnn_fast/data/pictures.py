@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from ..writing import write_whole
 from .classes import Colour
 
 Picture = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
@@ -28,6 +32,16 @@ PICTURE_SUFFIXES = (
     ".tif",
     ".tiff",
     ".webp",
+)
+#: The passes of an interlaced PNG: first column and row, distance of columns and of rows.
+_ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
 )
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -61,6 +75,7 @@ def read_picture(picture: Picture, channels: int = 3) -> NDArray[np.uint8]:
 def _image_pixels(image: Image.Image, channels: int) -> NDArray[np.uint8]:
     if 0 in image.size:
         raise ValueError(f"picture must have pixels, got {image.size[1]}x{image.size[0]}")
+    load_whole(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow may keep it in 32 bits
         values = np.asarray(image)
@@ -74,6 +89,47 @@ def _image_pixels(image: Image.Image, channels: int) -> NDArray[np.uint8]:
         image = image.convert("RGBA")
     pixels = np.array(image.convert(_MODES[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def load_whole(image: Image.Image) -> None:
+    """Reads the pixels of an opened file; a PNG whose data end too soon is damaged, which Pillow does not notice.
+
+    Raises:
+        Exception: the file is damaged; Pillow's decoders raise nearly anything.
+    """
+    content = b""
+    if isinstance(image, PngImagePlugin.PngImageFile) and image.fp is not None and image.tile:
+        place = image.fp.tell()
+        image.fp.seek(0)
+        content = image.fp.read()
+        image.fp.seek(place)
+    image.load()
+    if not content or image.size[1] == 0:
+        return
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    if "interlace" not in image.info and np.asarray(last).any():
+        return  # rows that are not there are zeros
+    missing = _png_missing(content)
+    if missing:
+        raise ValueError(f"image file is truncated ({missing} bytes of pixels are missing)")
+
+
+def _png_missing(content: bytes) -> int:
+    """How many bytes the pixels of a PNG lack."""
+    width, height, depth, kind, *_, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    grids = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    size = 0
+    for x, y, dx, dy in grids:
+        columns, rows = -(-(width - x) // dx), -(-(height - y) // dy)
+        size += rows * (1 + -(-columns * bits // 8)) if columns > 0 else 0
+    data, place = [], 8
+    while place + 8 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, place)
+        if name == b"IDAT":
+            data.append(content[place + 8 : place + 8 + length])
+        place += length + 12
+    return size - len(zlib.decompressobj().decompress(b"".join(data), size))
 
 
 def _array_pixels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
@@ -105,6 +161,13 @@ def resized(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
         for channel in np.moveaxis(pixels, -1, 0)
     ]
     return np.stack(channels, -1)
+
+
+def save_png(image: Image.Image, path: Path, compress_level: int = 6) -> None:
+    """Writes a PNG that is whole or not there, but for power cuts; OSError names the file and the cause."""
+    content = io.BytesIO()
+    image.save(content, "PNG", compress_level=compress_level)
+    write_whole(path, content.getbuffer(), durable=False)
 
 
 def label_image(labels: NDArray[np.uint8], palette: Sequence[Colour]) -> Image.Image:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from .classes import CAMVID_CLASSES, CAMVID_IGNORE, CITYSCAPES_CLASSES, class_names
-from .pictures import PICTURE_SUFFIXES, read_picture
+from .pictures import PICTURE_SUFFIXES, load_whole, read_picture
 from .scenes import street
 
 Pixels = NDArray[np.uint8]
@@ -127,7 +127,7 @@ def _read_labels(path: Path) -> Pixels:
     try:
         with Image.open(path) as image:
             raw = [part for tile in image.tile for part in np.atleast_1d(tile[3]).tolist()]
-            image.load()
+            load_whole(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise ValueError(f"{path}: cannot be read: {error}") from error
     rule = "labels must be 8-bit class ids in one channel"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from ..plots import figure
 from ..runtime.fused import fuse
 from ..runtime.model import FastSCNN
 from ..runtime.segment import labelled, segment
+from ..writing import write_whole
 
 #: A picture, uint8 (H, W, 3) -> its labels, uint8 (H, W)
 Labeller = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -134,16 +136,19 @@ def save_picture(confusion: Confusion, classes: Sequence[str], path: Path) -> No
                 colour = "white" if shares[y, x] > 0.5 else "black"
                 text = f"{100 * shares[y, x]:.0f}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
-    chart.savefig(path, dpi=120)
+    content = io.BytesIO()
+    chart.savefig(content, format="png", dpi=120)
+    write_whole(path, content.getvalue())
 
 
 def save_csv(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
     """The confusion matrix in pixels, with a column of IoU."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true \\ predicted", *classes, "IoU"])
-        for name, row, iou in zip(classes, confusion.matrix, confusion.iou):
-            writer.writerow([name, *row.tolist(), f"{iou:.6f}"])
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["true \\ predicted", *classes, "IoU"])
+    for name, row, iou in zip(classes, confusion.matrix, confusion.iou):
+        writer.writerow([name, *row.tolist(), f"{iou:.6f}"])
+    write_whole(path, table.getvalue().encode())
 
 
 def compare(

@@ -27,6 +27,7 @@ from ..data.datasets import Batch, Batches, Examples, load
 from ..data.scenery import Pieces, Scenery, Styles
 from ..data.sources import Streets
 from ..runtime.model import FastSCNN
+from ..writing import claimed
 from . import evaluate, files
 from .loss import Targets
 from .processes import Processes
@@ -276,19 +277,17 @@ class Trainer:
                     module.eval()
 
     def run(self) -> int:
-        """Trains to the end, or until a signal; 0, or 128 + the signal's number. Everything is saved."""
+        """Trains to the end, or until a signal; 0, or 128 + the signal's number. Everything is saved.
+
+        Raises:
+            ValueError: another run is writing to the folder.
+            RuntimeError: the loss is not finite.
+            OSError: a file cannot be written, which is named; those that were there are whole.
+        """
         self._mode()
         begun, shown, saved = time.monotonic(), 0.0, time.monotonic()
-        bar = tqdm(
-            total=self.steps,
-            initial=self.step,
-            unit="step",
-            disable=self.group.rank > 0,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-        )
-        with Interrupt() as interrupt, bar:
-            self.out.mkdir(parents=True, exist_ok=True)
+        mine = claimed(self.out) if self.group.rank == 0 else nullcontext()
+        with mine, Interrupt() as interrupt, self._bar() as bar:
             for batch in self.batches.steps(self.step, self.steps):
                 late = time.monotonic() - saved > _SAVE_SECONDS
                 stop, save = self._learn(batch, interrupt.signal != 0, late)
@@ -311,6 +310,16 @@ class Trainer:
                         bar.write(f"stopped at step {self.step} of {self.steps}; --resume goes on")
                     return 128 + (interrupt.signal or signal.SIGTERM)
         return 0
+
+    def _bar(self) -> Any:
+        return tqdm(
+            total=self.steps,
+            initial=self.step,
+            unit="step",
+            disable=self.group.rank > 0,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+        )
 
     def _show(self, bar: Any) -> None:
         confusion = evaluate.Confusion(len(self.train.classes))
@@ -375,8 +384,7 @@ class Trainer:
         miou = row.get("miou", math.nan)
         if not miou <= self.best:
             self.best = self.best if math.isnan(miou) else miou
-            with files.atomic(self.out / files.BEST) as path:
-                save_checkpoint(kept, path, self._details(row))
+            save_checkpoint(kept, self.out / files.BEST, self._details(row))
         files.write_history(self.history, self.out)
 
     def _details(self, row: dict[str, float]) -> dict[str, Any]:

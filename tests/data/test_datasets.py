@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import png
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFilter
 
@@ -99,17 +98,7 @@ def broken_pair(folder: Path, name: str, labels: Pixels | bytes | None) -> Path:
 
 def two_bit_png() -> bytes:
     """A grey PNG of 40x56 with two bits a pixel, which Pillow cannot write."""
-    header = struct.pack(">IIBBBBB", 56, 40, 2, 0, 0, 0, 0)
-    rows = (b"\0" + b"\x1b" * 14) * 40
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    packed = (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    return png(56, 40, (b"\0" + b"\x1b" * 14) * 40, depth=2, kind=0)
 
 
 def test_every_error_is_named_by_file(folder: Path) -> None:
@@ -124,6 +113,7 @@ def test_every_error_is_named_by_file(folder: Path) -> None:
         broken_pair(folder, "mode", colours): r"8-bit class ids in one channel.*RGB",
         broken_pair(folder, "cut", whole.read_bytes()[:60]): "cannot be read",
         broken_pair(folder, "empty", b""): "cannot be read",
+        broken_pair(folder, "short", png(56, 40, (b"\0" + b"\1" * 56) * 4, 8, 0)): "is truncated",
         broken_pair(folder, "few_bits", two_bit_png()): r"8-bit class ids.*raw mode L;2",
     }
     turned = folder / "train" / "images" / "turned.jpg"
@@ -139,7 +129,7 @@ def test_every_error_is_named_by_file(folder: Path) -> None:
     with pytest.raises(DataError) as raised:
         Examples(open_source(folder, "train"))
     lines = str(raised.value).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 9
     more = {picture: "cannot be read", turned: "stored upright, got EXIF orientation 3"}
     for path, message in {**expected, **more}.items():
         assert any(re.search(f"{re.escape(str(path))}.*{message}", line) for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import png
 from PIL import Image
 
 from fastscnn_fast import FastSCNN, bench, fuse, segment
@@ -148,6 +149,41 @@ def test_damaged_files_name_themselves(fast, tmp_path, pixels, damage):
     )
     with pytest.raises(ValueError, match=r"broken\.png: cannot be read: "):
         segment(fast, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "depth"),
+    [(3, 1, 8), *((k, c, d) for k, c in ((0, 1), (2, 3), (4, 2), (6, 4)) for d in (8, 16))],
+)
+def test_a_png_of_fewer_rows_is_no_whole_picture(kind, channels, depth, tmp_path):
+    """Even where its data end as they should; a picture that is black below is whole."""
+    row, path = 56 * channels * depth // 8, tmp_path / "rows.png"
+    full, black = b"\0" + b"\x11" * row, b"\0" * (1 + row)
+    for rows in (full * 40, full * 4 + black * 36, full * 41):
+        path.write_bytes(png(56, 40, rows, depth, kind))
+        with Image.open(path) as image:
+            assert read_picture(path).shape == read_picture(image).shape == (40, 56, 3)
+    for rows in (full * 4, full * 39, full * 4 + black * 35, full * 39 + full[:-1], b""):
+        path.write_bytes(png(56, 40, rows, depth, kind))
+        with pytest.raises(ValueError, match=r"rows\.png: cannot be read: .*truncated"):
+            read_picture(path)
+        with (
+            pytest.raises((ValueError, OSError), match="truncated"),
+            Image.open(path) as image,
+        ):
+            read_picture(image)
+
+
+def test_an_interlaced_png_of_fewer_rows_is_no_whole_picture(tmp_path):
+    """5x5 grey: passes of 1x1, 1x1, 2x1, 1x2, 3x1, 2x3 and 5x2 pixels."""
+    rows = [1, 1, 2, 1, 1, 3, 2, 2, 2, 5, 5]
+    data = [b"\0" + b"\x63" * n for n in rows]
+    (tmp_path / "whole.png").write_bytes(png(5, 5, b"".join(data), 8, 0, 1))
+    assert (read_picture(tmp_path / "whole.png") == 0x63).all()
+    for count in (1, 5, 10):
+        (tmp_path / "part.png").write_bytes(png(5, 5, b"".join(data[:count]), 8, 0, 1))
+        with pytest.raises(ValueError, match=r"part\.png: cannot be read: .*truncated"):
+            read_picture(tmp_path / "part.png")
 
 
 def test_a_model_in_training_mode_is_refused(pixels):

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,16 +172,6 @@ def test_every_field_is_an_option(tmp_path: Path) -> None:
     args = parser.parse_args(["DATA", "-o", str(tmp_path), *words])
     fields = [field.name for field in dataclasses.fields(Recipe)]
     assert Recipe(**{name: getattr(args, name) for name in fields}) == Recipe(**changed)
-
-
-def test_atomic(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    with files.atomic(path) as new:
-        new.write_text("old")
-    with pytest.raises(RuntimeError), files.atomic(path) as new:
-        new.write_text("half of the n")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -354,7 +343,7 @@ def test_a_chart_that_cannot_be_drawn_stops_nothing(
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(files, "_draw_curves", fail)
+    monkeypatch.setattr(files, "_curves", fail)
     assert Trainer(dataclasses.replace(SMALL, epochs=0.5), streets, None, tmp_path).run() == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["best.safetensors", "last.pt", "metrics.csv"]
@@ -566,10 +555,12 @@ def test_signal_to_the_command(folder: Path, tmp_path: Path) -> None:
         )
 
     stopped = start(tmp_path / "parts")
-    while not (tmp_path / "parts").exists() and stopped.poll() is None:
-        time.sleep(0.02)
+    assert stopped.stdout is not None
+    text = ""
+    while "%|" not in text and stopped.poll() is None:
+        text += stopped.stdout.read(1)  # up to the bar, which is drawn once signals are awaited
     stopped.send_signal(signal.SIGTERM)
-    text = stopped.communicate(timeout=120)[0]
+    text += stopped.communicate(timeout=120)[0]
     assert stopped.returncode == 128 + signal.SIGTERM, text
     assert "--resume goes on" in text
     for out, more in ((tmp_path / "parts", ["--resume"]), (tmp_path / "whole", [])):
