@@ -69,6 +69,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{args.weights}: has classes {', '.join(names)}; {args.data} has {', '.join(examples.classes)}"
         )
+    if examples.absent:
+        registry.logger.warning("nothing is said of what is not there: %s", examples.absent)
     runs = {"plain torch, float32": labeller(model, "plain", torch.float32, args.size)}
     for name in args.dtype:
         dtype = options.DTYPES[name]

@@ -126,10 +126,13 @@ def _read_upright(path: Path) -> Pixels:
 def _read_labels(path: Path) -> Pixels:
     try:
         with Image.open(path) as image:
+            lossy = _lossy(path, image)
             raw = [part for tile in image.tile for part in np.atleast_1d(tile[3]).tolist()]
             load_whole(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    if lossy is not None:  # ids come back as other ids, some of them ids of classes
+        raise ValueError(f"{path}: labels must be stored without loss, as in PNG, got {lossy}")
     rule = "labels must be 8-bit class ids in one channel"
     if image.mode not in ("L", "P"):
         raise ValueError(f"{path}: {rule}, got an image of mode {image.mode}")
@@ -137,6 +140,16 @@ def _read_labels(path: Path) -> Pixels:
     if packed:  # Pillow spreads fewer bits over 0 to 255
         raise ValueError(f"{path}: {rule}, got an image of raw mode {packed[0]}")
     return np.array(image)
+
+
+def _lossy(path: Path, image: Image.Image) -> str | None:
+    """What an opened file is called that need not give back the ids that were written; None for others."""
+    kind, packed = str(image.format), image.info.get("compression")
+    if kind in ("JPEG", "MPO", "JPEG2000", "AVIF"):
+        return kind
+    if kind == "TIFF" and packed in ("jpeg", "tiff_jpeg", "webp"):
+        return f"TIFF with {packed} inside"
+    return "lossy WEBP" if kind == "WEBP" and b"VP8L" not in path.read_bytes() else None
 
 
 def _check_ids(labels: Pixels, known: range, ignore: int, name: str) -> None:
@@ -147,9 +160,10 @@ def _check_ids(labels: Pixels, known: range, ignore: int, name: str) -> None:
     if counts.any():
         label = int(counts.argmax())
         y, x = np.argwhere(labels == label)[0]
+        hint = "; masks of two classes must hold 0 and 1" if len(known) == 2 else ""
         raise ValueError(
             f"{name}: label id {label} (row {y}, column {x}) is neither a class, "
-            f"0 to {known.stop - 1}, nor the ignored id {ignore}"
+            f"0 to {known.stop - 1}, nor the ignored id {ignore}{hint}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ LAST, BEST = "last.pt", "best.safetensors"
 
 
 def write_history(history: list[dict[str, float]], folder: Path) -> None:
-    """``metrics.csv``, a row a validation, and ``curves.png`` where it can be drawn."""
+    """``metrics.csv``, a row a validation, empty where there is no number, and ``curves.png`` where it can be drawn."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, list(history[-1]))
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(
+        {name: "" if math.isnan(value) else value for name, value in row.items()} for row in history
+    )
     write_whole(folder / "metrics.csv", table.getvalue().encode())
     try:
         write_whole(folder / "curves.png", _curves(history))

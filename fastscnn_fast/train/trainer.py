@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..arch.config import PRESETS, SMALLEST_SIDE, WIDTHS, Config, preset as config_preset
+from ..backends.registry import logger
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.classes import CAMVID_CLASSES, class_names
@@ -71,6 +72,17 @@ def start_from(path: str, config: Config) -> FastSCNN:
     return model
 
 
+def _check_classes(recipe: Recipe, train: Examples, val: Examples | None, warn: bool) -> None:
+    """Warns of classes that do not occur; ValueError where a single one does, so that nothing is to be learnt."""
+    if train.absent and not recipe.streets:
+        if (train.pixels > 0).sum() == 1:
+            raise ValueError(f"there is one class only, and nothing to learn: {train.absent}")
+        if warn:
+            logger.warning("training cannot teach what is not there: %s", train.absent)
+    if val is not None and val.absent and warn:
+        logger.warning("validation says nothing of what is not there: %s", val.absent)
+
+
 def deployable(model: FastSCNN) -> FastSCNN:
     """A copy in eval mode without auxiliary heads."""
     plain = FastSCNN.from_config(replace(model.config, aux=False))
@@ -116,6 +128,7 @@ class Trainer:
         self.group = Processes() if group is None else group
         self.recipe = recipe = replace(recipe, dtype=_resolved(recipe.dtype, self.device))
         self.train, self.val = train, val
+        _check_classes(recipe, train, val, self.group.rank == 0)
         share = recipe.batch // self.group.world
         if recipe.batch % self.group.world or share % recipe.accumulate:
             raise ValueError(

@@ -135,6 +135,62 @@ def test_every_error_is_named_by_file(folder: Path) -> None:
         assert any(re.search(f"{re.escape(str(path))}.*{message}", line) for line in lines)
 
 
+def test_lossy_labels_are_refused_by_name(folder: Path) -> None:
+    """Also where they would pass: ids that come back as ids of other classes."""
+    ids = np.asarray(Image.open(folder / "train" / "labels" / "a.png"))
+    expected = {}
+    for name, words, said in (
+        ("a.jpg", {"quality": 100}, "got JPEG"),
+        ("b.webp", {"quality": 80}, "got lossy WEBP"),
+        ("c.avif", {}, "got AVIF"),
+        ("d.tif", {"compression": "jpeg"}, "got TIFF with jpeg inside"),
+        (
+            "e.webp",
+            {"lossless": True},
+            "labels must be 8-bit class ids in one channel, got an image of mode RGB",
+        ),
+        ("f.png", {}, "got JPEG"),  # whatever its ending says
+    ):
+        path = broken_pair(folder, f"lossy_{name[0]}", None).with_name(f"lossy_{name}")
+        kind = {"format": "JPEG"} if name == "f.png" else {}
+        Image.fromarray(ids).save(path, **kind, **words)  # type: ignore[arg-type]
+        expected[path] = (
+            said if "mode" in said else f"labels must be stored without loss, as in PNG, {said}"
+        )
+    for name, words in (("g.tif", {"compression": "tiff_lzw"}), ("h.gif", {}), ("i.bmp", {})):
+        path = broken_pair(folder, f"lossy_{name[0]}", None).with_name(f"lossy_{name}")
+        Image.fromarray(ids).save(path, **words)  # type: ignore[arg-type]
+    with pytest.raises(DataError) as raised:
+        Examples(open_source(folder, "train"))
+    assert sorted(str(raised.value).splitlines()) == sorted(
+        f"{path}: {said}" for path, said in expected.items()
+    )
+
+
+def test_classes_that_do_not_occur(folder: Path) -> None:
+    every = (np.arange(40 * 56) % 5).astype(np.uint8).reshape(40, 56)
+    broken_pair(folder, "every", every)
+    examples = Examples(open_source(folder, "train"))
+    assert examples.absent is None and examples.ignored == 3 * 3 * 56
+    names = ["zero", "one", "two", "three", "four", "five", "six"]
+    (folder / "classes.txt").write_text("\n".join(names))
+    said = Examples(open_source(folder, "train")).absent
+    assert said is not None and said.startswith("no pixel is of class five, six (4 examples, /")
+    for path in (folder / "train" / "labels").rglob("*.png"):  # masks as many tools write them
+        save(path, np.where(np.asarray(Image.open(path)) % 2, 255, 0).astype(np.uint8))
+    for count in (2, 3):
+        (folder / "classes.txt").write_text("\n".join(names[:count]))
+        said = Examples(open_source(folder, "train")).absent
+        assert said is not None and f"is of class {', '.join(names[1:count])} (" in said
+        hint = r"99; masks of two classes must hold 0 and 1$" if count == 2 else "99$"
+        with pytest.raises(DataError, match=f"label id 255 .* nor the ignored id {hint}"):
+            Examples(open_source(folder, "train", ignore=99))
+        assert (
+            "they hold 0 and 255, which is the id that is ignored" in said
+            and "1 in masks of two classes" in said
+        )
+
+
 def test_pairs_that_are_none(folder: Path) -> None:
     lonely = broken_pair(folder, "lonely", None)
     orphan = folder / "train" / "labels" / "orphan.png"

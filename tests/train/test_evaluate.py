@@ -34,7 +34,14 @@ def test_confusion_by_hand() -> None:
     assert confusion.miou == pytest.approx(2 / 3) and confusion.accuracy == pytest.approx(4 / 5)
     confusion.add(labels, np.full((2, 3), 2, np.uint8))
     assert confusion.iou[2] == 0 and confusion.miou == pytest.approx((2 / 6 + 2 / 5 + 0) / 3)
+    never = Confusion(3)
+    never.add(np.array([[0, 0, 1, 255]], np.uint8), np.array([[0, 1, 1, 2]], np.uint8))
+    *rows, mean, accuracy = never.table(["a", "b", "c"]).splitlines()
+    assert rows[-1].split() == ["c", "-", "-", "-", "0"]
+    assert mean.split(maxsplit=2) == ["mIoU", "0.5000", "without c: neither there nor predicted"]
+    assert accuracy.split() == ["pixel", "accuracy", "0.6667"] and "nan" not in "".join(rows)
     empty = Confusion(2)
+    assert "nan" not in empty.table(["a", "b"])
     assert math.isnan(empty.miou) and math.isnan(empty.accuracy)
 
 

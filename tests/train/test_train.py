@@ -389,6 +389,48 @@ def test_larger_input_keeps_the_labels(
     assert np.isfinite(trainer.history[-1]["miou"])
 
 
+def masks(root: Path, *values: int) -> Examples:
+    """Two pictures and their masks of these values, in two classes."""
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        for kind, pixels in (
+            ("images", rng.integers(0, 256, (64, 64, 3), np.uint8)),
+            ("labels", rng.choice(np.array(values, np.uint8), (64, 64))),
+        ):
+            (root / "train" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / "train" / kind / name)
+    return Examples(open_source(root, "train", 2))
+
+
+def test_masks_of_0_and_255_are_refused(tmp_path: Path) -> None:
+    """The second class would be ignored, the first be everywhere, and the mIoU 1."""
+    right = masks(tmp_path / "right", 0, 1)
+    with pytest.raises(ValueError, match=r"nothing to learn.*class 1 .*they hold 0 and 255.*masks"):
+        Trainer(SMALL, masks(tmp_path / "wrong", 0, 255), right, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"one class only, and nothing to learn.*class class 0 [^;]*$"
+    ):
+        Trainer(SMALL, masks(tmp_path / "one", 1, 255), right, tmp_path)
+    Trainer(SMALL, right, right, tmp_path)
+
+
+def test_classes_that_do_not_occur_are_told(
+    tmp_path: Path, streets: Examples, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = Examples(Streets(1, 3, (32, 32)))
+    assert few.absent is not None and streets.absent is None
+    recipe = dataclasses.replace(SMALL, batch=1, epochs=1, crop=(32, 32))
+    Trainer(recipe, streets, streets, tmp_path)
+    assert not caplog.records
+    trainer = Trainer(recipe, few, few, tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"training cannot teach what is not there: {few.absent}",
+        f"validation says nothing of what is not there: {few.absent}",
+    ]
+    assert trainer.run() == 0
+    assert "nan" not in (tmp_path / "metrics.csv").read_text()
+
+
 def test_refused_before_training(streets: Examples, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"batch must divide by processes \* accumulate = 1 \* 3, got 4"
