@@ -37,6 +37,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     options.add_weights(command)
     options.add_backend(command)
+    options.add_bits(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         pixels = read_picture(picture, model.config.in_channels)
     else:
         name = args.image.stem
-        pixels = read_picture(args.image, model.config.in_channels)
+        pixels = read_picture(args.image, model.config.in_channels, args.bits)
     labels = segment(fast, pixels)
     files += results.write(args.out / name, pixels, labels, legend)
     print("wrote " + ", ".join(map(str, files)))

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     model = load_checkpoint(args.weights).float().to(device)
-    source = open_source(args.data, args.split, args.classes, args.ignore)
+    source = open_source(args.data, args.split, args.classes, args.ignore, args.bits)
     examples = load(source, memory=_MEMORY, workers=2)
     if len(examples.classes) != model.config.num_classes:
         raise ValueError(

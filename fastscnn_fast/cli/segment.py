@@ -36,6 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_backend(command)
     options.add_dtype(command, "float32")
     options.add_precision(command)
+    options.add_bits(command)
     command.add_argument(
         "--size",
         type=options.size,
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     skipped = len(problems)
     for path, name in tqdm(jobs, unit="picture", disable=True if len(jobs) == 1 else None):
         try:
-            pixels = read_picture(path, fast.config.in_channels)
+            pixels = read_picture(path, fast.config.in_channels, args.bits)
             labels = segment(fast, pixels, args.size)
         except ValueError as error:
             tqdm.write(f"skipped {error}", file=sys.stderr)

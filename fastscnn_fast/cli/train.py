@@ -101,7 +101,9 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
         raise ValueError(f"{args.out}: holds a run already; add --resume, or name another folder")
     if args.resume and not there:
         raise ValueError(f"{args.out}: holds no run ({LAST}) for --resume to go on with")
-    sources = [open_source(args.data, split, args.classes, args.ignore) for split in args.splits]
+    sources = [
+        open_source(args.data, split, args.classes, args.ignore, args.bits) for split in args.splits
+    ]
     limits = {"memory": args.memory * 2**30 / 2, "workers": args.workers}
     train, val = (load(source, **limits) for source in sources)
     trainer = Trainer(

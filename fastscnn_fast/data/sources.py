@@ -61,9 +61,14 @@ class Files:
         classes: tuple[str, ...],
         ignore: int = IGNORE,
         table: Pixels | None = None,
+        bits: int | None = None,
     ) -> None:
-        """``table`` (256,) replaces the labels in the files; what it maps to no class is ``ignore``."""
+        """``table`` (256,) replaces the labels in the files; what it maps to no class is ``ignore``.
+
+        ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`.
+        """
         self.pairs, self.classes, self.ignore, self.table = list(pairs), classes, ignore, table
+        self.bits = bits
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -73,7 +78,7 @@ class Files:
 
     def read(self, index: int) -> Example:
         picture, labels = self.pairs[index]
-        pixels = _read_upright(picture)
+        pixels = _read_upright(picture, self.bits)
         ids = _read_labels(labels)
         if ids.shape != pixels.shape[:2]:
             raise ValueError(
@@ -113,8 +118,8 @@ class Streets:
         return Example(picture, labels)
 
 
-def _read_upright(path: Path) -> Pixels:
-    pixels = read_picture(path)
+def _read_upright(path: Path, bits: int | None) -> Pixels:
+    pixels = read_picture(path, bits=bits)
     with Image.open(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1)
     if turned != 1:  # its labels have no such tag
@@ -172,12 +177,15 @@ def open_source(
     split: str,
     num_classes: int | None = None,
     ignore: int | None = None,
+    bits: int | None = None,
 ) -> Source:
     """The examples of one split of a data set.
 
     ``root`` is a folder with ``<split>/images`` and ``<split>/labels`` (the same names, any suffix) whose
     class names are the lines of ``classes.txt`` or numbers 0 to ``num_classes - 1``; or Cityscapes' own
     folder (``leftImg8bit`` and ``gtFine``); or "streets", the procedural ones ("streets:500" for 500).
+
+    ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`, for pictures stored in more than 8.
 
     The latter two have their own classes and ignored ids: ``num_classes`` and ``ignore`` must be None.
 
@@ -200,11 +208,13 @@ def open_source(
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     if own:
-        return _cityscapes(root, split)
-    return _folder(root, split, num_classes, IGNORE if ignore is None else ignore)
+        return _cityscapes(root, split, bits)
+    return _folder(root, split, num_classes, IGNORE if ignore is None else ignore, bits)
 
 
-def _folder(root: Path, split: str, num_classes: int | None, ignore: int) -> Files:
+def _folder(
+    root: Path, split: str, num_classes: int | None, ignore: int, bits: int | None
+) -> Files:
     names = root / "classes.txt"
     if names.is_file():
         classes = _read_names(names)
@@ -220,7 +230,7 @@ def _folder(root: Path, split: str, num_classes: int | None, ignore: int) -> Fil
         raise DataError(f"--ignore must be {len(classes)} to 255, beyond the classes, got {ignore}")
     folder = root / split
     pictures, labels = _by_name(folder / "images"), _by_name(folder / "labels")
-    return Files(_paired(folder, pictures, labels), classes, ignore)
+    return Files(_paired(folder, pictures, labels), classes, ignore, bits=bits)
 
 
 def _read_names(path: Path) -> tuple[str, ...]:
@@ -272,10 +282,10 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise DataError("\n".join([*problems[:_SHOWN], *tail]))
 
 
-def _cityscapes(root: Path, split: str) -> Files:
+def _cityscapes(root: Path, split: str, bits: int | None) -> Files:
     table = np.full(256, IGNORE, np.uint8)
     table[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
     pictures = _by_name(root / "leftImg8bit" / split, "_leftImg8bit")
     labels = _by_name(root / "gtFine" / split, "_gtFine_labelIds")
     pairs = _paired(root / "leftImg8bit" / split, pictures, labels)
-    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table)
+    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table, bits)

@@ -134,6 +134,23 @@ def test_segment_runs_what_its_options_say(chosen, pictures, tmp_path):
         assert np.array_equal(np.asarray(labels), expected)
 
 
+def test_bits_reach_the_network(tmp_path, capsys, caplog):
+    """A dark picture of 16 bits is not brightened where it is said that it has 16."""
+    dark = (street(4, 48, 64)[0][..., 0] // 5).astype(np.uint16) * 300
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    results = {}
+    for name, words in (("guessed", []), ("14", ["--bits", "14"]), ("16", ["--bits", "16"])):
+        out = tmp_path / name
+        assert cli.main(["segment", str(tmp_path / "dark.png"), "-o", str(out), *words]) == 0
+        with Image.open(out / "dark_overlay.png") as overlay:
+            results[name] = np.asarray(overlay).copy()
+    assert np.array_equal(results["guessed"], results["14"])
+    assert not np.array_equal(results["16"], results["14"])
+    assert caplog.text.count("taken for one of 14 bits") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["segment", "x.png", "-o", "out", "--bits", "7"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

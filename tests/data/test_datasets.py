@@ -157,7 +157,7 @@ def test_lossy_labels_are_refused_by_name(folder: Path) -> None:
         expected[path] = (
             said if "mode" in said else f"labels must be stored without loss, as in PNG, {said}"
         )
-    for name, words in (("g.tif", {"compression": "tiff_lzw"}), ("h.gif", {}), ("i.bmp", {})):
+    for name, words in (("g.tif", {"compression": "tiff_lzw"}), ("h.bmp", {})):
         path = broken_pair(folder, f"lossy_{name[0]}", None).with_name(f"lossy_{name}")
         Image.fromarray(ids).save(path, **words)  # type: ignore[arg-type]
     with pytest.raises(DataError) as raised:
@@ -189,6 +189,17 @@ def test_classes_that_do_not_occur(folder: Path) -> None:
             "they hold 0 and 255, which is the id that is ignored" in said
             and "1 in masks of two classes" in said
         )
+
+
+def test_deep_pictures_are_read_by_the_bits_that_are_said(folder: Path) -> None:
+    for path in (folder / "train" / "images").rglob("*.png"):
+        grey = np.asarray(Image.open(path))[..., 0].astype(np.uint16)
+        path.unlink()
+        save(path, grey * 4)
+    for bits, scale in ((10, 1.0), (12, 0.25)):
+        picture, labels = Examples(open_source(folder, "train", bits=bits))[0]
+        expected = (labels * 50 * scale).astype(np.uint8)
+        assert np.array_equal(picture[labels != 255], np.stack([expected] * 3, -1)[labels != 255])
 
 
 def test_pairs_that_are_none(folder: Path) -> None:
