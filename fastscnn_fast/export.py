@@ -64,7 +64,8 @@ def export_onnx(
 ) -> None:
     """Write ``model`` in eval mode as an ONNX file of opset 18.
 
-    Its input ``x`` is float32 (n, C, h, w), normalised by the mean and std that the file's metadata names;
+    Its input ``x`` is float32 (n, C, h, w), normalised by the mean and std that the file's metadata names
+    ("fastscnn_fast": the config, "classes" and "palette": names and colours, in JSON);
     n, h and w are free, h and w from 32. Its output is ``logits`` float32 (n, K, h, w) or ``labels`` uint8
     (n, h, w).
 
@@ -96,6 +97,8 @@ def export_onnx(
         )
     assert program is not None
     program.model.metadata_props["fastscnn_fast"] = json.dumps(model.config.to_dict())
+    for name in ("classes", "palette"):
+        program.model.metadata_props[name] = json.dumps(getattr(model, name))
     write_whole(path, program.model_proto.SerializeToString())
 
 

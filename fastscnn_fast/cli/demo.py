@@ -42,7 +42,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
-    legend = results.legend(args.weights, model)
     fast = fuse(model, args.backend)
     args.out.mkdir(parents=True, exist_ok=True)
     files, truth = [], None
@@ -57,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
         name = args.image.stem
         pixels = read_picture(args.image, model.config.in_channels, args.bits)
     labels = segment(fast, pixels)
-    files += results.write(args.out / name, pixels, labels, legend)
+    files += results.write(args.out / name, pixels, labels, fast)
     print("wrote " + ", ".join(map(str, files)))
-    if truth is not None and tuple(legend.classes) == CAMVID_CLASSES:
-        scores = Confusion(len(legend.classes))
+    if truth is not None and fast.classes == CAMVID_CLASSES:
+        scores = Confusion(len(fast.classes))
         scores.add(truth, labels)
         print(f"labels of the street: {scores.accuracy:.1%} right, mIoU {scores.miou:.3f}")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..backends import registry
-from ..checkpoints import load_checkpoint, read_details
+from ..checkpoints import load_checkpoint
+from ..data.classes import numbered
 from ..data.datasets import load
 from ..data.sources import open_source
 from ..train.evaluate import compare, labeller, save_csv, save_picture
@@ -64,10 +65,12 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "
             f"{len(examples.classes)}"
         )
-    names = read_details(args.weights).get("classes", examples.classes)
-    if tuple(names) != examples.classes:
+    known = [c for c in (model.classes, examples.classes) if c != numbered(len(c))]
+    classes = known[0] if known else model.classes
+    if any(names != classes for names in known):
         raise ValueError(
-            f"{args.weights}: has classes {', '.join(names)}; {args.data} has {', '.join(examples.classes)}"
+            f"{args.weights}: has classes {', '.join(model.classes)}; {args.data} has"
+            f" {', '.join(examples.classes)}"
         )
     if examples.absent:
         registry.logger.warning("nothing is said of what is not there: %s", examples.absent)
@@ -82,7 +85,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     scores, equal, seconds = compare(runs, examples)
 
     reference, *_ = runs
-    print(scores[reference].table(examples.classes))
+    print(scores[reference].table(classes))
     print(f"\n{len(examples)} pictures{_where(args.size, model.config.size)}")
     print(
         f"{'network':<26}  {'mIoU':>7}  {'change':>9}  {'accuracy':>8}  {'equal pixels':>12}  {'ms':>7}"
@@ -94,10 +97,10 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"  {1000 * seconds[name] / len(examples):7.1f}"
         )
     if args.out:
-        save_csv(scores[reference], examples.classes, args.out / "confusion.csv")
+        save_csv(scores[reference], classes, args.out / "confusion.csv")
         print(f"wrote {args.out}/confusion.csv")
         try:
-            save_picture(scores[reference], examples.classes, args.out / "confusion.png")
+            save_picture(scores[reference], classes, args.out / "confusion.png")
         except ImportError as error:
             print(f"no picture: {error}")
         else:

@@ -48,7 +48,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
-    legend = results.legend(args.weights, model)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
     args.out.mkdir(parents=True, exist_ok=True)
     jobs, problems = _jobs(args.pictures)
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write(f"skipped {error}", file=sys.stderr)
             skipped += 1
         else:
-            results.write(args.out / name, pixels, labels, legend)
+            results.write(args.out / name, pixels, labels, fast)
     done = len(jobs) + len(problems) - skipped
     print(f"{done} segmented, {skipped} skipped; results: {args.out}/*{LABELS}, *{OVERLAY}")
     return 1 if skipped or not done else 0

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from .classes import CAMVID_CLASSES, CAMVID_IGNORE, CITYSCAPES_CLASSES, class_names
+from .classes import CAMVID_CLASSES, CAMVID_IGNORE, CITYSCAPES_CLASSES, numbered
 from .pictures import PICTURE_SUFFIXES, load_whole, read_picture
 from .scenes import street
 
@@ -221,7 +221,7 @@ def _folder(
         if num_classes not in (None, len(classes)):
             raise DataError(f"{names}: names {len(classes)} classes, --classes says {num_classes}")
     elif num_classes is not None:
-        classes = class_names(num_classes)[0]
+        classes = numbered(num_classes)
     else:
         raise DataError(f"{names}: missing; name the classes there, one a line, or give --classes")
     if not 1 <= len(classes) <= 255:

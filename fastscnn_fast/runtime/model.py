@@ -14,6 +14,7 @@ from torch.nn.modules import module as nn_module
 from ..arch.network import PlainFastSCNN
 from ..arch.structure import SETTINGS, Unfusable, submodules
 from ..backends import registry
+from ..data.classes import Named
 from ..ops import is_traced
 from .fused import FusedFastSCNN, fuse
 
@@ -89,7 +90,7 @@ class _Decision:
         )
 
 
-class FastSCNN(PlainFastSCNN):
+class FastSCNN(Named, PlainFastSCNN):
     """Fast-SCNN: (N, C, H, W) normalised floats -> logits (N, num_classes, H, W).
 
     Any batch and any size from 32x32 up, odd sizes included. In training with ``aux=True`` the result

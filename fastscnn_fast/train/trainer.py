@@ -23,7 +23,7 @@ from ..arch.config import PRESETS, SMALLEST_SIDE, WIDTHS, Config, preset as conf
 from ..backends.registry import logger
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..data.augmentation import Augmentation
-from ..data.classes import CAMVID_CLASSES, class_names
+from ..data.classes import CAMVID_CLASSES
 from ..data.datasets import Batch, Batches, Examples, load
 from ..data.scenery import Pieces, Scenery, Styles
 from ..data.sources import Streets
@@ -88,6 +88,7 @@ def deployable(model: FastSCNN) -> FastSCNN:
     plain = FastSCNN.from_config(replace(model.config, aux=False))
     wanted = plain.state_dict()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in wanted})
+    plain.call_as(model)
     return plain.to(model.classifier.conv.weight.device).eval()
 
 
@@ -153,6 +154,7 @@ class Trainer:
             model = FastSCNN.from_config(config)
         else:
             model = start_from(recipe.weights, config)
+        model.classes = train.classes
         for module in model.modules():  # the auxiliary heads' dropout is not in the config
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = config.dropout
@@ -185,7 +187,10 @@ class Trainer:
         extra = None
         if recipe.streets:
             if tuple(self.train.classes) != CAMVID_CLASSES:
-                raise ValueError(f"streets need CamVid's {len(CAMVID_CLASSES)} classes")
+                raise ValueError(
+                    f"streets need CamVid's {len(CAMVID_CLASSES)} classes, by name (a line each in classes.txt),"
+                    f" got {', '.join(self.train.classes)}"
+                )
             height, width = self.train[0].labels.shape
             scenes = Streets(_STREET_SCENES, size=(height, width), ignore=self.train.ignore)
             extra = load(scenes, workers=workers)
@@ -397,15 +402,13 @@ class Trainer:
         miou = row.get("miou", math.nan)
         if not miou <= self.best:
             self.best = self.best if math.isnan(miou) else miou
-            save_checkpoint(kept, self.out / files.BEST, self._details(row))
+            save_checkpoint(kept, self.out / files.BEST, self._details(row, kept))
         files.write_history(self.history, self.out)
 
-    def _details(self, row: dict[str, float]) -> dict[str, Any]:
-        classes = list(self.train.classes)
-        colours = class_names(len(classes))[1]
+    def _details(self, row: dict[str, float], kept: FastSCNN) -> dict[str, Any]:
         return {
-            "classes": classes,
-            "palette": [list(colour) for colour in colours],
+            "classes": kept.classes,
+            "palette": kept.palette,
             "miou": row.get("miou"),
             "step": row["step"],
             "steps": self.steps,

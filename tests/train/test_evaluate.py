@@ -146,6 +146,13 @@ def test_command_refuses(weights: Path, tmp_path: Path, capsys: pytest.CaptureFi
     save_checkpoint(small_network(11), tmp_path / "other.safetensors", names)
     assert main(["evaluate", "streets:1", "--weights", str(tmp_path / "other.safetensors")]) == 2
     assert "has classes kind 0, kind 1" in capsys.readouterr().err
+    unnamed = tmp_path / "unnamed"  # the names are those of the weights
+    for kind, pixels in zip(("images", "labels"), Streets(1, 0, (64, 64)).read(0)):
+        (unnamed / "val" / kind).mkdir(parents=True)
+        Image.fromarray(pixels).save(unnamed / "val" / kind / "a.png")
+    words = [str(unnamed), "--classes", "11", "--ignore", "11", "--dtype", "float32"]
+    assert main(["evaluate", *words, "--weights", str(tmp_path / "other.safetensors")]) == 0
+    assert "kind 10" in capsys.readouterr().out
     for words, message in (
         (["streets:0"], "must be followed by a number above 0"),
         (["streets:1", "--split", "test"], "split of streets must be train or val, got 'test'"),

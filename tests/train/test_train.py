@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastscnn_fast import FastSCNN, load_checkpoint
 from fastscnn_fast.checkpoints import read_details, save_checkpoint
 from fastscnn_fast.cli import main, train as command_line
+from fastscnn_fast.data.classes import CAMVID_CLASSES, CAMVID_PALETTE, colours_of, numbered
 from fastscnn_fast.data.datasets import Batch, Examples
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.data.sources import Streets, open_source
@@ -196,6 +197,8 @@ def test_it_learns(streets: Examples, tmp_path: Path) -> None:
     assert not best.training and not best.config.aux
     details = read_details(tmp_path / "best.safetensors")
     assert details["command"] == "the command" and details["classes"] == list(streets.classes)
+    assert best.classes == CAMVID_CLASSES and best.palette == CAMVID_PALETTE
+    assert details["palette"] == [list(colour) for colour in CAMVID_PALETTE]
     assert details["miou"] == trainer.best == max(row["miou"] for row in trainer.history)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -475,6 +478,11 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "8 examples, 11 classes, crops 64x64" in text and "best.safetensors" in text
     details = read_details(out / "best.safetensors")
     assert details["command"].startswith("python -m fastscnn_fast train")
+    best = load_checkpoint(out / "best.safetensors")  # 11 classes, but no one said CamVid's
+    assert best.classes == tuple(details["classes"]) == numbered(11)
+    assert best.palette == colours_of(numbered(11))
+    assert main([*arguments[:2], "-o", str(tmp_path / "more"), *OPTIONS, "--streets", "0.5"]) == 2
+    assert "streets need CamVid's 11 classes, by name" in capsys.readouterr().err
     assert main(arguments) == 2
     assert "holds a run already; add --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
