@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .arch.network import PyramidPooling
 from .runtime.model import FastSCNN
+from .writing import write_whole
 
 _OPSET = 18
 _LARGEST_SIDE = 1 << 14
@@ -63,7 +64,8 @@ def export_onnx(
 ) -> None:
     """Write ``model`` in eval mode as an ONNX file of opset 18.
 
-    Its input ``x`` is float32 (n, C, h, w), normalised by the mean and std that the file's metadata names;
+    Its input ``x`` is float32 (n, C, h, w), normalised by the mean and std that the file's metadata names
+    ("fastscnn_fast": the config, "classes" and "palette": names and colours, in JSON);
     n, h and w are free, h and w from 32. Its output is ``logits`` float32 (n, K, h, w) or ``labels`` uint8
     (n, h, w).
 
@@ -74,6 +76,7 @@ def export_onnx(
         ImportError: onnx or onnxscript is missing (the extra ``export``).
         RuntimeError: torch is older than 2.6, whose exporter cannot do this.
         ValueError: unknown output, a size below 32, or labels of more than 256 classes.
+        OSError: the file cannot be written; what was there before still is.
     """
     _check(model, output, size)
     from torch.export import Dim
@@ -94,7 +97,9 @@ def export_onnx(
         )
     assert program is not None
     program.model.metadata_props["fastscnn_fast"] = json.dumps(model.config.to_dict())
-    program.save(path)
+    for name in ("classes", "palette"):
+        program.model.metadata_props[name] = json.dumps(getattr(model, name))
+    write_whole(path, program.model_proto.SerializeToString())
 
 
 def _check(model: FastSCNN, output: str, size: tuple[int, int]) -> None:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ..arch.config import Config
+from ..backends import registry
 from ..runtime.forked import serial
 from ..runtime.model import FastSCNN
+from ..writing import write_whole
 from .layouts import tensors_of
 from .recognise import DTYPES, CheckpointError, config_of, from_own, from_state_dict, tensors_in
 
@@ -88,7 +90,15 @@ def load_checkpoint(
         return from_state_dict(state, preset, source, **overrides)
     if preset is not None:
         raise CheckpointError(f"{source}: carries its own config: preset must be left out")
-    return from_own(state, config_of(source, replace, config, **overrides), source)
+    model = from_own(state, config_of(source, replace, config, **overrides), source)
+    details = read_details(path)
+    try:
+        for name in ("classes", "palette"):
+            if name in details:
+                setattr(model, name, details[name])
+    except ValueError as error:  # anything may stand in there
+        registry.log_once(f"{source}: {error}; the usual ones take their place")
+    return model
 
 
 def save_checkpoint(
@@ -97,18 +107,20 @@ def save_checkpoint(
     details: Mapping[str, Any] | None = None,
     stored_as: torch.dtype | None = None,
 ) -> None:
-    """Writes the weights and the whole config (mean, std and size too) to a ``.safetensors`` file.
+    """Writes weights, config (mean, std and size too) and names of classes to a ``.safetensors`` file, whole or not at all.
 
     Args:
-        details: values for JSON that :func:`read_details` gives back: class names, scores, and so on.
+        details: values for JSON that :func:`read_details` gives back: scores and so on. With them are the
+            model's ``classes`` and ``palette`` where they are known; "classes" and "palette" here replace them.
         stored_as: dtype of the weights in the file, torch.float16 for a small one; they come back in the
             model's own dtype.
 
     Raises:
         ValueError: another ending, by which :func:`load_checkpoint` would not know the file; weights that
             are too large for ``stored_as``.
+        OSError: the file cannot be written; what was there before still is.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
@@ -117,9 +129,11 @@ def save_checkpoint(
     if stored_as is not None:
         metadata[_DTYPE] = str(model.classifier.conv.weight.dtype).removeprefix("torch.")
         tensors = {name: _stored(name, t, stored_as) for name, t in tensors.items()}
+    if model.named and "classes" not in (details or {}):
+        details = {"classes": model.classes, "palette": model.palette, **(details or {})}
     if details is not None:
         metadata[_DETAILS] = json.dumps(details)
-    save_file(tensors, path, metadata)
+    write_whole(path, save(tensors, metadata))
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,13 +147,25 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_details(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The ``details`` that :func:`save_checkpoint` wrote; empty for a file without any."""
+    """The ``details`` that :func:`save_checkpoint` wrote; empty for a file without any.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        OSError: it cannot be opened.
+    """
     from safetensors import safe_open
 
     if Path(path).suffix != ".safetensors":
         return {}
-    with safe_open(path, framework="pt") as file:
-        details = json.loads((file.metadata() or {}).get(_DETAILS, "{}"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            details = json.loads((file.metadata() or {}).get(_DETAILS, "{}"))
+    except OSError:
+        raise
+    except Exception as error:  # a broken file can make the parsers raise anything
+        raise CheckpointError(
+            f"{path}: is damaged: {str(error) or type(error).__name__}"
+        ) from error
     return details if isinstance(details, dict) else {}
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from .. import bench
 from ..checkpoints import load_checkpoint
 from ..data.classes import CAMVID_CLASSES, CAMVID_PALETTE
-from ..data.pictures import overlay, read_picture, resized
+from ..data.pictures import overlay, read_picture, resized, save_png
 from ..data.scenes import street
 from ..runtime.fused import fuse
 from ..runtime.segment import run_size, segment
@@ -37,11 +37,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     options.add_weights(command)
     options.add_backend(command)
+    options.add_bits(command)
 
 
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
-    legend = results.legend(args.weights, model)
     fast = fuse(model, args.backend)
     args.out.mkdir(parents=True, exist_ok=True)
     files, truth = [], None
@@ -49,17 +49,17 @@ def run(args: argparse.Namespace) -> int:
         name = "street"
         picture, truth = street(*_STREET)
         files = [args.out / "street.png", args.out / "street_truth.png"]
-        Image.fromarray(picture).save(files[0])
-        overlay(picture, truth, CAMVID_CLASSES, CAMVID_PALETTE).save(files[1])
+        save_png(Image.fromarray(picture), files[0])
+        save_png(overlay(picture, truth, CAMVID_CLASSES, CAMVID_PALETTE), files[1])
         pixels = read_picture(picture, model.config.in_channels)
     else:
         name = args.image.stem
-        pixels = read_picture(args.image, model.config.in_channels)
+        pixels = read_picture(args.image, model.config.in_channels, args.bits)
     labels = segment(fast, pixels)
-    files += results.write(args.out / name, pixels, labels, legend)
+    files += results.write(args.out / name, pixels, labels, fast)
     print("wrote " + ", ".join(map(str, files)))
-    if truth is not None and tuple(legend.classes) == CAMVID_CLASSES:
-        scores = Confusion(len(legend.classes))
+    if truth is not None and fast.classes == CAMVID_CLASSES:
+        scores = Confusion(len(fast.classes))
         scores.add(truth, labels)
         print(f"labels of the street: {scores.accuracy:.1%} right, mIoU {scores.miou:.3f}")
 

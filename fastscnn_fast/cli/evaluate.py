@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from ..backends import registry
-from ..checkpoints import load_checkpoint, read_details
+from ..checkpoints import load_checkpoint
+from ..data.classes import numbered
 from ..data.datasets import load
 from ..data.sources import open_source
 from ..train.evaluate import compare, labeller, save_csv, save_picture
+from ..writing import folder
 from . import options
 
 _MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
@@ -48,20 +51,29 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with folder(args.out) if args.out else nullcontext():
+        return _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     model = load_checkpoint(args.weights).float().to(device)
-    source = open_source(args.data, args.split, args.classes, args.ignore)
+    source = open_source(args.data, args.split, args.classes, args.ignore, args.bits)
     examples = load(source, memory=_MEMORY, workers=2)
     if len(examples.classes) != model.config.num_classes:
         raise ValueError(
             f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "
             f"{len(examples.classes)}"
         )
-    names = read_details(args.weights).get("classes", examples.classes)
-    if tuple(names) != examples.classes:
+    known = [c for c in (model.classes, examples.classes) if c != numbered(len(c))]
+    classes = known[0] if known else model.classes
+    if any(names != classes for names in known):
         raise ValueError(
-            f"{args.weights}: has classes {', '.join(names)}; {args.data} has {', '.join(examples.classes)}"
+            f"{args.weights}: has classes {', '.join(model.classes)}; {args.data} has"
+            f" {', '.join(examples.classes)}"
         )
+    if examples.absent:
+        registry.logger.warning("nothing is said of what is not there: %s", examples.absent)
     runs = {"plain torch, float32": labeller(model, "plain", torch.float32, args.size)}
     for name in args.dtype:
         dtype = options.DTYPES[name]
@@ -73,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     scores, equal, seconds = compare(runs, examples)
 
     reference, *_ = runs
-    print(scores[reference].table(examples.classes))
+    print(scores[reference].table(classes))
     print(f"\n{len(examples)} pictures{_where(args.size, model.config.size)}")
     print(
         f"{'network':<26}  {'mIoU':>7}  {'change':>9}  {'accuracy':>8}  {'equal pixels':>12}  {'ms':>7}"
@@ -85,11 +97,10 @@ def run(args: argparse.Namespace) -> int:
             f"  {1000 * seconds[name] / len(examples):7.1f}"
         )
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_csv(scores[reference], examples.classes, args.out / "confusion.csv")
+        save_csv(scores[reference], classes, args.out / "confusion.csv")
         print(f"wrote {args.out}/confusion.csv")
         try:
-            save_picture(scores[reference], examples.classes, args.out / "confusion.png")
+            save_picture(scores[reference], classes, args.out / "confusion.png")
         except ImportError as error:
             print(f"no picture: {error}")
         else:

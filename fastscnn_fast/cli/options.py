@@ -75,6 +75,17 @@ def add_precision(command: Parser) -> None:
     )
 
 
+def add_bits(command: Parser) -> None:
+    command.add_argument(
+        "--bits",
+        type=int,
+        choices=range(8, 17),
+        metavar="N",
+        help="bits that pictures of more than 8 a channel use, 8 to 16, of which the upper 8 are kept (the least of"
+        " 8, 10, 12, 14, 16 that holds a picture's largest value, with a warning)",
+    )
+
+
 def add_data(command: Parser) -> None:
     """Where labelled pictures are."""
     command.add_argument(
@@ -91,6 +102,7 @@ def add_data(command: Parser) -> None:
     command.add_argument(
         "--ignore", type=int, metavar="ID", help="label id that counts as no class (255)"
     )
+    add_bits(command)
 
 
 def device(name: str) -> torch.device:

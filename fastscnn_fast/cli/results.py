@@ -4,44 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import bench
-from ..checkpoints import read_details
-from ..data.classes import Colour, class_names
-from ..data.pictures import label_image, overlay
+from ..data.pictures import label_image, overlay, save_png
 from ..runtime.fused import FusedFastSCNN
-from ..runtime.model import FastSCNN
 
 #: Endings of the two results of a picture.
 LABELS, OVERLAY = "_labels.png", "_overlay.png"
 
 
-class Legend(NamedTuple):
-    """Names and colours of a network's classes."""
-
-    classes: Sequence[str]
-    palette: Sequence[Colour]
-
-
-def legend(weights: Path, model: FastSCNN) -> Legend:
-    """What the weights were saved with, else what is usual for so many classes."""
-    classes, palette = class_names(model.config.num_classes)
-    names = read_details(weights).get("classes")
-    return Legend(names if names and len(names) == len(classes) else classes, palette)
-
-
 def write(
-    name: Path, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], legend: Legend
+    name: Path, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], fast: FusedFastSCNN
 ) -> list[Path]:
-    """Both results of one picture; returns their paths."""
+    """Both results of one picture, each whole or not there; returns their paths."""
     files = [name.with_name(name.name + ending) for ending in (LABELS, OVERLAY)]
     name.parent.mkdir(parents=True, exist_ok=True)
-    label_image(labels, legend.palette).save(files[0])
-    overlay(pixels, labels, *legend).save(files[1], compress_level=3)
+    save_png(label_image(labels, fast.palette), files[0])
+    save_png(overlay(pixels, labels, fast.classes, fast.palette), files[1], compress_level=3)
     return files
 
 

@@ -36,6 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_backend(command)
     options.add_dtype(command, "float32")
     options.add_precision(command)
+    options.add_bits(command)
     command.add_argument(
         "--size",
         type=options.size,
@@ -47,7 +48,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
-    legend = results.legend(args.weights, model)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
     args.out.mkdir(parents=True, exist_ok=True)
     jobs, problems = _jobs(args.pictures)
@@ -56,13 +56,13 @@ def run(args: argparse.Namespace) -> int:
     skipped = len(problems)
     for path, name in tqdm(jobs, unit="picture", disable=True if len(jobs) == 1 else None):
         try:
-            pixels = read_picture(path, fast.config.in_channels)
+            pixels = read_picture(path, fast.config.in_channels, args.bits)
             labels = segment(fast, pixels, args.size)
         except ValueError as error:
             tqdm.write(f"skipped {error}", file=sys.stderr)
             skipped += 1
         else:
-            results.write(args.out / name, pixels, labels, legend)
+            results.write(args.out / name, pixels, labels, fast)
     done = len(jobs) + len(problems) - skipped
     print(f"{done} segmented, {skipped} skipped; results: {args.out}/*{LABELS}, *{OVERLAY}")
     return 1 if skipped or not done else 0

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
+
+import torch
 
 from ..data.datasets import load
 from ..data.sources import open_source
 from ..train import Recipe, Trainer
 from ..train.files import BEST, LAST
-from ..train.processes import processes
+from ..train.processes import Processes, processes
+from ..writing import claimed
 from . import options
 
 #: How a field of the recipe is written on the command line, by its type.
@@ -87,36 +91,40 @@ def run(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     if args.out.exists() and not (args.out.is_dir() and os.access(args.out, os.W_OK)):
         raise ValueError(f"--out must be a folder that can be written to, got {args.out}")
+    with processes(device) as group, claimed(args.out) if group.rank == 0 else nullcontext():
+        return _train(args, recipe, device, group)
+
+
+def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group: Processes) -> int:
     there = (args.out / LAST).exists()
     if there and not args.resume:
         raise ValueError(f"{args.out}: holds a run already; add --resume, or name another folder")
     if args.resume and not there:
         raise ValueError(f"{args.out}: holds no run ({LAST}) for --resume to go on with")
-    with processes(device) as group:
-        sources = [
-            open_source(args.data, split, args.classes, args.ignore) for split in args.splits
-        ]
-        limits = {"memory": args.memory * 2**30 / 2, "workers": args.workers}
-        train, val = (load(source, **limits) for source in sources)
-        trainer = Trainer(
-            recipe,
-            train,
-            val,
-            args.out,
-            device,
-            args.validations,
-            args.workers,
-            args.command_line,
-            group,
-        )
-        if args.resume:
-            trainer.resume()
-        if group.rank == 0:
-            _announce(trainer)
-        status = trainer.run()
-        if group.rank == 0 and status == 0:
-            print(f"mIoU {trainer.best:.4f} on {args.splits[1]}: {args.out}/{BEST}")
-        return status
+    sources = [
+        open_source(args.data, split, args.classes, args.ignore, args.bits) for split in args.splits
+    ]
+    limits = {"memory": args.memory * 2**30 / 2, "workers": args.workers}
+    train, val = (load(source, **limits) for source in sources)
+    trainer = Trainer(
+        recipe,
+        train,
+        val,
+        args.out,
+        device,
+        args.validations,
+        args.workers,
+        args.command_line,
+        group,
+    )
+    if args.resume:
+        trainer.resume()
+    if group.rank == 0:
+        _announce(trainer)
+    status = trainer.run()
+    if group.rank == 0 and status == 0:
+        print(f"mIoU {trainer.best:.4f} on {args.splits[1]}: {args.out}/{BEST}")
+    return status
 
 
 def _announce(trainer: Trainer) -> None:

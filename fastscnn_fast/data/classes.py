@@ -1,8 +1,12 @@
-"""Names and colours of classes: CamVid's, Cityscapes', and some for any other number."""
+"""Names and colours of classes: CamVid's, Cityscapes', and those that a network has."""
 
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+from ..arch.config import Config
 
 Colour = tuple[int, int, int]
 
@@ -78,13 +82,74 @@ CITYSCAPES_PALETTE: tuple[Colour, ...] = (
 CAMVID_IGNORE = 11
 
 
-def class_names(num_classes: int) -> tuple[tuple[str, ...], tuple[Colour, ...]]:
-    """Names and colours for ``num_classes`` classes: CamVid's for 11, Cityscapes' for 19, else numbers."""
-    if num_classes == len(CAMVID_CLASSES):
-        return CAMVID_CLASSES, CAMVID_PALETTE
-    if num_classes == len(CITYSCAPES_CLASSES):
-        return CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
-    return tuple(f"class {k}" for k in range(num_classes)), _spread_colours(num_classes)
+_PALETTES = {CAMVID_CLASSES: CAMVID_PALETTE, CITYSCAPES_CLASSES: CITYSCAPES_PALETTE}
+
+
+def numbered(num_classes: int) -> tuple[str, ...]:
+    """What classes are called whose names no one has said: "class 0" and so on."""
+    return tuple(f"class {k}" for k in range(num_classes))
+
+
+def colours_of(classes: Sequence[str]) -> tuple[Colour, ...]:
+    """A colour for each class: CamVid's and Cityscapes' own for theirs, which are known by all their names."""
+    return _PALETTES.get(tuple(classes)) or _spread_colours(len(classes))
+
+
+class Named:
+    """What the classes of a network are called and how they are shown: by the data that it learnt, else numbers."""
+
+    config: Config
+    _classes: tuple[str, ...] | None = None
+    _palette: tuple[Colour, ...] | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each of the ``config.num_classes`` classes; "class 0" and so on where none are known.
+
+        They can be set, and travel with checkpoints, fused copies and ONNX files; ValueError where they do
+        not fit.
+        """
+        return self._classes or numbered(self.config.num_classes)
+
+    @classes.setter
+    def classes(self, names: Sequence[str]) -> None:
+        count = self.config.num_classes
+        known = isinstance(names, Sequence) and not isinstance(names, str)
+        if not known or len(names) != count or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"classes must be {count} names, got {names!r}")
+        self._classes = tuple(names)
+
+    @property
+    def palette(self) -> tuple[Colour, ...]:
+        """An (R, G, B) of 0 to 255 for each class, by default :func:`colours_of` its name; set as :attr:`classes`."""
+        return self._palette or colours_of(self.classes)
+
+    @palette.setter
+    def palette(self, colours: Sequence[Sequence[int]]) -> None:
+        count = self.config.num_classes
+        if not _are_colours(colours) or len(colours) != count:
+            raise ValueError(
+                f"palette must be {count} times (R, G, B) of 0 to 255, got {colours!r}"
+            )
+        self._palette = tuple((r, g, b) for r, g, b in colours)
+
+    @property
+    def named(self) -> bool:
+        """Whether names or colours were set."""
+        return self._classes is not None or self._palette is not None
+
+    def call_as(self, other: Named) -> None:
+        """Takes names and colours over from another network of as many classes."""
+        self._classes, self._palette = other._classes, other._palette
+
+
+def _are_colours(colours: Any) -> bool:
+    return isinstance(colours, Sequence) and all(
+        isinstance(colour, Sequence)
+        and len(colour) == 3
+        and all(type(channel) is int and 0 <= channel <= 255 for channel in colour)
+        for colour in colours
+    )
 
 
 def _spread_colours(count: int) -> tuple[Colour, ...]:

@@ -23,6 +23,7 @@ class Examples:
 
     Attributes:
         pixels: labelled pixels per class, (K,) int64.
+        ignored: pixels that belong to no class.
         sizes: (height, width) of each example.
 
     Raises:
@@ -67,8 +68,24 @@ class Examples:
             pass
         raise_problems(problems)
         self.pixels: NDArray[np.int64] = counts[: len(self.classes)]
+        self.ignored = int(counts[len(self.classes) :].sum())
         if not self.pixels.any():
             raise DataError(f"{source.name(0)} and all others: no pixel has a class")
+
+    @property
+    def absent(self) -> str | None:
+        """Which classes no labelled pixel has, and what that may mean, in a sentence; None where each occurs."""
+        names = [name for name, pixels in zip(self.classes, self.pixels) if not pixels]
+        if not names:
+            return None
+        where = f"{len(self)} examples, {self.name(0)} the first"
+        said = f"no pixel is of class {', '.join(names)} ({where})"
+        if not self.pixels[1:].any() and self.ignored:  # as in masks of 0 and 255
+            said += (
+                f"; they hold 0 and {self.ignore}, which is the id that is ignored: where it is meant as a class,"
+                " write that class's id, 1 in masks of two classes"
+            )
+        return said
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from .classes import CAMVID_CLASSES, CAMVID_IGNORE, CITYSCAPES_CLASSES, class_names
-from .pictures import PICTURE_SUFFIXES, read_picture
+from .classes import CAMVID_CLASSES, CAMVID_IGNORE, CITYSCAPES_CLASSES, numbered
+from .pictures import PICTURE_SUFFIXES, load_whole, read_picture
 from .scenes import street
 
 Pixels = NDArray[np.uint8]
@@ -61,9 +61,14 @@ class Files:
         classes: tuple[str, ...],
         ignore: int = IGNORE,
         table: Pixels | None = None,
+        bits: int | None = None,
     ) -> None:
-        """``table`` (256,) replaces the labels in the files; what it maps to no class is ``ignore``."""
+        """``table`` (256,) replaces the labels in the files; what it maps to no class is ``ignore``.
+
+        ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`.
+        """
         self.pairs, self.classes, self.ignore, self.table = list(pairs), classes, ignore, table
+        self.bits = bits
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -73,7 +78,7 @@ class Files:
 
     def read(self, index: int) -> Example:
         picture, labels = self.pairs[index]
-        pixels = _read_upright(picture)
+        pixels = _read_upright(picture, self.bits)
         ids = _read_labels(labels)
         if ids.shape != pixels.shape[:2]:
             raise ValueError(
@@ -113,8 +118,8 @@ class Streets:
         return Example(picture, labels)
 
 
-def _read_upright(path: Path) -> Pixels:
-    pixels = read_picture(path)
+def _read_upright(path: Path, bits: int | None) -> Pixels:
+    pixels = read_picture(path, bits=bits)
     with Image.open(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1)
     if turned != 1:  # its labels have no such tag
@@ -126,10 +131,13 @@ def _read_upright(path: Path) -> Pixels:
 def _read_labels(path: Path) -> Pixels:
     try:
         with Image.open(path) as image:
+            lossy = _lossy(path, image)
             raw = [part for tile in image.tile for part in np.atleast_1d(tile[3]).tolist()]
-            image.load()
+            load_whole(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise ValueError(f"{path}: cannot be read: {error}") from error
+    if lossy is not None:  # ids come back as other ids, some of them ids of classes
+        raise ValueError(f"{path}: labels must be stored without loss, as in PNG, got {lossy}")
     rule = "labels must be 8-bit class ids in one channel"
     if image.mode not in ("L", "P"):
         raise ValueError(f"{path}: {rule}, got an image of mode {image.mode}")
@@ -137,6 +145,16 @@ def _read_labels(path: Path) -> Pixels:
     if packed:  # Pillow spreads fewer bits over 0 to 255
         raise ValueError(f"{path}: {rule}, got an image of raw mode {packed[0]}")
     return np.array(image)
+
+
+def _lossy(path: Path, image: Image.Image) -> str | None:
+    """What an opened file is called that need not give back the ids that were written; None for others."""
+    kind, packed = str(image.format), image.info.get("compression")
+    if kind in ("JPEG", "MPO", "JPEG2000", "AVIF"):
+        return kind
+    if kind == "TIFF" and packed in ("jpeg", "tiff_jpeg", "webp"):
+        return f"TIFF with {packed} inside"
+    return "lossy WEBP" if kind == "WEBP" and b"VP8L" not in path.read_bytes() else None
 
 
 def _check_ids(labels: Pixels, known: range, ignore: int, name: str) -> None:
@@ -147,9 +165,10 @@ def _check_ids(labels: Pixels, known: range, ignore: int, name: str) -> None:
     if counts.any():
         label = int(counts.argmax())
         y, x = np.argwhere(labels == label)[0]
+        hint = "; masks of two classes must hold 0 and 1" if len(known) == 2 else ""
         raise ValueError(
             f"{name}: label id {label} (row {y}, column {x}) is neither a class, "
-            f"0 to {known.stop - 1}, nor the ignored id {ignore}"
+            f"0 to {known.stop - 1}, nor the ignored id {ignore}{hint}"
         )
 
 
@@ -158,12 +177,15 @@ def open_source(
     split: str,
     num_classes: int | None = None,
     ignore: int | None = None,
+    bits: int | None = None,
 ) -> Source:
     """The examples of one split of a data set.
 
     ``root`` is a folder with ``<split>/images`` and ``<split>/labels`` (the same names, any suffix) whose
     class names are the lines of ``classes.txt`` or numbers 0 to ``num_classes - 1``; or Cityscapes' own
     folder (``leftImg8bit`` and ``gtFine``); or "streets", the procedural ones ("streets:500" for 500).
+
+    ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`, for pictures stored in more than 8.
 
     The latter two have their own classes and ignored ids: ``num_classes`` and ``ignore`` must be None.
 
@@ -186,18 +208,20 @@ def open_source(
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     if own:
-        return _cityscapes(root, split)
-    return _folder(root, split, num_classes, IGNORE if ignore is None else ignore)
+        return _cityscapes(root, split, bits)
+    return _folder(root, split, num_classes, IGNORE if ignore is None else ignore, bits)
 
 
-def _folder(root: Path, split: str, num_classes: int | None, ignore: int) -> Files:
+def _folder(
+    root: Path, split: str, num_classes: int | None, ignore: int, bits: int | None
+) -> Files:
     names = root / "classes.txt"
     if names.is_file():
         classes = _read_names(names)
         if num_classes not in (None, len(classes)):
             raise DataError(f"{names}: names {len(classes)} classes, --classes says {num_classes}")
     elif num_classes is not None:
-        classes = class_names(num_classes)[0]
+        classes = numbered(num_classes)
     else:
         raise DataError(f"{names}: missing; name the classes there, one a line, or give --classes")
     if not 1 <= len(classes) <= 255:
@@ -206,7 +230,7 @@ def _folder(root: Path, split: str, num_classes: int | None, ignore: int) -> Fil
         raise DataError(f"--ignore must be {len(classes)} to 255, beyond the classes, got {ignore}")
     folder = root / split
     pictures, labels = _by_name(folder / "images"), _by_name(folder / "labels")
-    return Files(_paired(folder, pictures, labels), classes, ignore)
+    return Files(_paired(folder, pictures, labels), classes, ignore, bits=bits)
 
 
 def _read_names(path: Path) -> tuple[str, ...]:
@@ -258,10 +282,10 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise DataError("\n".join([*problems[:_SHOWN], *tail]))
 
 
-def _cityscapes(root: Path, split: str) -> Files:
+def _cityscapes(root: Path, split: str, bits: int | None) -> Files:
     table = np.full(256, IGNORE, np.uint8)
     table[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
     pictures = _by_name(root / "leftImg8bit" / split, "_leftImg8bit")
     labels = _by_name(root / "gtFine" / split, "_gtFine_labelIds")
     pairs = _paired(root / "leftImg8bit" / split, pictures, labels)
-    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table)
+    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table, bits)

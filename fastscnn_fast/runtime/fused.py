@@ -12,6 +12,7 @@ from .. import ops
 from ..arch import structure
 from ..arch.network import PlainFastSCNN
 from ..backends import registry
+from ..data.classes import Named
 from ..lower.fold import FoldedWeights, fold
 from ..program.arithmetic import choose
 from .forked import serial
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # of the type checker
 
 
-class FusedFastSCNN(nn.Module):
+class FusedFastSCNN(Named, nn.Module):
     """Fast-SCNN for inference: folded, packed and run by one fused op. Made by :func:`fuse`.
 
     Input is (N, C, H, W) with any strides: normalised floats of :attr:`dtype` or, where that has 16 bits, of
@@ -178,4 +179,7 @@ def fuse_as(
     precision = registry.choose_precision(precision, backend, chosen, weight.device, dtype)
     Graphs(cuda_graph).check(weight.device)
     with torch.inference_mode(False):  # the copy outlives the caller's mode
-        return kind(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)
+        fused = kind(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)
+    if isinstance(model, Named):
+        fused.call_as(model)
+    return fused

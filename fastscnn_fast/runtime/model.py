@@ -24,6 +24,7 @@ from ..arch.structure import (
     submodules,
 )
 from ..backends import registry
+from ..data.classes import Named
 from ..lower.fold import check_memory_of
 from ..ops import is_traced
 from ..program.memory import addresses
@@ -156,7 +157,7 @@ class _Decision:
         )
 
 
-class FastSCNN(PlainFastSCNN):
+class FastSCNN(Named, PlainFastSCNN):
     """Fast-SCNN: (N, C, H, W) normalised floats -> logits (N, num_classes, H, W).
 
     Any batch and any size from 32x32 up, odd sizes included. In training with ``aux=True`` the result

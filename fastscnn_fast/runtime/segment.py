@@ -20,7 +20,10 @@ from .model import FastSCNN
 
 
 def segment(
-    fast: FusedFastSCNN | FastSCNN, picture: Picture, size: tuple[int, int] | None = None
+    fast: FusedFastSCNN | FastSCNN,
+    picture: Picture,
+    size: tuple[int, int] | None = None,
+    bits: int | None = None,
 ) -> NDArray[np.uint8]:
     """The class of every pixel of one picture, uint8 (H, W) at the picture's own size.
 
@@ -30,12 +33,14 @@ def segment(
             network's channels as :func:`~fastscnn_fast.data.pictures.read_picture` says.
         size: (height, width) to run the network at, by default :func:`run_size`; the labels come back by
             nearest neighbour.
+        bits: how many bits a channel a picture stored in more than 8 uses, by default a guess by
+            :func:`~fastscnn_fast.data.pictures.read_picture`, which warns of it.
 
     Raises:
         ValueError: the picture cannot be read or has no pixels, ``size`` is below 32 a side, the model is in
             training mode or has more than 256 classes.
     """
-    pixels = read_picture(picture, fast.config.in_channels)
+    pixels = read_picture(picture, fast.config.in_channels, bits)
     if size is not None and min(size) < SMALLEST_SIDE:
         rule = f"size must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
         raise ValueError(f"{rule}, got {size[0]}x{size[1]}")

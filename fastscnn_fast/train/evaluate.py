@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from ..plots import figure
 from ..runtime.fused import fuse
 from ..runtime.model import FastSCNN
 from ..runtime.segment import labelled, segment
+from ..writing import write_whole
 
 #: A picture, uint8 (H, W, 3) -> its labels, uint8 (H, W)
 Labeller = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -63,18 +65,26 @@ class Confusion:
         return float(np.diag(self.matrix).sum() / total) if total else float("nan")
 
     def table(self, classes: Sequence[str]) -> str:
-        """Per class: IoU, recall, precision, pixels; in text."""
+        """Per class: IoU, recall, precision, pixels; in text. What cannot be told is a dash.
+
+        Which classes have no IoU, and so are not in the mean, is said beside it.
+        """
         hits, true, found = np.diag(self.matrix), self.matrix.sum(1), self.matrix.sum(0)
         wide = max(map(len, [*classes, "pixel accuracy"]))
         lines = [f"{'class':<{wide}}  {'IoU':>6}  {'recall':>6}  {'precision':>9}  {'pixels':>10}"]
         for k, name in enumerate(classes):
             recall, precision = _ratio(hits[k], true[k]), _ratio(hits[k], found[k])
-            lines.append(
-                f"{name:<{wide}}  {self.iou[k]:6.4f}  {recall:6.4f}  {precision:9.4f}  {true[k]:10d}"
-            )
-        lines.append(f"{'mIoU':<{wide}}  {self.miou:6.4f}")
-        lines.append(f"{'pixel accuracy':<{wide}}  {self.accuracy:6.4f}")
+            shares = f"{_shown(self.iou[k], 6)}  {_shown(recall, 6)}  {_shown(precision, 9)}"
+            lines.append(f"{name:<{wide}}  {shares}  {true[k]:10d}")
+        absent = [name for name, iou in zip(classes, self.iou) if np.isnan(iou)]
+        without = f"  without {', '.join(absent)}: neither there nor predicted" if absent else ""
+        lines.append(f"{'mIoU':<{wide}}  {_shown(self.miou, 6)}{without}")
+        lines.append(f"{'pixel accuracy':<{wide}}  {_shown(self.accuracy, 6)}")
         return "\n".join(lines)
+
+
+def _shown(share: float, width: int) -> str:
+    return f"{'-' if np.isnan(share) else format(share, '.4f'):>{width}}"
 
 
 def _ratio(part: Any, whole: Any) -> float:
@@ -134,16 +144,19 @@ def save_picture(confusion: Confusion, classes: Sequence[str], path: Path) -> No
                 colour = "white" if shares[y, x] > 0.5 else "black"
                 text = f"{100 * shares[y, x]:.0f}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
-    chart.savefig(path, dpi=120)
+    content = io.BytesIO()
+    chart.savefig(content, format="png", dpi=120)
+    write_whole(path, content.getvalue())
 
 
 def save_csv(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
-    """The confusion matrix in pixels, with a column of IoU."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true \\ predicted", *classes, "IoU"])
-        for name, row, iou in zip(classes, confusion.matrix, confusion.iou):
-            writer.writerow([name, *row.tolist(), f"{iou:.6f}"])
+    """The confusion matrix in pixels, with a column of IoU, empty where a class neither occurs nor is predicted."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["true \\ predicted", *classes, "IoU"])
+    for name, row, iou in zip(classes, confusion.matrix, confusion.iou):
+        writer.writerow([name, *row.tolist(), "" if np.isnan(iou) else f"{iou:.6f}"])
+    write_whole(path, table.getvalue().encode())
 
 
 def compare(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,32 @@ import torch
 
 from ..backends import registry
 from ..plots import figure
+from ..writing import write_whole
 
 #: The file that a run goes on from, and the weights that it keeps.
 LAST, BEST = "last.pt", "best.safetensors"
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to; only when all is written does it become ``path``."""
-    new = path.with_name(f".{path.stem}.new{path.suffix}")
-    try:
-        yield new
-        with new.open("r+b") as file:
-            os.fsync(file.fileno())
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-
-
 def write_history(history: list[dict[str, float]], folder: Path) -> None:
-    """``metrics.csv``, a row a validation, and ``curves.png`` where it can be drawn."""
-    with atomic(folder / "metrics.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[-1]))
-        writer.writeheader()
-        writer.writerows(history)
+    """``metrics.csv``, a row a validation, empty where there is no number, and ``curves.png`` where it can be drawn."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(history[-1]))
+    writer.writeheader()
+    writer.writerows(
+        {name: "" if math.isnan(value) else value for name, value in row.items()} for row in history
+    )
+    write_whole(folder / "metrics.csv", table.getvalue().encode())
     try:
-        with atomic(folder / "curves.png") as path:
-            _draw_curves(history, path)
+        write_whole(folder / "curves.png", _curves(history))
     except Exception as error:  # no matplotlib, or no way to draw: the run is worth more
         registry.log_once(f"no curves.png: {error}")
 
 
 def write_last(state: dict[str, Any], folder: Path) -> None:
     """``last.pt``: everything to go on from, with what must be the same then under "run"."""
-    with atomic(folder / LAST) as path:
-        torch.save(state, path)
+    content = io.BytesIO()  # torch's own writer tells of a full disk in words of its own
+    torch.save(state, content)
+    write_whole(folder / LAST, content.getbuffer())
 
 
 def read_last(folder: Path, run: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -73,7 +62,8 @@ def read_last(folder: Path, run: dict[str, Any], device: torch.device) -> dict[s
     return state
 
 
-def _draw_curves(history: list[dict[str, float]], path: Path) -> None:
+def _curves(history: list[dict[str, float]]) -> bytes:
+    """The PNG."""
     epochs = [row["epoch"] for row in history]
     chart = figure((10, 4))
     left, right = chart.subplots(1, 2)
@@ -95,4 +85,6 @@ def _draw_curves(history: list[dict[str, float]], path: Path) -> None:
     right.set_ylim(0, 1)
     right.grid(alpha=0.3)
     right.legend()
-    chart.savefig(path, dpi=120)
+    content = io.BytesIO()
+    chart.savefig(content, format="png", dpi=120)
+    return content.getvalue()

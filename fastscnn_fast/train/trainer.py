@@ -20,13 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..arch.config import PRESETS, SMALLEST_SIDE, WIDTHS, Config, preset as config_preset
+from ..backends.registry import logger
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..data.augmentation import Augmentation
-from ..data.classes import CAMVID_CLASSES, class_names
+from ..data.classes import CAMVID_CLASSES
 from ..data.datasets import Batch, Batches, Examples, load
 from ..data.scenery import Pieces, Scenery, Styles
 from ..data.sources import Streets
 from ..runtime.model import FastSCNN
+from ..writing import claimed
 from . import evaluate, files
 from .loss import Targets
 from .processes import Processes
@@ -70,11 +72,23 @@ def start_from(path: str, config: Config) -> FastSCNN:
     return model
 
 
+def _check_classes(recipe: Recipe, train: Examples, val: Examples | None, warn: bool) -> None:
+    """Warns of classes that do not occur; ValueError where a single one does, so that nothing is to be learnt."""
+    if train.absent and not recipe.streets:
+        if (train.pixels > 0).sum() == 1:
+            raise ValueError(f"there is one class only, and nothing to learn: {train.absent}")
+        if warn:
+            logger.warning("training cannot teach what is not there: %s", train.absent)
+    if val is not None and val.absent and warn:
+        logger.warning("validation says nothing of what is not there: %s", val.absent)
+
+
 def deployable(model: FastSCNN) -> FastSCNN:
     """A copy in eval mode without auxiliary heads."""
     plain = FastSCNN.from_config(replace(model.config, aux=False))
     wanted = plain.state_dict()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in wanted})
+    plain.call_as(model)
     return plain.to(model.classifier.conv.weight.device).eval()
 
 
@@ -115,6 +129,7 @@ class Trainer:
         self.group = Processes() if group is None else group
         self.recipe = recipe = replace(recipe, dtype=_resolved(recipe.dtype, self.device))
         self.train, self.val = train, val
+        _check_classes(recipe, train, val, self.group.rank == 0)
         share = recipe.batch // self.group.world
         if recipe.batch % self.group.world or share % recipe.accumulate:
             raise ValueError(
@@ -139,6 +154,7 @@ class Trainer:
             model = FastSCNN.from_config(config)
         else:
             model = start_from(recipe.weights, config)
+        model.classes = train.classes
         for module in model.modules():  # the auxiliary heads' dropout is not in the config
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = config.dropout
@@ -171,7 +187,10 @@ class Trainer:
         extra = None
         if recipe.streets:
             if tuple(self.train.classes) != CAMVID_CLASSES:
-                raise ValueError(f"streets need CamVid's {len(CAMVID_CLASSES)} classes")
+                raise ValueError(
+                    f"streets need CamVid's {len(CAMVID_CLASSES)} classes, by name (a line each in classes.txt),"
+                    f" got {', '.join(self.train.classes)}"
+                )
             height, width = self.train[0].labels.shape
             scenes = Streets(_STREET_SCENES, size=(height, width), ignore=self.train.ignore)
             extra = load(scenes, workers=workers)
@@ -276,19 +295,17 @@ class Trainer:
                     module.eval()
 
     def run(self) -> int:
-        """Trains to the end, or until a signal; 0, or 128 + the signal's number. Everything is saved."""
+        """Trains to the end, or until a signal; 0, or 128 + the signal's number. Everything is saved.
+
+        Raises:
+            ValueError: another run is writing to the folder.
+            RuntimeError: the loss is not finite.
+            OSError: a file cannot be written, which is named; those that were there are whole.
+        """
         self._mode()
         begun, shown, saved = time.monotonic(), 0.0, time.monotonic()
-        bar = tqdm(
-            total=self.steps,
-            initial=self.step,
-            unit="step",
-            disable=self.group.rank > 0,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-        )
-        with Interrupt() as interrupt, bar:
-            self.out.mkdir(parents=True, exist_ok=True)
+        mine = claimed(self.out) if self.group.rank == 0 else nullcontext()
+        with mine, Interrupt() as interrupt, self._bar() as bar:
             for batch in self.batches.steps(self.step, self.steps):
                 late = time.monotonic() - saved > _SAVE_SECONDS
                 stop, save = self._learn(batch, interrupt.signal != 0, late)
@@ -311,6 +328,16 @@ class Trainer:
                         bar.write(f"stopped at step {self.step} of {self.steps}; --resume goes on")
                     return 128 + (interrupt.signal or signal.SIGTERM)
         return 0
+
+    def _bar(self) -> Any:
+        return tqdm(
+            total=self.steps,
+            initial=self.step,
+            unit="step",
+            disable=self.group.rank > 0,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+        )
 
     def _show(self, bar: Any) -> None:
         confusion = evaluate.Confusion(len(self.train.classes))
@@ -375,16 +402,13 @@ class Trainer:
         miou = row.get("miou", math.nan)
         if not miou <= self.best:
             self.best = self.best if math.isnan(miou) else miou
-            with files.atomic(self.out / files.BEST) as path:
-                save_checkpoint(kept, path, self._details(row))
+            save_checkpoint(kept, self.out / files.BEST, self._details(row, kept))
         files.write_history(self.history, self.out)
 
-    def _details(self, row: dict[str, float]) -> dict[str, Any]:
-        classes = list(self.train.classes)
-        colours = class_names(len(classes))[1]
+    def _details(self, row: dict[str, float], kept: FastSCNN) -> dict[str, Any]:
         return {
-            "classes": classes,
-            "palette": [list(colour) for colour in colours],
+            "classes": kept.classes,
+            "palette": kept.palette,
             "miou": row.get("miou"),
             "step": row["step"],
             "steps": self.steps,

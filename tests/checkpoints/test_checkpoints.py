@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import io
 import json
 import os
@@ -22,8 +23,9 @@ from layouts import SMALL, free_widths, key_lists, random_state
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastscnn_fast import FastSCNN, load_checkpoint
+from fastscnn_fast import FastSCNN, fuse, load_checkpoint
 from fastscnn_fast.arch.config import PRESETS, preset
+from fastscnn_fast.backends import registry
 from fastscnn_fast.checkpoints import (
     LAYOUTS,
     MAX_BYTES,
@@ -33,6 +35,7 @@ from fastscnn_fast.checkpoints import (
     save_checkpoint,
     to_layout,
 )
+from fastscnn_fast.data.classes import colours_of, numbered
 
 
 def layout_of(name: str) -> str:
@@ -707,3 +710,77 @@ def test_safetensors_headers_cannot_fill_memory(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
             load_checkpoint(path)
+
+
+def test_names_and_colours_travel(tmp_path):
+    """From whoever set them, through copies, fusing and files; numbers where no one did, however many."""
+    for count in (5, 11, 19):
+        model = FastSCNN(count)
+        assert model.classes == numbered(count) and not model.named
+        assert model.palette == colours_of(model.classes)
+        save_checkpoint(model, tmp_path / "plain.safetensors", {"miou": 0.5})
+        assert read_details(tmp_path / "plain.safetensors") == {"miou": 0.5}
+        loaded = load_checkpoint(tmp_path / "plain.safetensors")
+        assert loaded.classes == fuse(loaded).classes == numbered(count)
+        torch.save(model.state_dict(), tmp_path / "foreign.pth")
+        assert load_checkpoint(tmp_path / "foreign.pth").classes == numbered(count)
+    model = FastSCNN(3)
+    model.classes = ["cat", "dog", "\u00fc"]
+    assert model.palette == colours_of(("cat", "dog", "\u00fc"))
+    palette = ((1, 2, 3), (4, 5, 6), (255, 0, 0))
+    model.palette = [list(colour) for colour in palette]
+    save_checkpoint(model, tmp_path / "named.safetensors", {"miou": 0.5})
+    details = read_details(tmp_path / "named.safetensors")
+    assert details["miou"] == 0.5 and details["palette"] == [list(colour) for colour in palette]
+    loaded = load_checkpoint(tmp_path / "named.safetensors")
+    for network in (
+        loaded,
+        fuse(model),
+        fuse(loaded),
+        copy.deepcopy(model),
+        copy.deepcopy(fuse(model)),
+        pickle.loads(pickle.dumps(model)),
+    ):
+        assert network.classes == ("cat", "dog", "\u00fc") and network.palette == palette
+    assert fuse(FastSCNN(3)).classes == numbered(3)
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"classes": ["a", "b"]},
+        {"classes": "abc"},
+        {"classes": [1, 2, 3]},
+        {"classes": {"a": 1}},
+        {"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]},
+        {"palette": [[0, 0, 256]] * 3},
+        {"palette": [[0, 0, True]] * 3},
+        {"palette": 3},
+    ],
+    ids=str,
+)
+def test_names_that_do_not_fit_are_left_alone(details, tmp_path, caplog):
+    path = tmp_path / "net.safetensors"
+    save_checkpoint(FastSCNN(3), path, details)
+    registry.log_once.cache_clear()
+    model = load_checkpoint(path)
+    assert f"{path}: " in caplog.text and "must be 3" in caplog.text
+    assert model.classes == (("a", "b", "c") if len(details) == 2 else numbered(3))
+    assert model.palette == colours_of(model.classes)
+    with pytest.raises(ValueError, match="must be 3"):
+        for name, value in details.items():
+            setattr(FastSCNN(3), name, value)
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[" * 100_000, '{"a": 1'])
+def test_damaged_details_are_named(text, tmp_path):
+    path = tmp_path / "net.safetensors"
+    model = FastSCNN(3)
+    metadata = {"fastscnn_fast.config": json.dumps(model.config.to_dict())}
+    save_file(dict(model.state_dict()), path, {**metadata, "fastscnn_fast.details": text})
+    for read_it in (read_details, load_checkpoint):
+        with pytest.raises(CheckpointError, match=r"net\.safetensors: is damaged: "):
+            read_it(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"net\.safetensors: is damaged: "):
+        read_details(path)

@@ -121,12 +121,17 @@ def test_the_command_line_exports_labels_of_a_grey_network(tmp_path, capsys):
     model = randomise(
         FastSCNN(7, in_channels=1, bottleneck_repeats=(1, 1, 1), pyramid_bins=(6,))
     ).eval()
+    model.classes, model.palette = list("abcdefg"), [(k, 0, 255) for k in range(7)]
     checkpoints.save_checkpoint(model, weights)
     arguments = ["--weights", str(weights), "--size", "64x64", "--output", "labels"]
     assert cli.main(["export", "--onnx", str(path), *arguments]) == 0
     assert "mean (0.5,), std (0.25,)" in capsys.readouterr().out
     x = torch.randn(2, 1, 65, 70)
-    labels = run(onnx_session(path), x)
+    session = onnx_session(path)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == list("abcdefg")
+    assert json.loads(metadata["palette"]) == [[k, 0, 255] for k in range(7)]
+    labels = run(session, x)
     with torch.no_grad():
         expected = model.reference(x).argmax(1)
     assert labels.dtype == torch.uint8 and labels.shape == (2, 65, 70)

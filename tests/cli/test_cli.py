@@ -15,8 +15,8 @@ from PIL import Image
 
 from fastscnn_fast import bench, checkpoints, cli, fuse, segment
 from fastscnn_fast.backends import registry
-from fastscnn_fast.cli import demo, options, results
-from fastscnn_fast.data.classes import CAMVID_CLASSES
+from fastscnn_fast.cli import demo, options
+from fastscnn_fast.data.classes import CAMVID_PALETTE, colours_of, numbered
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.program.parity import relative_error
 
@@ -68,11 +68,28 @@ def test_segment_writes_labels_and_overlay_for_each_picture(pictures, tmp_path, 
     assert capsys.readouterr().out.startswith("4 segmented, 0 skipped")
 
 
-def test_classes_are_called_as_the_weights_say(weights, tmp_path):
+def test_classes_are_called_and_shown_as_the_weights_say(pictures, tmp_path):
+    """By name and in the saved colours; a foreign file of 11 classes has neither, least of all CamVid's."""
     model = UNTRAINED_MODEL(num_classes=11)
-    assert results.legend(weights, model).classes[3] == "kind 3"
-    checkpoints.save_checkpoint(model, tmp_path / "plain.safetensors")
-    assert results.legend(tmp_path / "plain.safetensors", model).classes == CAMVID_CLASSES
+    torch.save(model.state_dict(), tmp_path / "foreign.pth")
+    model = copy.deepcopy(model)
+    model.classes = [f"kind {k}" for k in range(11)]
+    model.palette = [(k, 255 - k, 7) for k in range(11)]
+    checkpoints.save_checkpoint(model, tmp_path / "named.safetensors")
+    for name, palette in (
+        ("named.safetensors", model.palette),
+        ("foreign.pth", colours_of(numbered(11))),
+    ):
+        command = ["segment", str(pictures / "b.png"), "--weights", str(tmp_path / name)]
+        assert cli.main([*command, "-o", str(tmp_path / "out")]) == 0
+        with Image.open(tmp_path / "out" / "b_labels.png") as labels:
+            shown = np.array(labels.getpalette()[:33]).reshape(11, 3)
+            ids = np.asarray(labels)
+        assert shown.tolist() == [list(colour) for colour in palette]
+        with Image.open(tmp_path / "out" / "b_overlay.png") as image:
+            legend = {tuple(colour) for colour in np.asarray(image)[48:].reshape(-1, 3).tolist()}
+        assert {palette[k] for k in np.unique(ids)} <= legend
+        assert not legend & set(CAMVID_PALETTE[1:])  # the first is a grey, as edges of letters are
 
 
 def test_results_are_no_pictures_the_next_time(pictures, capsys):
@@ -132,6 +149,23 @@ def test_segment_runs_what_its_options_say(chosen, pictures, tmp_path):
     expected = segment(fuse(model, dtype=dtype, **chosen), picture, (64, 96))
     with Image.open(out / "b_labels.png") as labels:
         assert np.array_equal(np.asarray(labels), expected)
+
+
+def test_bits_reach_the_network(tmp_path, capsys, caplog):
+    """A dark picture of 16 bits is not brightened where it is said that it has 16."""
+    dark = (street(4, 48, 64)[0][..., 0] // 5).astype(np.uint16) * 300
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    results = {}
+    for name, words in (("guessed", []), ("14", ["--bits", "14"]), ("16", ["--bits", "16"])):
+        out = tmp_path / name
+        assert cli.main(["segment", str(tmp_path / "dark.png"), "-o", str(out), *words]) == 0
+        with Image.open(out / "dark_overlay.png") as overlay:
+            results[name] = np.asarray(overlay).copy()
+    assert np.array_equal(results["guessed"], results["14"])
+    assert not np.array_equal(results["16"], results["14"])
+    assert caplog.text.count("taken for one of 14 bits") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["segment", "x.png", "-o", "out", "--bits", "7"])
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def test_what_no_street_can_be():
 
 @pytest.mark.parametrize("count", [1, 2, 11, 19, 21, 150, 256])
 def test_every_class_count_has_names_and_distinct_colours(count):
-    names, palette = data.class_names(count)
+    names = data.numbered(count)
+    palette = data.colours_of(names)
     assert len(names) == len(set(names)) == len(palette) == count
     assert count > 21 or len(set(palette)) == count
     assert all(0 <= channel <= 255 for colour in palette for channel in colour)
@@ -95,5 +96,15 @@ def test_the_ids_the_renderer_draws_are_camvids():
     for name in data.CAMVID_CLASSES:
         attribute = {"SignSymbol": "SIGN"}.get(name, name.upper())
         assert data.CAMVID_CLASSES[getattr(painter, attribute)] == name
-    assert data.class_names(11) == (data.CAMVID_CLASSES, data.CAMVID_PALETTE)
-    assert data.class_names(19) == (data.CITYSCAPES_CLASSES, data.CITYSCAPES_PALETTE)
+
+
+def test_colours_are_camvids_and_cityscapes_for_their_names_alone():
+    for names, palette in (
+        (data.CAMVID_CLASSES, data.CAMVID_PALETTE),
+        (data.CITYSCAPES_CLASSES, data.CITYSCAPES_PALETTE),
+    ):
+        assert data.colours_of(names) == data.colours_of(list(names)) == palette
+        for other in (data.numbered(len(names)), names[::-1]):
+            assert data.colours_of(other) != palette
+            assert data.colours_of(other) == data.colours_of(data.numbered(len(names)))
+    assert data.numbered(11)[3] == "class 3"

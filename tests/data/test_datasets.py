@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import png
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFilter
 
 from fastscnn_fast.data.augmentation import Augmentation
-from fastscnn_fast.data.classes import CAMVID_CLASSES, CITYSCAPES_CLASSES
+from fastscnn_fast.data.classes import CAMVID_CLASSES, CITYSCAPES_CLASSES, numbered
 from fastscnn_fast.data.datasets import Batches, Examples
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.data.sources import DataError, Example, Streets, open_source
@@ -73,7 +72,7 @@ def test_other_names_and_ids(folder: Path) -> None:
         Image.open(picture).save(picture.with_suffix(".JPEG"), quality=95)
         picture.unlink()
     examples = Examples(open_source(folder, "train", 11, 11))
-    assert examples.classes == CAMVID_CLASSES and examples.pixels[5:].sum() == 0
+    assert examples.classes == numbered(11) and examples.pixels[5:].sum() == 0
 
 
 def test_memory_limit_and_workers(folder: Path) -> None:
@@ -99,17 +98,7 @@ def broken_pair(folder: Path, name: str, labels: Pixels | bytes | None) -> Path:
 
 def two_bit_png() -> bytes:
     """A grey PNG of 40x56 with two bits a pixel, which Pillow cannot write."""
-    header = struct.pack(">IIBBBBB", 56, 40, 2, 0, 0, 0, 0)
-    rows = (b"\0" + b"\x1b" * 14) * 40
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    packed = (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    return png(56, 40, (b"\0" + b"\x1b" * 14) * 40, depth=2, kind=0)
 
 
 def test_every_error_is_named_by_file(folder: Path) -> None:
@@ -124,6 +113,7 @@ def test_every_error_is_named_by_file(folder: Path) -> None:
         broken_pair(folder, "mode", colours): r"8-bit class ids in one channel.*RGB",
         broken_pair(folder, "cut", whole.read_bytes()[:60]): "cannot be read",
         broken_pair(folder, "empty", b""): "cannot be read",
+        broken_pair(folder, "short", png(56, 40, (b"\0" + b"\1" * 56) * 4, 8, 0)): "is truncated",
         broken_pair(folder, "few_bits", two_bit_png()): r"8-bit class ids.*raw mode L;2",
     }
     turned = folder / "train" / "images" / "turned.jpg"
@@ -139,10 +129,77 @@ def test_every_error_is_named_by_file(folder: Path) -> None:
     with pytest.raises(DataError) as raised:
         Examples(open_source(folder, "train"))
     lines = str(raised.value).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 9
     more = {picture: "cannot be read", turned: "stored upright, got EXIF orientation 3"}
     for path, message in {**expected, **more}.items():
         assert any(re.search(f"{re.escape(str(path))}.*{message}", line) for line in lines)
+
+
+def test_lossy_labels_are_refused_by_name(folder: Path) -> None:
+    """Also where they would pass: ids that come back as ids of other classes."""
+    ids = np.asarray(Image.open(folder / "train" / "labels" / "a.png"))
+    expected = {}
+    for name, words, said in (
+        ("a.jpg", {"quality": 100}, "got JPEG"),
+        ("b.webp", {"quality": 80}, "got lossy WEBP"),
+        ("c.avif", {}, "got AVIF"),
+        ("d.tif", {"compression": "jpeg"}, "got TIFF with jpeg inside"),
+        (
+            "e.webp",
+            {"lossless": True},
+            "labels must be 8-bit class ids in one channel, got an image of mode RGB",
+        ),
+        ("f.png", {}, "got JPEG"),  # whatever its ending says
+    ):
+        path = broken_pair(folder, f"lossy_{name[0]}", None).with_name(f"lossy_{name}")
+        kind = {"format": "JPEG"} if name == "f.png" else {}
+        Image.fromarray(ids).save(path, **kind, **words)  # type: ignore[arg-type]
+        expected[path] = (
+            said if "mode" in said else f"labels must be stored without loss, as in PNG, {said}"
+        )
+    for name, words in (("g.tif", {"compression": "tiff_lzw"}), ("h.bmp", {})):
+        path = broken_pair(folder, f"lossy_{name[0]}", None).with_name(f"lossy_{name}")
+        Image.fromarray(ids).save(path, **words)  # type: ignore[arg-type]
+    with pytest.raises(DataError) as raised:
+        Examples(open_source(folder, "train"))
+    assert sorted(str(raised.value).splitlines()) == sorted(
+        f"{path}: {said}" for path, said in expected.items()
+    )
+
+
+def test_classes_that_do_not_occur(folder: Path) -> None:
+    every = (np.arange(40 * 56) % 5).astype(np.uint8).reshape(40, 56)
+    broken_pair(folder, "every", every)
+    examples = Examples(open_source(folder, "train"))
+    assert examples.absent is None and examples.ignored == 3 * 3 * 56
+    names = ["zero", "one", "two", "three", "four", "five", "six"]
+    (folder / "classes.txt").write_text("\n".join(names))
+    said = Examples(open_source(folder, "train")).absent
+    assert said is not None and said.startswith("no pixel is of class five, six (4 examples, /")
+    for path in (folder / "train" / "labels").rglob("*.png"):  # masks as many tools write them
+        save(path, np.where(np.asarray(Image.open(path)) % 2, 255, 0).astype(np.uint8))
+    for count in (2, 3):
+        (folder / "classes.txt").write_text("\n".join(names[:count]))
+        said = Examples(open_source(folder, "train")).absent
+        assert said is not None and f"is of class {', '.join(names[1:count])} (" in said
+        hint = r"99; masks of two classes must hold 0 and 1$" if count == 2 else "99$"
+        with pytest.raises(DataError, match=f"label id 255 .* nor the ignored id {hint}"):
+            Examples(open_source(folder, "train", ignore=99))
+        assert (
+            "they hold 0 and 255, which is the id that is ignored" in said
+            and "1 in masks of two classes" in said
+        )
+
+
+def test_deep_pictures_are_read_by_the_bits_that_are_said(folder: Path) -> None:
+    for path in (folder / "train" / "images").rglob("*.png"):
+        grey = np.asarray(Image.open(path))[..., 0].astype(np.uint16)
+        path.unlink()
+        save(path, grey * 4)
+    for bits, scale in ((10, 1.0), (12, 0.25)):
+        picture, labels = Examples(open_source(folder, "train", bits=bits))[0]
+        expected = (labels * 50 * scale).astype(np.uint8)
+        assert np.array_equal(picture[labels != 255], np.stack([expected] * 3, -1)[labels != 255])
 
 
 def test_pairs_that_are_none(folder: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
+from helpers import png
 from PIL import Image
 
 from fastscnn_fast import FastSCNN, bench, fuse, segment
 from fastscnn_fast.data import classes as data
-from fastscnn_fast.data.pictures import label_image, overlay, read_picture
+from fastscnn_fast.data.pictures import _TOLD, label_image, overlay, read_picture
 from fastscnn_fast.data.scenes import street
 
 
@@ -89,6 +93,105 @@ def test_sixteen_bits_become_eight(tmp_path, pixels):
         read_picture(Image.fromarray(deep.astype(np.int32) * 2))
 
 
+def deep(pixels: np.ndarray, bits: int) -> np.ndarray:
+    """8-bit values as ``bits`` bits, with noise below the upper eight, and the largest value in it."""
+    noise = np.random.default_rng(bits).integers(0, 1 << (bits - 8), pixels.shape)
+    values = (pixels.astype(np.uint16) << (bits - 8)) + noise.astype(np.uint16)
+    values.flat[0] = (1 << bits) - 1
+    return values
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[values.size // (height * width)]
+    return png(width, height, rows, 16, kind)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_the_bits_that_deep_grey_uses(bits, tmp_path, pixels, caplog):
+    """One rule for every mode that Pillow has for it, told where it is a guess."""
+    grey = np.asarray(Image.fromarray(pixels).convert("L")).copy()
+    grey.flat[0] = 255
+    values, expected = deep(grey, bits), np.stack([grey] * 3, -1)
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    (tmp_path / "deep.png").write_bytes(deep_png(values))
+    big = Image.frombytes("I;16B", grey.shape[::-1], values.astype(">u2").tobytes())
+    images = [Image.fromarray(values), Image.fromarray(values.astype(np.int32)), big]
+    assert [image.mode for image in images] == ["I;16", "I", "I;16B"]
+    for picture in (*images, tmp_path / "deep.tif", tmp_path / "deep.png"):
+        caplog.clear()
+        _TOLD.clear()
+        assert np.array_equal(read_picture(picture, bits=bits), expected)
+        assert not caplog.records
+        assert np.array_equal(read_picture(picture), expected)
+        assert len(caplog.records) == (bits < 16)
+        assert (f"one of {bits} bits" in caplog.text) == (bits < 16)
+        assert np.array_equal(read_picture(picture, bits=16), expected >> (16 - bits))
+        if bits > 8:
+            with pytest.raises(ValueError, match=rf"bits must be enough.*, {values.max()}, got 8"):
+                read_picture(picture, bits=8)
+    for wrong in (7, 17):
+        with pytest.raises(ValueError, match=f"bits must be 8 to 16, got {wrong}"):
+            read_picture(images[0], bits=wrong)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_the_bits_that_deep_colours_use(channels, bits, tmp_path, pixels, caplog):
+    """Pillow itself keeps the upper eight of 16 and loses the rest."""
+    own = np.random.default_rng(0).integers(0, 256, (*pixels.shape[:2], channels), np.uint8)
+    own[..., : channels // 2 * 2 - 1].flat[0] = 255
+    values = deep(own, bits)
+    values[..., 0].flat[0], own[..., 0].flat[0] = (1 << bits) - 1, 255
+    path = tmp_path / "deep.png"
+    path.write_bytes(deep_png(values))
+    assert np.array_equal(read_picture(path, channels, bits), own)
+    assert not caplog.records
+    assert np.array_equal(read_picture(path, channels), own)
+    assert len(caplog.records) == (bits < 16)
+    with Image.open(path) as image:
+        assert np.array_equal(read_picture(image, channels), own)
+    assert np.array_equal(read_picture(path, channels, 16), own >> (16 - bits))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [1, 8])
+def test_the_bits_that_a_colour_tiff_uses(order, compression, tmp_path):
+    own = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    own.flat[0] = 255
+    data = deep(own, 12).astype(order + "u2").tobytes()
+    data = data if compression == 1 else zlib.compress(data)
+    tags = {256: 30, 257: 20, 258: 8 + 2 + 12 * 10 + 4, 259: compression, 262: 2}
+    tags |= {273: 8 + 2 + 12 * 10 + 4 + 6, 277: 3, 278: 20, 279: len(data), 284: 1}
+    content = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, 10)
+    for tag, value in tags.items():
+        count, kind = (3, 3) if tag == 258 else (1, 4)
+        content += struct.pack(order + "HHII", tag, kind, count, value)
+    path = tmp_path / "deep.tif"
+    path.write_bytes(content + struct.pack(order + "IHHH", 0, 16, 16, 16) + data)
+    assert np.array_equal(read_picture(path), own)
+    assert np.array_equal(read_picture(path, bits=12), own)
+
+
+def test_a_grey_map_says_its_bits_itself(tmp_path, caplog):
+    """Pillow brings its values to 16 bits: there is nothing to guess, however dark it is."""
+    path = tmp_path / "dark.pgm"
+    path.write_bytes(b"P5 2 1 1023\n" + struct.pack(">2H", 100, 4))
+    for bits in (None, 10):
+        assert read_picture(path, 1, bits).ravel().tolist() == [25, 1]
+    assert not caplog.records
+
+
+def test_a_guess_is_told_once_a_folder(tmp_path, caplog):
+    for name in ("a", "b"):
+        Image.fromarray(np.full((40, 50), 1000, np.uint16)).save(tmp_path / f"{name}.png")
+        read_picture(tmp_path / f"{name}.png")
+    assert [record.getMessage()[: len(str(tmp_path)) + 6] for record in caplog.records] == [
+        f"{tmp_path / 'a.png'}"
+    ]
+
+
 def test_exif_turns_pictures_upright(tmp_path, pixels):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held turned: the picture is the file turned by 90 degrees
@@ -148,6 +251,41 @@ def test_damaged_files_name_themselves(fast, tmp_path, pixels, damage):
     )
     with pytest.raises(ValueError, match=r"broken\.png: cannot be read: "):
         segment(fast, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "depth"),
+    [(3, 1, 8), *((k, c, d) for k, c in ((0, 1), (2, 3), (4, 2), (6, 4)) for d in (8, 16))],
+)
+def test_a_png_of_fewer_rows_is_no_whole_picture(kind, channels, depth, tmp_path):
+    """Even where its data end as they should; a picture that is black below is whole."""
+    row, path = 56 * channels * depth // 8, tmp_path / "rows.png"
+    full, black = b"\0" + b"\x11" * row, b"\0" * (1 + row)
+    for rows in (full * 40, full * 4 + black * 36, full * 41):
+        path.write_bytes(png(56, 40, rows, depth, kind))
+        with Image.open(path) as image:
+            assert read_picture(path).shape == read_picture(image).shape == (40, 56, 3)
+    for rows in (full * 4, full * 39, full * 4 + black * 35, full * 39 + full[:-1], b""):
+        path.write_bytes(png(56, 40, rows, depth, kind))
+        with pytest.raises(ValueError, match=r"rows\.png: cannot be read: .*truncated"):
+            read_picture(path)
+        with (
+            pytest.raises((ValueError, OSError), match="truncated"),
+            Image.open(path) as image,
+        ):
+            read_picture(image)
+
+
+def test_an_interlaced_png_of_fewer_rows_is_no_whole_picture(tmp_path):
+    """5x5 grey: passes of 1x1, 1x1, 2x1, 1x2, 3x1, 2x3 and 5x2 pixels."""
+    rows = [1, 1, 2, 1, 1, 3, 2, 2, 2, 5, 5]
+    data = [b"\0" + b"\x63" * n for n in rows]
+    (tmp_path / "whole.png").write_bytes(png(5, 5, b"".join(data), 8, 0, 1))
+    assert (read_picture(tmp_path / "whole.png") == 0x63).all()
+    for count in (1, 5, 10):
+        (tmp_path / "part.png").write_bytes(png(5, 5, b"".join(data[:count]), 8, 0, 1))
+        with pytest.raises(ValueError, match=r"part\.png: cannot be read: .*truncated"):
+            read_picture(tmp_path / "part.png")
 
 
 def test_a_model_in_training_mode_is_refused(pixels):

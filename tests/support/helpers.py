@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -134,6 +136,22 @@ def assert_parity(
         assert ours <= bound < float("inf"), (
             f"error {where} {ours:.2e}, bound {bound:.2e}, torch's {torchs:.2e}"
         )
+
+
+def png(width: int, height: int, data: bytes, depth: int, kind: int, interlaced: int = 0) -> bytes:
+    """A PNG file of which Pillow could not write every kind; ``data`` are its filtered rows, perhaps too few."""
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    if kind == 3:
+        chunks.insert(1, (b"PLTE", bytes(range(3 << min(depth, 6)))))
+    packed = (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 class Moved(TorchDispatchMode):

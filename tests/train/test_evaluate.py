@@ -34,7 +34,14 @@ def test_confusion_by_hand() -> None:
     assert confusion.miou == pytest.approx(2 / 3) and confusion.accuracy == pytest.approx(4 / 5)
     confusion.add(labels, np.full((2, 3), 2, np.uint8))
     assert confusion.iou[2] == 0 and confusion.miou == pytest.approx((2 / 6 + 2 / 5 + 0) / 3)
+    never = Confusion(3)
+    never.add(np.array([[0, 0, 1, 255]], np.uint8), np.array([[0, 1, 1, 2]], np.uint8))
+    *rows, mean, accuracy = never.table(["a", "b", "c"]).splitlines()
+    assert rows[-1].split() == ["c", "-", "-", "-", "0"]
+    assert mean.split(maxsplit=2) == ["mIoU", "0.5000", "without c: neither there nor predicted"]
+    assert accuracy.split() == ["pixel", "accuracy", "0.6667"] and "nan" not in "".join(rows)
     empty = Confusion(2)
+    assert "nan" not in empty.table(["a", "b"])
     assert math.isnan(empty.miou) and math.isnan(empty.accuracy)
 
 
@@ -139,6 +146,13 @@ def test_command_refuses(weights: Path, tmp_path: Path, capsys: pytest.CaptureFi
     save_checkpoint(small_network(11), tmp_path / "other.safetensors", names)
     assert main(["evaluate", "streets:1", "--weights", str(tmp_path / "other.safetensors")]) == 2
     assert "has classes kind 0, kind 1" in capsys.readouterr().err
+    unnamed = tmp_path / "unnamed"  # the names are those of the weights
+    for kind, pixels in zip(("images", "labels"), Streets(1, 0, (64, 64)).read(0)):
+        (unnamed / "val" / kind).mkdir(parents=True)
+        Image.fromarray(pixels).save(unnamed / "val" / kind / "a.png")
+    words = [str(unnamed), "--classes", "11", "--ignore", "11", "--dtype", "float32"]
+    assert main(["evaluate", *words, "--weights", str(tmp_path / "other.safetensors")]) == 0
+    assert "kind 10" in capsys.readouterr().out
     for words, message in (
         (["streets:0"], "must be followed by a number above 0"),
         (["streets:1", "--split", "test"], "split of streets must be train or val, got 'test'"),

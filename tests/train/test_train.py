@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from fastscnn_fast import FastSCNN, load_checkpoint
 from fastscnn_fast.checkpoints import read_details, save_checkpoint
 from fastscnn_fast.cli import main, train as command_line
+from fastscnn_fast.data.classes import CAMVID_CLASSES, CAMVID_PALETTE, colours_of, numbered
 from fastscnn_fast.data.datasets import Batch, Examples
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.data.sources import Streets, open_source
@@ -175,16 +175,6 @@ def test_every_field_is_an_option(tmp_path: Path) -> None:
     assert Recipe(**{name: getattr(args, name) for name in fields}) == Recipe(**changed)
 
 
-def test_atomic(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    with files.atomic(path) as new:
-        new.write_text("old")
-    with pytest.raises(RuntimeError), files.atomic(path) as new:
-        new.write_text("half of the n")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
 # --- runs ------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +197,8 @@ def test_it_learns(streets: Examples, tmp_path: Path) -> None:
     assert not best.training and not best.config.aux
     details = read_details(tmp_path / "best.safetensors")
     assert details["command"] == "the command" and details["classes"] == list(streets.classes)
+    assert best.classes == CAMVID_CLASSES and best.palette == CAMVID_PALETTE
+    assert details["palette"] == [list(colour) for colour in CAMVID_PALETTE]
     assert details["miou"] == trainer.best == max(row["miou"] for row in trainer.history)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -354,7 +346,7 @@ def test_a_chart_that_cannot_be_drawn_stops_nothing(
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(files, "_draw_curves", fail)
+    monkeypatch.setattr(files, "_curves", fail)
     assert Trainer(dataclasses.replace(SMALL, epochs=0.5), streets, None, tmp_path).run() == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["best.safetensors", "last.pt", "metrics.csv"]
@@ -398,6 +390,48 @@ def test_larger_input_keeps_the_labels(
     assert trainer.run() == 0
     assert load_checkpoint(tmp_path / "best.safetensors").config.size == (144, 192)
     assert np.isfinite(trainer.history[-1]["miou"])
+
+
+def masks(root: Path, *values: int) -> Examples:
+    """Two pictures and their masks of these values, in two classes."""
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        for kind, pixels in (
+            ("images", rng.integers(0, 256, (64, 64, 3), np.uint8)),
+            ("labels", rng.choice(np.array(values, np.uint8), (64, 64))),
+        ):
+            (root / "train" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / "train" / kind / name)
+    return Examples(open_source(root, "train", 2))
+
+
+def test_masks_of_0_and_255_are_refused(tmp_path: Path) -> None:
+    """The second class would be ignored, the first be everywhere, and the mIoU 1."""
+    right = masks(tmp_path / "right", 0, 1)
+    with pytest.raises(ValueError, match=r"nothing to learn.*class 1 .*they hold 0 and 255.*masks"):
+        Trainer(SMALL, masks(tmp_path / "wrong", 0, 255), right, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"one class only, and nothing to learn.*class class 0 [^;]*$"
+    ):
+        Trainer(SMALL, masks(tmp_path / "one", 1, 255), right, tmp_path)
+    Trainer(SMALL, right, right, tmp_path)
+
+
+def test_classes_that_do_not_occur_are_told(
+    tmp_path: Path, streets: Examples, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = Examples(Streets(1, 3, (32, 32)))
+    assert few.absent is not None and streets.absent is None
+    recipe = dataclasses.replace(SMALL, batch=1, epochs=1, crop=(32, 32))
+    Trainer(recipe, streets, streets, tmp_path)
+    assert not caplog.records
+    trainer = Trainer(recipe, few, few, tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"training cannot teach what is not there: {few.absent}",
+        f"validation says nothing of what is not there: {few.absent}",
+    ]
+    assert trainer.run() == 0
+    assert "nan" not in (tmp_path / "metrics.csv").read_text()
 
 
 def test_refused_before_training(streets: Examples, tmp_path: Path) -> None:
@@ -444,6 +478,11 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "8 examples, 11 classes, crops 64x64" in text and "best.safetensors" in text
     details = read_details(out / "best.safetensors")
     assert details["command"].startswith("python -m fastscnn_fast train")
+    best = load_checkpoint(out / "best.safetensors")  # 11 classes, but no one said CamVid's
+    assert best.classes == tuple(details["classes"]) == numbered(11)
+    assert best.palette == colours_of(numbered(11))
+    assert main([*arguments[:2], "-o", str(tmp_path / "more"), *OPTIONS, "--streets", "0.5"]) == 2
+    assert "streets need CamVid's 11 classes, by name" in capsys.readouterr().err
     assert main(arguments) == 2
     assert "holds a run already; add --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
@@ -566,10 +605,12 @@ def test_signal_to_the_command(folder: Path, tmp_path: Path) -> None:
         )
 
     stopped = start(tmp_path / "parts")
-    while not (tmp_path / "parts").exists() and stopped.poll() is None:
-        time.sleep(0.02)
+    assert stopped.stdout is not None
+    text = ""
+    while "%|" not in text and stopped.poll() is None:
+        text += stopped.stdout.read(1)  # up to the bar, which is drawn once signals are awaited
     stopped.send_signal(signal.SIGTERM)
-    text = stopped.communicate(timeout=120)[0]
+    text += stopped.communicate(timeout=120)[0]
     assert stopped.returncode == 128 + signal.SIGTERM, text
     assert "--resume goes on" in text
     for out, more in ((tmp_path / "parts", ["--resume"]), (tmp_path / "whole", [])):
