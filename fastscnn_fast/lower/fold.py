@@ -36,6 +36,21 @@ class FoldedWeights:
     def layers(self) -> tuple[Layer, ...]:
         return self.program.layers
 
+    def check_range(self, dtype: torch.dtype) -> None:
+        """Weights that are finite need not be so once they are folded and of ``dtype``.
+
+        Raises:
+            Unfusable: one is not; the message names it.
+        """
+        most = torch.finfo(dtype).max
+        for index, (layer, tensors) in enumerate(zip(self.layers, self.tensors)):
+            for name, tensor in tensors.items():
+                if tensor.numel() and not (largest := tensor.abs().max().item()) <= most:
+                    raise Unfusable(
+                        f"{name} of layer {index} ({layer.op}) is up to {largest:.3g} once batch norm is"
+                        f" folded into it, more than {dtype} holds"
+                    )
+
 
 def fold_conv(block: ConvBNAct) -> tuple[Tensor, Tensor]:
     """Weight (O, I, kh, kw) and bias (O,) of a convolution and the batch norm behind it, in float64.

@@ -146,7 +146,8 @@ def fuse(
     Raises:
         TypeError: not a FastSCNN.
         ValueError: unknown backend, precision or cuda_graph, or a submodule was replaced or hooked, or a parameter
-            or buffer holds NaN, infinity or a negative variance (:class:`structure.Unfusable`).
+            or buffer holds NaN, infinity or a negative variance, or is too large for ``dtype`` once it is folded
+            (:class:`structure.Unfusable`).
         RuntimeError: a parameter or buffer has lost its memory.
         CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why;
             or cuda_graph is "on" and the model is on no CUDA device.
@@ -179,7 +180,9 @@ def fuse_as(
     precision = registry.choose_precision(precision, backend, chosen, weight.device, dtype)
     Graphs(cuda_graph).check(weight.device)
     with torch.inference_mode(False):  # the copy outlives the caller's mode
-        fused = kind(fold(model), chosen, dtype, precision, cuda_graph).to(weight.device)
+        folded = fold(model)
+        folded.check_range(dtype)
+        fused = kind(folded, chosen, dtype, precision, cuda_graph).to(weight.device)
     if isinstance(model, Named):
         fused.call_as(model)
     return fused

@@ -684,6 +684,17 @@ def test_weights_of_a_broken_training_are_refused_by_name(what, x, caplog):
     assert f"FastSCNN runs unfused: {name} holds {message}" in caplog.text
 
 
+def test_weights_too_large_once_folded_are_refused():
+    model = small_network()
+    bn = model.classifier.dsconv1.pointwise.bn
+    with torch.no_grad():
+        bn.weight.fill_(3e4)
+        bn.running_var.fill_(1e-4)
+    with pytest.raises(ValueError, match=r"pointwise_weight of layer \d+ \(dsconv\) is up to"):
+        fuse(model, "reference", torch.float16)
+    fuse(model)
+
+
 def test_state_dicts_fit_the_same_network_only(fast, x):
     other = fuse(small_network())
     assert not torch.equal(other(x), fast(x))
