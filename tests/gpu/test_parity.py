@@ -429,6 +429,12 @@ def test_calls_of_a_network(target: Target) -> None:
         assert other.result() is out and torch.equal(out, y[1:])
 
 
+def test_float32_pictures_in_a_half_type(target: Target) -> None:
+    """What a cast before the network gives."""
+    fast, x = target.fused("paper", "float16"), noise(2, 3, 32, 32).to(target.device)
+    assert torch.equal(fast(x), fast(x.half()))
+
+
 def test_other_weights_of_the_same_network(target: Target) -> None:
     """Networks of the same layers share arenas, not weights."""
     fast, other = target.fused("paper"), target.fused("paper")
