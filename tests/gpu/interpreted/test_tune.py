@@ -52,9 +52,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def places(model: FastSCNN, output: str = "logits") -> list[PlacedLayer]:
     from fastscnn_fast.lower.gpu import layout
 
-    layers = fast_scnn(model.config).layers
-    folded = type("Folded", (), {"config": model.config, "layers": layers})
-    pieces, _ = layout(layers, torch.float32, 64)
+    folded = fold(model)
+    pieces, _ = layout(folded.layers, torch.float32, 64)
     networks = tune._networks(folded, [SIZE], 1, torch.float32, pieces)
     return next(found for found, kind in networks if kind == output)
 
@@ -130,12 +129,12 @@ def test_keys_tell_layers_and_all_their_shapes_apart(model: FastSCNN) -> None:
     ("content", "reason"),
     [
         ("{", "it is damaged"),
-        ("[]", "schema must be 2, got None"),
-        ('{"schema": 0, "choices": {}}', "schema must be 2, got 0"),
-        ('{"schema": 2}', "it is damaged"),
-        ('{"schema": 2, "choices": {"HERE": {"a": "opencl"}}}', "it is damaged"),
-        ('{"schema": 2, "choices": {"HERE": {"a": {"tile": {"pixels": 0}}}}}', "tile must have"),
-        ('{"schema": 2, "choices": {"another GPU": {}}}', "it has no choices for interpreter"),
+        ("[]", "schema must be 3, got None"),
+        ('{"schema": 0, "choices": {}}', "schema must be 3, got 0"),
+        ('{"schema": 3}', "it is damaged"),
+        ('{"schema": 3, "choices": {"HERE": {"a": "opencl"}}}', "it is damaged"),
+        ('{"schema": 3, "choices": {"HERE": {"a": {"tile": {"pixels": 0}}}}}', "tile must have"),
+        ('{"schema": 3, "choices": {"another GPU": {}}}', "it has no choices for interpreter"),
     ],
 )
 def test_damaged_and_foreign_files_are_ignored_with_a_reason(
