@@ -114,6 +114,7 @@ def test_what_cannot_be_exported(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_line_exports_labels_of_a_grey_network(tmp_path, capsys):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)

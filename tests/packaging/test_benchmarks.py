@@ -54,7 +54,10 @@ def output_of(script: Path, *arguments: str | Path) -> str:
 @built
 @pytest.mark.parametrize(
     "peers",
-    [["eager"], pytest.param(["eager", "onnxruntime", "openvino"], marks=pytest.mark.slow)],
+    [
+        pytest.param(["eager"], marks=pytest.mark.slow),
+        pytest.param(["eager", "onnxruntime", "openvino"], marks=pytest.mark.slow),
+    ],
     ids=",".join,
 )
 def test_the_network_is_measured_against_its_peers(tmp_path: Path, peers: list[str]) -> None:
