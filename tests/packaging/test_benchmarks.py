@@ -51,15 +51,9 @@ def output_of(script: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @built
-@pytest.mark.parametrize(
-    "peers",
-    [
-        pytest.param(["eager"], marks=pytest.mark.slow),
-        pytest.param(["eager", "onnxruntime", "openvino"], marks=pytest.mark.slow),
-    ],
-    ids=",".join,
-)
+@pytest.mark.parametrize("peers", [["eager"], ["eager", "onnxruntime", "openvino"]], ids=",".join)
 def test_the_network_is_measured_against_its_peers(tmp_path: Path, peers: list[str]) -> None:
     """Those of them that are installed."""
     pytest.importorskip("matplotlib")
