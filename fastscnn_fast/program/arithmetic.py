@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -108,6 +109,7 @@ def of(backend: str) -> dict[str, Arithmetic]:
     return {name: one for name, one in ARITHMETICS.items() if backend in one.needs}
 
 
+@cache  # every call of an op asks
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
     """The dtypes that ``backend`` computes in."""
     return tuple(one.dtype for one in of(backend).values() if one.precision == "highest")
