@@ -245,6 +245,10 @@ class AuxiliaryHead(nn.Module):
         return self.conv(self.dropout(self.hidden(x)))
 
 
+#: (lowest, highest) of each value of 8 bits, by the names of :func:`fastscnn_fast.lower.quantise.value_names`.
+Ranges = Mapping[str, tuple[float, float]]
+
+
 class PlainFastSCNN(nn.Module):
     """Fast-SCNN in plain torch: (N, C, H, W) normalised floats -> logits (N, num_classes, H, W).
 
@@ -258,9 +262,16 @@ class PlainFastSCNN(nn.Module):
         aux: build the auxiliary heads.
         overrides: any other field of :class:`fastscnn_fast.arch.config.Config`.
 
+    Attributes:
+        config: the architecture.
+        ranges: what int8 must know of the network's values, None before they were measured. It stays what it is
+            when weights change: measure anew then.
+
     Raises:
         ValueError: an impossible combination, or input of a wrong shape.
     """
+
+    ranges: Ranges | None = None
 
     def __init__(
         self, num_classes: int = 19, preset: str = "paper", aux: bool = False, **overrides: Any

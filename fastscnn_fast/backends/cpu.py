@@ -59,7 +59,7 @@ def _network(
 
 class _Runner:
     def pack(self, program: Program, tensors: Sequence[Weights], arithmetic: Arithmetic) -> Tensor:
-        plain = flat(plain_weights(program.layers, tensors, torch.float32), torch.float32)
+        plain = flat(plain_weights(program.layers, tensors, arithmetic, torch.float32))
         cpu = registry.cpu_module()
         size = cpu.packed_bytes(program.integers, arithmetic.name)
         packed = torch.empty(size, dtype=torch.uint8, device="cpu")

@@ -17,6 +17,7 @@ from ..arch.network import (
     InvertedResidual,
     PlainFastSCNN,
     PyramidPooling,
+    Ranges,
 )
 from ..arch.structure import Unfusable, submodules, unsound
 from ..program.layers import Layer
@@ -26,11 +27,15 @@ from ..program.program import Program, fast_scnn
 
 @dataclass(frozen=True)
 class FoldedWeights:
-    """The network without batch norm, in float64: ``tensors[i]`` holds ``layers[i].weights()`` by name."""
+    """The network without batch norm, in float64: ``tensors[i]`` holds ``layers[i].weights()`` by name.
+
+    ``ranges`` are those of the model, if it has any.
+    """
 
     config: Config
     program: Program
     tensors: tuple[dict[str, Tensor], ...]
+    ranges: Ranges | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -42,6 +47,8 @@ class FoldedWeights:
         Raises:
             Unfusable: one is not; the message names it.
         """
+        if not dtype.is_floating_point:
+            return
         most = torch.finfo(dtype).max
         for index, (layer, tensors) in enumerate(zip(self.layers, self.tensors)):
             for name, tensor in tensors.items():
@@ -202,4 +209,4 @@ def fold(model: PlainFastSCNN) -> FoldedWeights:
             tensors.append(_fusion(model.feature_fusion, layer))
         else:
             tensors.append({})
-    return FoldedWeights(config, program, tuple(tensors))
+    return FoldedWeights(config, program, tuple(tensors), model.ranges)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..program.arithmetic import ARITHMETICS, Arithmetic
-from ..program.layers import Layer
+from ..program.layers import Layer, Shape
 from ..program.program import Program
+from .quantise import check_sums
 
 # The tag before packed weights (csrc/cpu/program.h): magic, version, layout, number of the arithmetic, hash of the
 # program, bytes.
@@ -23,30 +25,71 @@ LAYOUTS = {"reference": 0, "cpu": 1, "triton": 2, "cuda": 2}
 _NUMBERS = {one.number: one for one in ARITHMETICS.values()}
 
 
+#: Each tensor of plain weights begins at a multiple of so many bytes.
+ALIGNED = 8
+
+
+def wanted_weights(
+    layer: Layer, arithmetic: Arithmetic, dtype: torch.dtype
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Names, shapes and dtypes of a layer's plain weights; ``dtype`` is that of floats."""
+    if arithmetic.quantised:
+        return layer.quantised_weights()
+    return {name: (shape, dtype) for name, shape in layer.weights().items()}
+
+
 def plain_weights(
-    layers: Sequence[Layer], tensors: Sequence[Mapping[str, Tensor]], dtype: torch.dtype
+    layers: Sequence[Layer],
+    tensors: Sequence[Mapping[str, Tensor]],
+    arithmetic: Arithmetic,
+    dtype: torch.dtype,
 ) -> list[dict[str, Tensor]]:
-    """Per layer what ``layer.weights()`` names, detached, on the cpu, in ``dtype``.
+    """Per layer what :func:`wanted_weights` names, detached and on the cpu.
 
     Raises:
-        ValueError: a tensor is missing or of a wrong shape.
+        ValueError: a tensor is missing, of a wrong shape, or of floats where integers are wanted.
+        Unfusable: a ValueError too: sums of integers may overflow.
     """
     plain = []
     for index, (layer, named) in enumerate(zip(layers, tensors, strict=True)):
-        for name, shape in layer.weights().items():
-            if name not in named or tuple(named[name].shape) != shape:
-                got = tuple(named[name].shape) if name in named else "nothing"
-                raise ValueError(
-                    f"weights of layer {index} ({layer.op}): {name} must be {shape}, got {got}"
-                )
-        plain.append({name: named[name].detach().to("cpu", dtype) for name in layer.weights()})
+        wanted = wanted_weights(layer, arithmetic, dtype)
+        for name, (shape, kind) in wanted.items():
+            found = named.get(name)
+            what = f"weights of layer {index} ({layer.op}): {name} must be"
+            if found is None or tuple(found.shape) != shape:
+                got = "nothing" if found is None else tuple(found.shape)
+                raise ValueError(f"{what} {shape}, got {got}")
+            if arithmetic.quantised and found.dtype != kind:
+                raise ValueError(f"{what} {kind}, got {found.dtype}")
+        plain.append({n: named[n].detach().to("cpu", kind) for n, (_, kind) in wanted.items()})
+        if arithmetic.quantised:
+            check_sums(layer, plain[-1])
     return plain
 
 
-def flat(plain: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> Tensor:
-    """All of them one after the other."""
-    parts = [value.reshape(-1) for named in plain for value in named.values()]
-    return torch.cat([torch.zeros(0, dtype=dtype, device="cpu"), *parts])
+def flat(plain: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The bytes of all of them one after the other, each from a multiple of :data:`ALIGNED` on."""
+    parts = [torch.zeros(0, dtype=torch.uint8, device="cpu")]
+    for named in plain:
+        for value in named.values():
+            bytes_ = value.contiguous().view(-1).view(torch.uint8)
+            parts.append(torch.nn.functional.pad(bytes_, (0, -bytes_.numel() % ALIGNED)))
+    return torch.cat(parts)
+
+
+def unflat(
+    bytes_: Tensor, layers: Sequence[Layer], arithmetic: Arithmetic, dtype: torch.dtype
+) -> list[dict[str, Tensor]]:
+    """The tensors that :func:`flat` has written, as views."""
+    tensors, at = [], 0
+    for layer in layers:
+        named = {}
+        for name, (shape, kind) in wanted_weights(layer, arithmetic, dtype).items():
+            size = prod(shape) * kind.itemsize
+            named[name] = bytes_[at : at + size].view(kind).view(shape)
+            at += size + -size % ALIGNED
+        tensors.append(named)
+    return tensors
 
 
 def tag(program: Program, backend: str, arithmetic: Arithmetic, size: int) -> Tensor:
@@ -93,7 +136,7 @@ def arithmetic_of(
 
 
 def check_dtype(number: int, dtype: torch.dtype) -> None:
-    """Raises ValueError where weights were packed for an arithmetic of another dtype."""
-    if number in _NUMBERS and _NUMBERS[number].dtype != dtype:
-        packed = _NUMBERS[number].dtype
-        raise ValueError(f"weights must be packed for {dtype}, got weights for {packed}")
+    """Raises ValueError where weights were packed for an arithmetic of another dtype, also of activations."""
+    one = _NUMBERS.get(number)
+    if one is not None and dtype not in (one.dtype, one.activations):
+        raise ValueError(f"weights must be packed for {dtype}, got weights for {one.dtype}")

@@ -33,7 +33,7 @@ def check_input(
     backend: str,
     wanted: tuple[torch.dtype, ...] = (),
 ) -> None:
-    """``wanted`` are the dtypes that x may have, where not all that the backend computes in."""
+    """``wanted`` are the dtypes that x may have, where not all that lie between the backend's layers."""
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"{name} must be (N, {channels}, H, W), got shape {tuple(x.shape)}")
     if x.layout is not torch.strided:
@@ -45,16 +45,17 @@ def check_input(
     if weights.dim() != 1 or not weights.is_contiguous():
         got = f"shape {tuple(weights.shape)}, strides {weights.stride()}"
         raise ValueError(f"weights must be contiguous and of one dimension, got {got}")
-    wanted = wanted or arithmetic.dtypes(_known(backend))
+    wanted = wanted or arithmetic.activation_dtypes(_known(backend))
     if x.dtype not in wanted:
         allowed = ", ".join(map(str, wanted))
         raise TypeError(f"{name} must be of dtype {allowed} for backend {backend}, got {x.dtype}")
 
 
 def picture_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Dtypes of the pictures that a network of ``dtype`` takes: its own, float32 where that is wider, raw pixels."""
-    wider = (torch.float32,) if dtype.itemsize < torch.float32.itemsize else ()
-    return (dtype, *wider, torch.uint8)
+    """Dtypes of the pictures that a network of ``dtype`` takes: its own floats, float32 where that is wider, raw pixels."""
+    floats = arithmetic.floats_of(dtype)
+    wider = (torch.float32,) if floats.itemsize < torch.float32.itemsize else ()
+    return (floats, *wider, torch.uint8)
 
 
 def check_picture(

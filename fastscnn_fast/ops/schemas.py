@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import runners
+from ..program.arithmetic import activation_dtypes, activations_of, floats_of
 from ..program.memory import activation, addresses, check_memory
 from ..program.program import parsed
 from .checks import (
@@ -37,7 +38,8 @@ def _stem_result(
 ) -> Tensor:
     one = layer_of(layer, "stem_conv")
     check_picture(x, one.in_channels, weights, dtype, backend)
-    return activation(x, one.out_channels, *one.output_size(x.shape[2], x.shape[3]), dtype)
+    size = one.output_size(x.shape[2], x.shape[3])
+    return activation(x, one.out_channels, *size, activations_of(dtype))
 
 
 def _stem_fill(
@@ -52,7 +54,8 @@ def _plane_result(op: str) -> Callable[..., Tensor]:
         check_input("x", x, one.in_channels, weights, backend)
         size = (x.shape[2], x.shape[3])
         height, width = one.result_size([size], size)
-        return activation(x, one.result_channels, height, width, x.dtype)
+        dtype = floats_of(x.dtype) if one.last_channels else x.dtype
+        return activation(x, one.result_channels, height, width, dtype)
 
     return result
 
@@ -85,7 +88,8 @@ def _upsample_result(
     x: Tensor, weights: Tensor, layer: str, height: int, width: int, output: str, backend: str
 ) -> Tensor:
     one = layer_of(layer, "upsample_classify")
-    check_input("x", x, one.in_channels, weights, backend)
+    floats = tuple(d for d in activation_dtypes(backend) if d.is_floating_point)
+    check_input("x", x, one.in_channels, weights, backend, floats)
     spec = full_size(x, one.in_channels, height, width, x.dtype, output)
     return x.new_empty(spec.shape, dtype=spec.dtype)
 
@@ -112,7 +116,8 @@ def _network_spec(
         "program must be a whole network, from stem_conv on the picture to upsample_classify",
     )
     check_picture(x, whole.layers[0].in_channels, weights, dtype, backend)
-    return full_size(x, whole.layers[-1].in_channels, x.shape[2], x.shape[3], dtype, output)
+    classes, floats = whole.layers[-1].in_channels, floats_of(dtype)
+    return full_size(x, classes, x.shape[2], x.shape[3], floats, output)
 
 
 def network_result(x: Tensor, *args: Any) -> Tensor:

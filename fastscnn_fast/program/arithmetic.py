@@ -18,14 +18,17 @@ class Arithmetic:
     Attributes:
         name: what it is called everywhere.
         number: what stands for it in encoded layers and in the tag of packed weights (csrc/cpu/layer.h).
-        dtype: dtype that is asked for, and of float input and results.
+        dtype: dtype that is asked for; of float input and results too, unless ``floats`` is another.
         precision: as in torch.set_float32_matmul_precision.
-        weights: dtype of the weights of products; biases and sums are float32 but in float64.
+        weights: dtype of the weights of products; biases and sums are float32 but in float64 and int8, where they
+            are int32.
         needs: the backends that have it, and the least that each needs for it: an instruction set on the cpu, ten
             times a compute capability on NVIDIA GPUs.
         layers: the ops that are computed in another arithmetic, by its name.
         layer_bounds: how far from float64 a layer's result may be on its own.
         network_bounds: how far from float64 logits and labels of a network may be.
+        activations: dtype of what lies between layers; ``dtype`` where nothing else is said.
+        floats: dtype of float input, logits and probabilities; ``dtype`` where nothing else is said.
     """
 
     name: str
@@ -37,6 +40,18 @@ class Arithmetic:
     network_bounds: Bounds
     precision: str = "highest"
     layers: Mapping[str, str] = field(default_factory=dict)
+    activations: torch.dtype = None  # type: ignore[assignment]  # set below
+    floats: torch.dtype = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        for name in ("activations", "floats"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.dtype)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it computes in integers, with the ranges of a network's values."""
+        return not self.dtype.is_floating_point
 
     @property
     def asked(self) -> tuple[torch.dtype, str]:
@@ -81,9 +96,23 @@ ARITHMETICS: dict[str, Arithmetic] = {
             precision="high",
             layers={"stem_conv": "float32"},
         ),
+        # Integers, the same on every backend and instruction set: integers.py says which. The bounds are those of a
+        # network whose ranges were measured.
+        Arithmetic(
+            "int8",
+            3,
+            torch.int8,
+            torch.int8,
+            {"cpu": "portable", "reference": ""},
+            Bounds(0.05, 0.01, 1.0),
+            Bounds(0.25, 0.01, 1.0),
+            layers={"upsample_classify": "float32"},
+            activations=torch.uint8,
+            floats=torch.float32,
+        ),
         Arithmetic(
             "float16",
-            3,
+            4,
             torch.float16,
             torch.float16,
             {"triton": 75, "cuda": 75, "reference": ""},
@@ -92,7 +121,7 @@ ARITHMETICS: dict[str, Arithmetic] = {
         ),
         Arithmetic(
             "float64",
-            4,
+            5,
             torch.float64,
             torch.float64,
             {"reference": ""},
@@ -113,6 +142,27 @@ def of(backend: str) -> dict[str, Arithmetic]:
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
     """The dtypes that ``backend`` computes in."""
     return tuple(one.dtype for one in of(backend).values() if one.precision == "highest")
+
+
+@cache
+def activation_dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """The dtypes of what lies between layers on ``backend``."""
+    return tuple(one.activations for one in of(backend).values() if one.precision == "highest")
+
+
+@cache
+def floats_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of float results where that is asked for, or where that lies between layers."""
+    for one in ARITHMETICS.values():
+        if dtype in (one.dtype, one.activations):
+            return one.floats
+    return dtype
+
+
+@cache
+def activations_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what lies between layers where ``dtype`` is asked for."""
+    return next((one.activations for one in ARITHMETICS.values() if one.dtype == dtype), dtype)
 
 
 def dtype_rule(backend: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
+import torch
+
 from ..arch.config import Activation
 from .arithmetic import ARITHMETICS
 
@@ -191,6 +193,42 @@ class Layer:
                 "bias": (o,),
             }
         return {}
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of the values of 8 bits that the layer makes in int8, in order; a result that has 8 bits is the last."""
+        return {
+            "stem_conv": ("conv",),
+            "dsconv": ("depthwise", "pointwise"),
+            "inverted_residual": ("expand", "depthwise", "project"),
+            "pyramid_pooling": (*(f"branch{bins}" for bins in range(len(self.bins))), "out"),
+            "feature_fusion": ("refine", "sum"),
+        }.get(self.op, ())
+
+    def quantised_weights(self) -> dict[str, tuple[Shape, torch.dtype]]:
+        """As :meth:`weights` in int8: names, shapes and dtypes, what they mean is said in ``integers.py``.
+
+        Beside the weights of a product stand its biases, the multipliers of its sums, and the zero point of what
+        becomes of them.
+        """
+        named: dict[str, tuple[Shape, torch.dtype]] = {}
+        for name, shape in self.weights().items():
+            if name.endswith("weight"):
+                named[name] = (shape, torch.int8)
+            elif name.endswith("bias"):
+                named[name] = (shape, torch.int32)
+                named[name.replace("bias", "multiplier")] = (shape, torch.float32)
+                if name != "last_bias":
+                    named[name.replace("bias", "zero")] = (shape[:-1] or (1,), torch.int32)
+        if self.op == "stem_conv":
+            one = (self.in_channels,)
+            named |= {"pad": (one, torch.int32)}
+            named |= {"scale": (one, torch.float32), "shift": (one, torch.float32)}
+        if self.op in ("inverted_residual", "pyramid_pooling"):
+            named["input_zero"] = ((1,), torch.int32)
+        if self.op == "inverted_residual":
+            named["residual_multiplier"] = ((1,), torch.float32)
+        return named
 
     def result_size(self, inputs: Sequence[Shape], picture: Shape) -> tuple[int, int]:
         """Size of the result for inputs and a picture of these sizes (height, width)."""

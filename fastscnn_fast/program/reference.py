@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -20,6 +21,13 @@ from .layers import PICTURE, Layer
 from .program import Program
 
 Weights = Mapping[str, Tensor]
+#: Sees each value that has 8 bits in int8, by its name in ``layer.values``; what it returns goes on in its place.
+Tap = Callable[[str, Tensor], Tensor]
+
+
+def untapped(name: str, value: Tensor) -> Tensor:
+    """``value`` itself."""
+    return value
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -41,61 +49,66 @@ def _resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     return F.interpolate(x, list(size), mode="bilinear", align_corners=align_corners)
 
 
-def stem_conv(x: Tensor, layer: Layer, weights: Weights) -> Tensor:
+def stem_conv(x: Tensor, layer: Layer, weights: Weights, tap: Tap = untapped) -> Tensor:
     """3x3 stride 2 + bias + act; uint8 x is raw pixels, normalised (and only then padded with zeros)."""
     if x.dtype == torch.uint8:
         mean, std = (weights[name][:, None, None] for name in ("mean", "std"))
         x = (x.to(mean.dtype) / 255 - mean) / std
     y = F.conv2d(x, weights["weight"], weights["bias"], layer.stride, layer.padding)
-    return activate(y, layer.activation)
+    return tap("conv", activate(y, layer.activation))
 
 
-def dsconv(x: Tensor, layer: Layer, weights: Weights) -> Tensor:
+def dsconv(x: Tensor, layer: Layer, weights: Weights, tap: Tap = untapped) -> Tensor:
     """Depthwise 3x3 + bias [+ act] -> pointwise + bias + act [-> 1x1 + bias]."""
     y = _depthwise(
         x, weights["depthwise_weight"], weights["depthwise_bias"], layer.stride, layer.dilation
     )
-    y = activate(y, layer.mid_activation)
-    y = activate(
-        _pointwise(y, weights["pointwise_weight"], weights["pointwise_bias"]), layer.activation
-    )
+    y = tap("depthwise", activate(y, layer.mid_activation))
+    y = _pointwise(y, weights["pointwise_weight"], weights["pointwise_bias"])
+    y = tap("pointwise", activate(y, layer.activation))
     if layer.last_channels:
         y = _pointwise(y, weights["last_weight"], weights["last_bias"])
     return y
 
 
-def inverted_residual(x: Tensor, layer: Layer, weights: Weights) -> Tensor:
+def inverted_residual(x: Tensor, layer: Layer, weights: Weights, tap: Tap = untapped) -> Tensor:
     """1x1 expand + act -> depthwise 3x3 + act -> 1x1 linear [+ x]."""
-    y = activate(_pointwise(x, weights["expand_weight"], weights["expand_bias"]), layer.activation)
+    y = _pointwise(x, weights["expand_weight"], weights["expand_bias"])
+    y = tap("expand", activate(y, layer.activation))
     y = _depthwise(y, weights["depthwise_weight"], weights["depthwise_bias"], layer.stride, 1)
-    y = activate(y, layer.activation)
+    y = tap("depthwise", activate(y, layer.activation))
     y = _pointwise(y, weights["project_weight"], weights["project_bias"])
-    return x + y if layer.residual else y
+    return tap("project", x + y if layer.residual else y)
 
 
-def pyramid_pooling(x: Tensor, layer: Layer, weights: Weights) -> Tensor:
+def pyramid_pooling(x: Tensor, layer: Layer, weights: Weights, tap: Tap = untapped) -> Tensor:
     """out(concat [x, up(relu(branch_i(pool_i(x)))) ...]) with a 1x1 or 3x3 out-convolution + act."""
     parts = [x]
-    for bins, weight, bias in zip(
-        layer.bins, weights["branch_weight"], weights["branch_bias"], strict=True
-    ):
+    branches = zip(layer.bins, weights["branch_weight"], weights["branch_bias"], strict=True)
+    for index, (bins, weight, bias) in enumerate(branches):
         grid = F.relu(_pointwise(F.adaptive_avg_pool2d(x, bins), weight, bias))
+        grid = tap(f"branch{index}", grid)
         parts.append(_resize(grid, x.shape[2:], layer.align_corners))
     y = F.conv2d(
         torch.cat(parts, 1), weights["out_weight"], weights["out_bias"], padding=layer.kernel // 2
     )
-    return activate(y, layer.activation)
+    return tap("out", activate(y, layer.activation))
 
 
-def feature_fusion(high: Tensor, low: Tensor, layer: Layer, weights: Weights) -> Tensor:
+def feature_fusion(
+    high: Tensor, low: Tensor, layer: Layer, weights: Weights, tap: Tap = untapped
+) -> Tensor:
     """act(low_weight relu(refine(resize(low))) + high_weight high + bias)."""
-    y = _resize(low, high.shape[2:], layer.align_corners)
-    if layer.dense:
-        y = _pointwise(y, weights["refine_weight"], weights["refine_bias"])
+    refine = weights["refine_weight"], weights["refine_bias"]
+    if layer.dense:  # it commutes with the resize
+        y = _resize(tap("refine", _pointwise(low, *refine)), high.shape[2:], layer.align_corners)
+        y = F.relu(y)
     else:
-        y = _depthwise(y, weights["refine_weight"], weights["refine_bias"], 1, layer.dilation)
-    y = _pointwise(F.relu(y), weights["low_weight"], weights["bias"])
-    return activate(y + _pointwise(high, weights["high_weight"]), layer.activation)
+        y = _resize(low, high.shape[2:], layer.align_corners)
+        y = tap("refine", F.relu(_depthwise(y, *refine, 1, layer.dilation)))
+    y = _pointwise(y, weights["low_weight"], weights["bias"])
+    y = activate(y + _pointwise(high, weights["high_weight"]), layer.activation)
+    return tap("sum", y)
 
 
 def upsample_classify(x: Tensor, layer: Layer, size: Sequence[int], output: str) -> Tensor:
@@ -106,7 +119,7 @@ def upsample_classify(x: Tensor, layer: Layer, size: Sequence[int], output: str)
     return y.argmax(1).to(torch.uint8) if output == "labels" else y
 
 
-_OPS: dict[str, Callable[..., Tensor]] = {
+OPS: dict[str, Callable[..., Tensor]] = {
     "stem_conv": stem_conv,
     "dsconv": dsconv,
     "inverted_residual": inverted_residual,
@@ -121,14 +134,17 @@ def run(
     weights: Weights,
     size: Sequence[int],
     output: str = "logits",
+    ops: Mapping[str, Callable[..., Tensor]] = OPS,
+    **more: Any,
 ) -> Tensor:
     """``layer``'s op on ``inputs``, feature_fusion's being (high, low).
 
-    ``size`` and ``output`` count for upsample_classify only.
+    ``size`` and ``output`` count for upsample_classify only. ``ops`` are these, or those of
+    integers.py; ``more`` is for them.
     """
     if layer.op == "upsample_classify":
         return upsample_classify(inputs[0], layer, size, output)
-    return _OPS[layer.op](*inputs, layer, weights)
+    return ops[layer.op](*inputs, layer, weights, **more)
 
 
 _TF32 = RLock()
@@ -155,11 +171,24 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def network(
-    x: Tensor, program: Program, weights: Sequence[Weights], output: str = "logits"
+    x: Tensor,
+    program: Program,
+    weights: Sequence[Weights],
+    output: str = "logits",
+    tap: Tap | None = None,
+    ops: Mapping[str, Callable[..., Tensor]] = OPS,
 ) -> Tensor:
-    """The whole of ``program`` on pictures x (N, C, H, W), along its edges; ``weights`` a layer."""
+    """The whole of ``program`` on pictures x (N, C, H, W), along its edges; ``weights`` a layer.
+
+    ``tap`` sees the values by the layer's name and their own, as in "bottleneck1.0.expand".
+    """
     made: list[Tensor] = []
     for layer, tensors in zip(program.layers, weights, strict=True):
         inputs = [x if index == PICTURE else made[index] for index in layer.inputs]
-        made.append(run(layer, inputs, tensors, x.shape[2:], output))
+        more = {} if tap is None else {"tap": partial(_named, tap, layer.name)}
+        made.append(run(layer, inputs, tensors, x.shape[2:], output, ops, **more))
     return made[-1]
+
+
+def _named(tap: Tap, layer: str, value: str, tensor: Tensor) -> Tensor:
+    return tap(f"{layer}.{value}", tensor)

@@ -14,6 +14,7 @@ from ..arch.network import PlainFastSCNN
 from ..backends import registry
 from ..data.classes import Named
 from ..lower.fold import FoldedWeights, fold
+from ..lower.quantise import quantise
 from ..program.arithmetic import choose
 from .forked import serial
 from .graphs import Graphs
@@ -60,7 +61,8 @@ class FusedFastSCNN(Named, nn.Module):
         self.precision = precision
         program = folded.program.computed_in(choose(backend, dtype, precision))
         self.program = program.text
-        packed = ops.pack(program.layers, folded.tensors, backend, dtype, precision)
+        tensors = folded.tensors if dtype.is_floating_point else quantise(folded)
+        packed = ops.pack(program.layers, tensors, backend, dtype, precision)
         self.register_buffer("weights", packed)
         self.eval()
 

@@ -138,7 +138,7 @@ class _Runner:
         pieces, size = layout.layout(program.layers, arithmetic.weights, TAG.size)
         packed = torch.zeros(size, dtype=torch.uint8, device="cpu")
         packed[: TAG.size] = tag(program, self._backend, arithmetic, size)
-        plain = plain_weights(program.layers, tensors, torch.float32)
+        plain = plain_weights(program.layers, tensors, arithmetic, torch.float32)
         layout.fill(packed, pieces, program.layers, plain)
         return packed
 

@@ -193,9 +193,10 @@ def test_torch_steps_follow_weights_that_change(model: FastSCNN) -> None:
 def test_packed_weights_are_unpacked_as_they_were(preset: str) -> None:
     from fastscnn_fast.lower import gpu as weights
     from fastscnn_fast.lower.pack import plain_weights
+    from fastscnn_fast.program.arithmetic import ARITHMETICS
 
     folded = fold(FastSCNN(num_classes=7, preset=preset).eval())
-    plain = plain_weights(folded.layers, folded.tensors, torch.float32)
+    plain = plain_weights(folded.layers, folded.tensors, ARITHMETICS["float32"], torch.float32)
     pieces, size = weights.layout(folded.layers, torch.float32, 0)
     memory = torch.zeros(size, dtype=torch.uint8)
     weights.fill(memory, pieces, folded.layers, plain)

@@ -1,0 +1,266 @@
+"""From a folded network and the ranges of its values to int8: scales, zero points, integer weights and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from ..arch.network import Ranges
+from ..arch.structure import Unfusable
+from ..program.layers import PICTURE, Layer
+from ..program.program import Program
+from .fold import FoldedWeights
+
+#: The largest value of an activation, and of a weight.
+LEVELS, MOST = 255, 127
+#: The smallest range that is told from nothing.
+SMALLEST = 1e-6
+#: What a bias may be at most, so that with a sum of products it fits 32 bits.
+MOST_BIAS = 2**30
+
+
+def value_names(program: Program) -> list[str]:
+    """Names of all values that have 8 bits in int8: the layer's and the value's, as in "bottleneck1.0.expand"."""
+    return [f"{layer.name}.{value}" for layer in program.layers for value in layer.values]
+
+
+def check_ranges(program: Program, ranges: Ranges | None) -> Ranges:
+    """``ranges`` themselves.
+
+    Raises:
+        Unfusable: there are none, one is missing, or one is no range.
+    """
+    if not ranges:
+        raise Unfusable(
+            "int8 needs the ranges of the network's values, which this model has not: measure them with"
+            " fastscnn_fast.calibrate(model, pictures), or `python -m fastscnn_fast quantize`"
+        )
+    names = value_names(program)
+    if missing := [name for name in names if name not in ranges]:
+        raise Unfusable(
+            f"ranges must hold every value of the network, {missing[0]} is missing: measure them anew with"
+            " fastscnn_fast.calibrate(model, pictures)"
+        )
+    for name in names:
+        low, high = ranges[name]
+        if not (isfinite(low) and isfinite(high) and low <= high):
+            raise Unfusable(f"range of {name} must be finite and in order, got {(low, high)}")
+    return ranges
+
+
+@dataclass(frozen=True)
+class Value:
+    """How a tensor of 8 bits is to be read: ``scale * (q - zero)``."""
+
+    scale: float
+    zero: int = 0
+
+    @staticmethod
+    def of(low: float, high: float, activation: str) -> Value:
+        """The finest that holds the range and 0; after an activation the zero point is 0."""
+        if activation == "relu6":
+            high = min(high, 6.0)
+        high = max(high, 0.0)
+        low = min(low, 0.0) if activation == "none" else 0.0
+        scale = max(high - low, SMALLEST) / LEVELS
+        return Value(scale, min(max(round(-low / scale), 0), LEVELS))
+
+
+class _Weights(dict[str, Tensor]):
+    """The quantised tensors of a layer as they come about."""
+
+    def product(
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor,
+        inputs: Tensor,
+        zeros: Tensor,
+        to: Value | None,
+    ) -> None:
+        """A product whose ``weight`` is (O, K) in float64, ``bias`` (O,); ``inputs`` and ``zeros`` (K,) are its inputs' scales and zero points.
+
+        ``to`` is what becomes of the sums, None: floats. ``name`` ends in "_" or is empty.
+        """
+        real = weight * inputs
+        unit = torch.maximum(real.abs().amax(1) / MOST, bias.abs() / MOST_BIAS)
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        integers = (real / unit[:, None]).round()
+        sums = (bias / unit).round() - integers @ zeros
+        self[f"{name}weight"] = integers.to(torch.int8)
+        self[f"{name}bias"] = sums.to(torch.int32)
+        self[f"{name}multiplier"] = (unit if to is None else unit / to.scale).float()
+        if to is not None:
+            self[f"{name}zero"] = torch.tensor([to.zero], dtype=torch.int32)
+
+    def pointwise(
+        self, name: str, tensors: Mapping[str, Tensor], of: Value, to: Value | None
+    ) -> None:
+        weight = tensors[f"{name}_weight"]
+        like = weight.new_ones(weight.shape[1])
+        self.product(
+            f"{name}_", weight, tensors[f"{name}_bias"], of.scale * like, of.zero * like, to
+        )
+
+    def depthwise(self, name: str, tensors: Mapping[str, Tensor], of: Value, to: Value) -> None:
+        """Where the input is padded with zeros, which must be its zero point."""
+        weight = tensors[f"{name}_weight"]
+        if of.zero != 0:
+            raise Unfusable(
+                f"int8 needs an activation before the depthwise convolution {name}, there is none"
+            )
+        like = weight.new_ones(9)
+        self.product(
+            f"{name}_", weight.flatten(1), tensors[f"{name}_bias"], of.scale * like, 0 * like, to
+        )
+        self[f"{name}_weight"] = self[f"{name}_weight"].view(weight.shape)
+
+
+def _stem(tensors: Mapping[str, Tensor], to: Value) -> _Weights:
+    """``weight`` of pixels q: normalised is (q / 255 - mean) / std."""
+    weight, mean, std = tensors["weight"], tensors["mean"], tensors["std"]
+    if mean.min() < 0 or mean.max() > 1:
+        raise Unfusable(f"int8 needs mean from 0 to 1, that of a picture, got {mean.tolist()}")
+    made = _Weights()
+    inputs = (1 / (LEVELS * std))[:, None, None].expand(weight.shape[1:]).reshape(-1)
+    zeros = (LEVELS * mean)[:, None, None].expand(weight.shape[1:]).reshape(-1)
+    flat = weight.flatten(1)
+    bias = tensors["bias"] - flat @ (inputs * zeros)
+    made.product("", flat, bias, inputs, 0 * zeros, to)
+    made["weight"] = made["weight"].view(weight.shape)
+    made["pad"] = (LEVELS * mean).round().to(torch.int32)
+    made["scale"] = (LEVELS * std).float()
+    made["shift"] = (LEVELS * mean).float()
+    return made
+
+
+def _pyramid(
+    layer: Layer, tensors: Mapping[str, Tensor], x: Value, branches: Sequence[Value], out: Value
+) -> _Weights:
+    made = _Weights()
+    parts = []
+    for index, to in enumerate(branches):
+        one = _Weights()
+        named = {f"b_{kind}": tensors[f"branch_{kind}"][index] for kind in ("weight", "bias")}
+        one.pointwise("b", named, x, to)
+        parts.append(one)
+    for kind in ("weight", "bias", "multiplier", "zero"):
+        stacked = torch.stack([one[f"b_{kind}"] for one in parts])
+        made[f"branch_{kind}"] = stacked.flatten() if kind == "zero" else stacked
+    weight = tensors["out_weight"]
+    taps = weight.shape[2] * weight.shape[3]
+    counts = [layer.in_channels, *[layer.mid_channels] * len(branches)]
+
+    def spread(values: Sequence[float]) -> Tensor:
+        each = [weight.new_full((count * taps,), v) for count, v in zip(counts, values)]
+        return torch.cat(each)
+
+    scales = spread([x.scale, *(to.scale for to in branches)])
+    zeros = spread([x.zero, *(to.zero for to in branches)])
+    made.product("out_", weight.flatten(1), tensors["out_bias"], scales, zeros, out)
+    made["out_weight"] = made["out_weight"].view(weight.shape)
+    return made
+
+
+def _fusion(
+    layer: Layer, tensors: Mapping[str, Tensor], high: Value, low: Value, mid: Value, out: Value
+) -> _Weights:
+    made = _Weights()
+    (made.pointwise if layer.dense else made.depthwise)("refine", tensors, low, mid)
+    first, second = tensors["low_weight"], tensors["high_weight"]
+    both = torch.cat([first, second], 1)
+    counts = (first.shape[1], second.shape[1])
+    scales, zeros = (
+        torch.cat([first.new_full((n,), v) for n, v in zip(counts, values)])
+        for values in ((mid.scale, high.scale), (float(mid.zero), float(high.zero)))
+    )
+    made.product("", both, tensors["bias"], scales, zeros, out)
+    joint = made.pop("weight")
+    made["low_weight"], made["high_weight"] = joint[:, : counts[0]], joint[:, counts[0] :]
+    return made
+
+
+def _activations(layer: Layer) -> tuple[str, ...]:
+    """What precedes each of ``layer.values``."""
+    own = layer.activation
+    return {
+        "stem_conv": (own,),
+        "dsconv": (layer.mid_activation, own),
+        "inverted_residual": (own, own, "none"),
+        "pyramid_pooling": (*("relu",) * len(layer.bins), own),
+        "feature_fusion": ("none" if layer.dense else "relu", own),
+    }.get(layer.op, ())
+
+
+@torch.no_grad()
+def quantise(folded: FoldedWeights) -> tuple[dict[str, Tensor], ...]:
+    """Per layer what ``layer.quantised_weights()`` names, of weights with their ranges.
+
+    Raises:
+        Unfusable: ranges are missing or wrong, sums may overflow, or a depthwise convolution has no activation before it.
+    """
+    program = folded.program
+    known = check_ranges(program, folded.ranges)
+    results: list[Value] = []
+    made = []
+    for layer, tensors in zip(program.layers, folded.tensors):
+        tensors = {name: tensor.double().cpu() for name, tensor in tensors.items()}
+        values = [
+            Value.of(*known[f"{layer.name}.{name}"], activation)
+            for name, activation in zip(layer.values, _activations(layer))
+        ]
+        x = [results[at] for at in layer.inputs if at != PICTURE]
+        named = _Weights()
+        if layer.op == "stem_conv":
+            named = _stem(tensors, values[0])
+        elif layer.op == "dsconv":
+            named.depthwise("depthwise", tensors, x[0], values[0])
+            named.pointwise("pointwise", tensors, values[0], values[1])
+            if layer.last_channels:
+                named.pointwise("last", tensors, values[1], None)
+        elif layer.op == "inverted_residual":
+            named.pointwise("expand", tensors, x[0], values[0])
+            named.depthwise("depthwise", tensors, values[0], values[1])
+            named.pointwise("project", tensors, values[1], values[2])
+            named["residual_multiplier"] = torch.tensor([x[0].scale / values[2].scale]).float()
+        elif layer.op == "pyramid_pooling":
+            named = _pyramid(layer, tensors, x[0], values[:-1], values[-1])
+        elif layer.op == "feature_fusion":
+            named = _fusion(layer, tensors, x[0], x[1], *values)
+        if layer.op in ("inverted_residual", "pyramid_pooling"):
+            named["input_zero"] = torch.tensor([x[0].zero], dtype=torch.int32)
+        ordered = {name: named[name].contiguous() for name in layer.quantised_weights()}
+        check_sums(layer, ordered)
+        made.append(ordered)
+        results.append(values[-1] if values else Value(1.0))
+    return tuple(made)
+
+
+def check_sums(layer: Layer, named: Mapping[str, Tensor]) -> None:
+    """No sum of products may leave 32 bits, nor what becomes of it, whatever the input is.
+
+    Raises:
+        Unfusable: one may.
+    """
+    for name in named:
+        if not name.endswith("multiplier") or name == "residual_multiplier":
+            continue
+        prefix = name.removesuffix("multiplier")
+        bias, multiplier = named[f"{prefix}bias"].double(), named[name].double()
+        parts = [f"{prefix}weight"] if layer.op != "feature_fusion" or prefix else []
+        parts = parts or ["low_weight", "high_weight"]
+        most = bias.abs()
+        for part in parts:
+            weight = named[part].double().abs()
+            most = most + LEVELS * weight.flatten(bias.dim()).sum(-1)
+        sound = bool((most < 2**31 - 256).all() and (most * multiplier.abs() < 2**30).all())
+        if not (sound and bool(multiplier.isfinite().all())):
+            raise Unfusable(
+                f"{prefix}sums of {layer.op} {layer.name} may reach {float(most.max()):.3g}, times"
+                f" {float(multiplier.abs().max()):.3g}: more than int8's arithmetic holds (a range that is far too"
+                " small, or too many channels)"
+            )
