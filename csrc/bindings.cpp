@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "bindings_training.h"
 #include "cpu/engine.h"
 #include "cpu/fingerprint.h"
@@ -74,12 +76,13 @@ PYBIND11_MODULE(_cpu, m) {
       "Their names, in the order of their numbers.");
   m.def(
       "instruction_sets",
-      [](const std::string& arithmetic) {
-        return fs::instruction_sets(fs::arithmetic_of(arithmetic));
+      [](const std::optional<std::string>& arithmetic) {
+        return arithmetic ? fs::instruction_sets(fs::arithmetic_of(*arithmetic))
+                          : fs::instruction_sets();
       },
-      py::arg("arithmetic") = "float32",
-      "Those with kernels of their own for the arithmetic that this processor runs, the best "
-      "last.");
+      py::arg("arithmetic") = py::none(),
+      "Those that this processor runs, the best last: all, or those with kernels of their own for "
+      "the arithmetic.");
   m.def(
       "multiply_add_roof",
       [](const std::string& isa, const std::string& arithmetic, int threads, double seconds) {
@@ -93,10 +96,10 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def(
       "pack",
-      [](const fs::Program& program, const std::string& arithmetic, Address plain, size_t floats,
+      [](const fs::Program& program, const std::string& arithmetic, Address plain, size_t bytes,
          Address packed) {
-        fs::pack(program, fs::arithmetic_of(arithmetic), reinterpret_cast<const float*>(plain),
-                 floats, reinterpret_cast<void*>(packed));
+        fs::pack(program, fs::arithmetic_of(arithmetic), reinterpret_cast<const void*>(plain),
+                 bytes, reinterpret_cast<void*>(packed));
       },
       unlocked);
   m.def(

@@ -43,7 +43,7 @@ FASTSCNN_INLINE void depthwise_block(const element* const (&rows)[3], int x, siz
   vf acc[PIXELS][NV][kParts];
   {
     vf bias[NV][kParts];
-    load_weights(d.bias, bias);
+    load_weights(static_cast<const float*>(d.bias), bias);
 #pragma GCC unroll 8
     for (int i = 0; i < PIXELS; i++)
 #pragma GCC unroll 2
@@ -54,7 +54,7 @@ FASTSCNN_INLINE void depthwise_block(const element* const (&rows)[3], int x, siz
     if (!rows[ky]) continue;
     vf w[3][NV][kParts];
 #pragma GCC unroll 3
-    for (int kx = 0; kx < 3; kx++) load_weights(d.weight + (ky * 3 + kx) * channels, w[kx]);
+    for (int kx = 0; kx < 3; kx++) load_weights(static_cast<const float*>(d.weight) + (ky * 3 + kx) * channels, w[kx]);
     auto serve = [&](int i, int kx, int v, const vf(&column)[kParts]) {
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; part++)
@@ -152,24 +152,3 @@ static void depthwise(const Ring& in, int y, int stride, int dilation, Range col
   else
     run(depthwise_columns<2, 0, P>, depthwise_columns<2, 0, 1>);
 }
-
-// A row in parts whose depthwise result, a buffer in L1, is multiplied before the next part is
-// made. The last part takes what is left over, so that it is no shorter than the others.
-struct Parts {
-  int width, size;
-
-  Parts() = default;
-  Parts(int width_, int channels) : width(width_) {
-    // Whole blocks of the depthwise, whole tiles of the product.
-    constexpr int kWhole = kTileRows % kDepthwisePixels ? 4 * kTileRows : kTileRows;
-    constexpr size_t kBuffer = 20 << 10;
-    const int fitting = int(kBuffer / (channels * sizeof(element))) / kWhole * kWhole;
-    size = max_of(fitting, kWhole);
-  }
-  size_t longest() const { return size_t(min_of(width, 2 * size - 1)); }
-  template <class Run>
-  FASTSCNN_INLINE void for_each(Run run) const {
-    const int count = max_of(width / size, 1);
-    for (int i = 0; i < count; i++) run(Range{i * size, i + 1 == count ? width : (i + 1) * size});
-  }
-};

@@ -8,6 +8,7 @@ struct DsconvRows {
   int width, height;
   Parts parts;
   element *depthwise_out, *pointwise_out;
+  int last_pitch;  // of a pixel's logits
 
   DsconvRows(const Layer& l, const Weights& w, Source source_, int in_width, int in_height)
       : layer(&l),
@@ -15,7 +16,8 @@ struct DsconvRows {
         source(source_),
         width(l.output_size(in_width)),
         height(l.output_size(in_height)),
-        parts(width, max_of(w.depthwise.channels, l.last ? w.main.n : 0)) {
+        parts(width, max_of(w.depthwise.channels, l.last ? w.main.n : 0)),
+        last_pitch(logit_pitch(l.last)) {
     input.width = in_width, input.height = in_height;
   }
   void place(Bump& scratch) {
@@ -43,9 +45,11 @@ struct DsconvRows {
       const Segment a{depthwise_out, size_t(channels), channels, 0};
       if (layer->last) {
         multiply(pointwise(a, main, clamp, pointwise_out), x.size());
-        multiply(pointwise({pointwise_out, size_t(main.n), main.n, 0}, last,
-                           clamp_of(Activation::none), out + size_t(x.begin) * last.n),
-                 x.size());
+        if constexpr (!__is_same(Out, uint8_t))
+          multiply(pointwise({pointwise_out, size_t(main.n), main.n, 0}, last,
+                             clamp_of(Activation::none), out + size_t(x.begin) * last_pitch,
+                             static_cast<const Out*>(nullptr), last_pitch),
+                   x.size());
       } else if constexpr (__is_same(Out, element)) {
         multiply(pointwise(a, main, clamp, out + size_t(x.begin) * main.n), x.size());
       }
@@ -59,6 +63,9 @@ static size_t dsconv(const Layer& l, const Weights& w, Plane x, Plane out, const
   stage.place(scratch);
   if (scratch.measuring()) return scratch.used;
   const Tiles tiles;
-  run_rows(stage, out, pixel_pitch(l.result_channels()), team);
+  if (l.last)
+    run_rows<logit>(stage, out, logit_pitch(l.last), team);
+  else
+    run_rows(stage, out, pixel_pitch(l.out), team);
   return scratch.used;
 }

@@ -38,6 +38,17 @@ bool runs_avx512() {
          __builtin_cpu_supports("fma");
 }
 #endif
+#if FASTSCNN_KNOWS_VNNI
+bool runs_avx_vnni() {
+  static const bool runs = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned kAvxVnni = 1u << 4;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni);
+  }();
+  return runs;
+}
+#endif
 #if FASTSCNN_KNOWS_BF16
 bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
@@ -59,12 +70,18 @@ bool runs_amx() {
 }
 #endif
 
-// Each can run what those before it run.
+// The best last; what one lacks kernels for, the best of those before it runs.
 const Candidate kCandidates[] = {
     {&kPortable, [] { return true; }},
 #if defined(__x86_64__)
     {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#if FASTSCNN_KNOWS_VNNI
+    {&kAvxVnni, runs_avx_vnni},
+#endif
     {&kAvx512, runs_avx512},
+#if FASTSCNN_KNOWS_VNNI
+    {&kAvx512Vnni, [] { return runs_avx512() && __builtin_cpu_supports("avx512vnni"); }},
+#endif
 #endif
 #if FASTSCNN_KNOWS_BF16
     {&kAvx512Bf16, runs_avx512_bf16},
@@ -77,7 +94,7 @@ template <class Member>
 auto best_of(const std::string& isa, Member member) {
   decltype(member(kPortable)) best = nullptr;
   for (const Candidate& c : kCandidates) {
-    if (auto* own = member(*c.kernels)) best = own;
+    if (auto* own = member(*c.kernels); own && c.runs()) best = own;
     if (isa == c.kernels->name && c.runs()) return best;
   }
   throw std::invalid_argument("isa must be one that this processor runs, got '" + isa + "'");
@@ -237,7 +254,8 @@ struct Prepared {
     char* base = static_cast<char*>(const_cast<void*>(call.weights)) + sizeof(Tag);
     for (const Layer& l : decode(call.program)) {
       const Arithmetic own = arithmetic_of(l, arithmetic);
-      layers.push_back({l, {}, own, record_of(own).type, record_of(own).type});
+      const ArithmeticRecord& record = record_of(own);
+      layers.push_back({l, {}, own, record.type, l.last ? record.results : record.type});
       base += place_weights(l, own, base, layers.back().weights);
     }
   }
@@ -328,11 +346,13 @@ Chain chain_of(const Prepared& p) {
     const Layer& l = loaded.layer;
     fit(l.op == op && l.input_count && l.inputs[l.input_count - 1] == before, index);
     fit(before == kPicture || l.in == layers[before].layer.result_channels(), index);
-    const bool stem_of_high = op == Op::stem_conv && p.arithmetic == Arithmetic::high;
-    const Arithmetic wanted = stem_of_high ? Arithmetic::float32 : p.arithmetic;
+    const ArithmeticRecord& record = record_of(p.arithmetic);
+    const Arithmetic wanted = op == Op::stem_conv           ? record.stem
+                              : op == Op::upsample_classify ? record.upsample
+                                                            : p.arithmetic;
     require(loaded.arithmetic == wanted, "layer " + std::to_string(index) + " must compute in " +
                                              record_of(wanted).name + " in a network in " +
-                                             record_of(p.arithmetic).name + ", got " +
+                                             record.name + ", got " +
                                              record_of(loaded.arithmetic).name);
     return &loaded;
   };
@@ -374,6 +394,13 @@ void require_classes(Output output, int classes) {
 }
 
 }  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Candidate& c : kCandidates)
+    if (c.runs()) names.push_back(c.kernels->name);
+  return names;
+}
 
 std::vector<std::string> instruction_sets(Arithmetic arithmetic) {
   std::vector<std::string> names;

@@ -24,8 +24,9 @@ struct alignas(64) Tag {
   uint64_t program, bytes;
 };
 
-// Instruction sets that were compiled with kernels of their own for that arithmetic and that this
-// processor runs, the best last.
+// Instruction sets that this processor runs, the best last: all, or those that were compiled with
+// kernels of their own for that arithmetic.
+std::vector<std::string> instruction_sets();
 std::vector<std::string> instruction_sets(Arithmetic);
 // By its record's name.
 Arithmetic arithmetic_of(const std::string& name);
@@ -38,12 +39,12 @@ const TrainingKernels& training_kernels_of(const std::string& isa);
 // Floating-point operations a second of so many threads that multiply and add in registers alone.
 double multiply_add_roof(const std::string& isa, Arithmetic, int threads, double seconds);
 
-// A layer's or a network's plain float weights (each tensor of Layer.weights() in
-// program/layers.py in turn), their packed size, tag included, and their packing. The tag says for
-// which arithmetic.
-size_t plain_floats(const Program&);
+// A layer's or a network's plain weights (each tensor of Layer.weights(), in int8 of
+// quantised_weights(), in program/layers.py in turn, from a multiple of eight bytes on), their packed
+// size, tag included, and their packing. The tag says for which arithmetic.
+size_t plain_bytes(const Program&, Arithmetic);
 size_t packed_bytes(const Program&, Arithmetic);
-void pack(const Program&, Arithmetic, const float* plain, size_t floats, void* packed);
+void pack(const Program&, Arithmetic, const void* plain, size_t bytes, void* packed);
 
 // Everything that a call has in common.
 struct Call {

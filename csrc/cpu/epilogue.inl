@@ -1,6 +1,6 @@
 // What becomes of sums in registers before they are memory: act(sums [+ add]), converted to the
-// result's elements. Products, in registers or in tiles, and the depthwise all end here; another
-// arithmetic (requantised sums) brings another Finish. Pixels and columns are those of the result.
+// result's elements. Products, in registers or in tiles, and the depthwise all end here, those of
+// int8 in requantise.inl. Pixels and columns are those of the result.
 
 // An activation as a clamp; none has infinite bounds.
 struct Floor {
@@ -25,6 +25,11 @@ struct Clamp {
 FASTSCNN_INLINE Clamp clamp_of(Activation a) {
   const float inf = __builtin_inff();
   return {a == Activation::none ? -inf : 0.0f, a == Activation::relu6 ? 6.0f : inf};
+}
+
+// What feature_fusion does after its resize: a dense 1x1's ReLU comes there.
+FASTSCNN_INLINE Clamp refined_clamp(const Layer& l, const Weights&) {
+  return clamp_of(l.dense ? Activation::relu : Activation::none);
 }
 
 FASTSCNN_INLINE void store_vectors(float* p, const vf (&v)[1]) { store(p, v[0]); }

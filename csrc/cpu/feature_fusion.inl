@@ -13,9 +13,8 @@ struct FusionRows {
 
   FusionRows(const Layer& l, const Weights& w, Plane high_, Plane low)
       : layer(&l), weights(&w), high(high_), parts(high_.w, pixel_pitch(l.in)) {
-    const Activation after_resize = l.dense ? Activation::relu : Activation::none;
     source = {
-        low,    pixel_pitch(l.in), high.h, high.w, l.align_corners, clamp_of(after_resize), nullptr,
+        low,    pixel_pitch(l.in), high.h, high.w, l.align_corners, refined_clamp(l, w), nullptr,
         nullptr};
   }
   void place(Bump& scratch) {
@@ -37,9 +36,9 @@ struct FusionRows {
       const Segment branches[2] = {
           {low, size_t(channels), channels, 0},
           {skip + size_t(x.begin) * high_channels, size_t(high_channels), high_channels, channels}};
-      const Epilogue<element, element> epilogue{clamp_of(layer->activation),
-                                                out + size_t(x.begin) * main.n, size_t(main.n)};
-      multiply(product_of(branches, 2, main, epilogue), x.size());
+      multiply(sum_of(branches, 2, main, clamp_of(layer->activation),
+                      out + size_t(x.begin) * main.n),
+               x.size());
     };
     if (layer->dense) {
       source.row(y, refined);

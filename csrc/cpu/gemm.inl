@@ -1,49 +1,54 @@
 // The product in registers: inner_product.inl over tiles of pixels and columns.
 
-// Rows (pixels) and vectors of the register tile: the accumulators, one row of B and one broadcast
-// fill the 32 (AVX-512) or 16 registers.
+// Rows (pixels) of the register tile, whose columns are two vectors, of int8 four: the accumulators, one
+// row of B and one broadcast fill the 32 (AVX-512) or 16 registers.
+#if FASTSCNN_ARITHMETIC == FASTSCNN_INT8
+constexpr int kRegisterRows = kLanes == 16 ? 6 : 3;
+#else
 constexpr int kRegisterRows = kLanes == 16 ? 14 : 6;
-constexpr int kRegisterVectors = 2;
-constexpr int kRegisterColumns = kRegisterVectors * kLanes;
+#endif
 
-template <int MR, int NV>
+template <int MR, class V>
 FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const unit* b, size_t panel,
-                                vsum (&acc)[MR][NV]) {
+                                typename V::vsum (&acc)[MR][V::kVectors]) {
+  constexpr int NV = V::kVectors;
   // Three rows share a base pointer, so that 14 rows need 5 address registers.
-  const size_t lda = s.lda / kUnit;
-  const unit_any* a[(MR + 2) / 3];
+  const size_t lda = s.lda * sizeof(element);
+  const char* a[(MR + 2) / 3];
 #pragma GCC unroll 5
   for (int i = 0; i < (MR + 2) / 3; i++)
-    a[i] = reinterpret_cast<const unit_any*>(s.a) + (row + 3 * i) * lda;
+    a[i] = reinterpret_cast<const char*>(s.a) + (row + 3 * i) * lda;
   b += size_t(s.first) / kUnit * kPanel;
 #pragma GCC unroll 4
   for (int k = 0; k < s.k / kUnit; k++) {
-    units bv[NV];
+    decltype(V::load_units(b)) bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++)
-      bv[v] = load(b + v * kLanes / kPanel * panel + v * kLanes % kPanel);
+    for (int v = 0; v < NV; v++) bv[v] = V::load_units(b + V::next(v, panel));
 #pragma GCC unroll 14
     for (int m = 0; m < MR; m++) {
-      const units x = broadcast(&a[m / 3][m % 3 * lda + k]);
+      const auto x = V::broadcast(
+          reinterpret_cast<const unit_any*>(a[m / 3] + m % 3 * lda + k * sizeof(unit)));
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) acc[m][v] = multiply_add(x, bv[v], acc[m][v]);
+      for (int v = 0; v < NV; v++) acc[m][v] = V::multiply_add(x, bv[v], acc[m][v]);
     }
     b += kPanel;
   }
 }
 
-template <int MR, int NV, class P>
+template <int MR, class V, class P>
 FASTSCNN_INLINE void tile(const P& p, int row, int column) {
-  vsum acc[MR][NV];
-  const size_t panel = size_t(p.b->k) / kUnit * kPanel;
-  const unit* b = static_cast<const unit*>(p.b->panels) + column / kPanel * panel + column % kPanel;
+  constexpr int NV = V::kVectors;
+  typename V::vsum acc[MR][NV];
+  const size_t panel = size_t(p.b->k) / kUnit * kPanel, place = V::place(column);
+  const unit* b = static_cast<const unit*>(p.b->panels) + place / kPanel * panel + place % kPanel;
+  const sum* bias = biases_of(*p.b);
 #pragma GCC unroll 14
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; v++)
-      acc[m][v] = p.b->bias ? load(p.b->bias + column + v * kLanes) : vsum{};
+      acc[m][v] = bias ? V::load_sums(bias + place + V::next(v, kPanel)) : V::none();
   for (int s = 0; s < p.segment_count; s++)
-    if (p.segments[s].a) accumulate<MR, NV>(p.segments[s], row, b, panel, acc);
+    if (p.segments[s].a) accumulate<MR, V>(p.segments[s], row, b, panel, acc);
   p.epilogue.apply([&](auto finish) {
 #pragma GCC unroll 14
     for (int m = 0; m < MR; m++) finish.vectors(acc[m], row + m, column);
@@ -52,46 +57,40 @@ FASTSCNN_INLINE void tile(const P& p, int row, int column) {
 
 // B's panels stay in L1 while K is small: columns outside. Else A's tile stays and B streams from
 // L2.
-constexpr int kSmallK = 224 * kUnit;
+constexpr int kSmallK = 224 * kUnit * 2 / WideColumns::kVectors;
 
 // Rows and columns that are whole tiles.
-template <int MR, int NV, class P>
+template <int MR, class V, class P>
 void tiles(const P& p, Range rows, Range columns) {
-  constexpr int kColumns = NV * kLanes;
+  constexpr int kColumns = V::kColumns;
   if (p.b->k <= kSmallK) {
     for (int column = columns.begin; column < columns.end; column += kColumns)
-      for (int row = rows.begin; row < rows.end; row += MR) tile<MR, NV>(p, row, column);
+      for (int row = rows.begin; row < rows.end; row += MR) tile<MR, V>(p, row, column);
   } else {
     for (int row = rows.begin; row < rows.end; row += MR)
       for (int column = columns.begin; column < columns.end; column += kColumns)
-        tile<MR, NV>(p, row, column);
+        tile<MR, V>(p, row, column);
   }
 }
 
-template <int NV, class P>
-FASTSCNN_INLINE void tiles_of(int count, const P& p, Range rows, Range columns) {
-  using Tiles = void (*)(const P&, Range, Range);
-#if FASTSCNN_LANES == 16
-  static constexpr Tiles table[] = {
-      tiles<1, NV, P>,  tiles<2, NV, P>,  tiles<3, NV, P>,  tiles<4, NV, P>, tiles<5, NV, P>,
-      tiles<6, NV, P>,  tiles<7, NV, P>,  tiles<8, NV, P>,  tiles<9, NV, P>, tiles<10, NV, P>,
-      tiles<11, NV, P>, tiles<12, NV, P>, tiles<13, NV, P>, tiles<14, NV, P>};
-#else
-  static constexpr Tiles table[] = {tiles<1, NV, P>, tiles<2, NV, P>, tiles<3, NV, P>,
-                                    tiles<4, NV, P>, tiles<5, NV, P>, tiles<6, NV, P>};
-#endif
-  table[count - 1](p, rows, columns);
+// Tiles of `count` rows, MR at most.
+template <class V, int MR = kRegisterRows, class P>
+void tiles_of(int count, const P& p, Range rows, Range columns) {
+  if (count == MR)
+    tiles<MR, V>(p, rows, columns);
+  else if constexpr (MR > 1)
+    tiles_of<V, MR - 1>(count, p, rows, columns);
 }
 
 template <class E>
 static void multiply_in_registers(const Product<E>& p, int m) {
-  const int n = p.b->n, whole = n / kRegisterColumns * kRegisterColumns;
+  const int n = p.b->n, whole = n / WideColumns::kColumns * WideColumns::kColumns;
   const int tiles = (m + kRegisterRows - 1) / kRegisterRows;
   const int rows = m / tiles, longer = m % tiles;  // balanced: no short last tile
   auto part = [&](int count, Range range) {
     if (range.begin == range.end) return;
-    tiles_of<kRegisterVectors>(count, p, range, {0, whole});
-    if (whole < n) tiles_of<kRegisterVectors / 2>(count, p, range, {whole, n});
+    tiles_of<WideColumns>(count, p, range, {0, whole});
+    if (whole < n) tiles_of<NarrowColumns>(count, p, range, {whole, n});
   };
   const int split = longer * (rows + 1);
   part(rows + 1, {0, split});

@@ -110,7 +110,7 @@ template <int M, class E>
 FASTSCNN_INLINE void block(const Product<E>& p, Sums& sums, int row, int column, int rows) {
   const size_t panel = size_t(p.b->k) * kPanel;
   const bf16* b = static_cast<const bf16*>(p.b->panels) + column / kPanel * panel;
-  begin<M, 2>(p.b->bias ? p.b->bias + column : nullptr);
+  begin<M, 2>(p.b->bias ? biases_of(*p.b) + column : nullptr);
   for (int i = 0; i < p.segment_count; i++) {
     const Segment& s = p.segments[i];
     if (!s.a) continue;
@@ -134,7 +134,7 @@ static void multiply_shallow(const Product<E>& p, int m) {
   const size_t panel = size_t(p.b->k) * kPanel, lda = s.lda * sizeof(bf16);
   for (int column = 0; column < p.b->n; column += 2 * kTile) {
     const bf16* b = static_cast<const bf16*>(p.b->panels) + column / kPanel * panel;
-    const float* bias = p.b->bias + column;
+    const float* bias = biases_of(*p.b) + column;
     settle();
     _tile_loadd(4, b, 64);
     _tile_loadd(5, b + panel, 64);
@@ -224,7 +224,7 @@ FASTSCNN_INLINE void block(const Product<E>& p, const Halves& halves, int first,
   const size_t half = size_t(p.b->k) * kPanel, panel = 2 * half;
   const bf16* b =
       static_cast<const bf16*>(p.b->panels) + column / kPanel * panel + size_t(first) * kPanel;
-  begin<M, N>(p.b->bias ? p.b->bias + column : nullptr);
+  begin<M, N>(p.b->bias ? biases_of(*p.b) + column : nullptr);
   for (int k = 0; k < depth; k += kTileDepth, b += kTileElements) {
     load_a<M, N>(halves.lower[0] + k, kHalvesPitch);
     load_b<N>(b, panel);
@@ -267,7 +267,8 @@ static void multiply(const Product<E>& p, int m) {
   Product<E> begun = p;
   if (k > kDepth) begun.epilogue = p.epilogue.unfinished();
   multiply_part(begun, m, 0, min_of(k, kDepth), halves, sums);
-  const Gemm unbiased{p.b->panels, nullptr, p.b->k, p.b->n};
+  Gemm unbiased = *p.b;
+  unbiased.bias = nullptr;
   Product<decltype(p.epilogue.continued())> continued{p.segments, p.segment_count, &unbiased, {}};
   for (int first = kDepth; first < k; first += kDepth) {
     const int last = min_of(k, first + kDepth);

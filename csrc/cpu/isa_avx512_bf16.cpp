@@ -6,5 +6,6 @@
 #define FASTSCNN_LANES 16
 #define FASTSCNN_BF16 1
 #define FASTSCNN_AMX 0
+#define FASTSCNN_VNNI 0
 #include "isa.inl"
 #endif

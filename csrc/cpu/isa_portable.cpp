@@ -4,4 +4,5 @@
 #define FASTSCNN_LANES 4
 #define FASTSCNN_BF16 0
 #define FASTSCNN_AMX 0
+#define FASTSCNN_VNNI 0
 #include "isa.inl"

@@ -131,10 +131,16 @@ struct Kernels {
 #define FASTSCNN_KNOWS_BF16 0
 #endif
 
+#define FASTSCNN_KNOWS_VNNI FASTSCNN_KNOWS_BF16  // compilers of the same age
+
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+#endif
+#if FASTSCNN_KNOWS_VNNI
+extern const Kernels kAvxVnni;
+extern const Kernels kAvx512Vnni;
 #endif
 #if FASTSCNN_KNOWS_BF16
 extern const Kernels kAvx512Bf16;

@@ -18,25 +18,29 @@ enum class Activation : int { none, relu, relu6 };
 enum class Output : int { logits, probabilities, labels };
 enum class Type : int { f32, bf16, u8 };  // of elements in memory
 
-// How a layer computes. Everything but the products of matrices is fp32 arithmetic in each. Their
-// numbers are those of the Python package's records, which has more.
+// How a layer computes. Everything but the products of matrices is fp32 arithmetic in each but int8.
+// Their numbers are those of the Python package's records, which has more.
 enum class Arithmetic : int {
   float32,   // activations and weights are floats
   bfloat16,  // activations and weights of products are bf16, sums are fp32
-  high       // activations are floats, products are three bf16 products each: about 17 bits
+  high,      // activations are floats, products are three bf16 products each: about 17 bits
+  int8       // activations are uint8, weights int8, sums int32: fastscnn_fast/program/integers.py
 };
-constexpr int kArithmetics = 3;
+constexpr int kArithmetics = 4;
 struct ArithmeticRecord {
   const char* name;
   Type type;            // of activations
+  Type results;         // of logits
   size_t weight_bytes;  // that an element of a product's B takes
   int depth;            // B's rows are padded with zeros to a multiple of it
+  Arithmetic stem, upsample;  // those of a network's first and last layer
 };
 constexpr int kTileDepth = 32;  // of AMX tiles of bf16
 constexpr ArithmeticRecord kRecords[kArithmetics] = {
-    {"float32", Type::f32, 4, 1},
-    {"bfloat16", Type::bf16, 2, kTileDepth},
-    {"high", Type::f32, 2 * 2, kTileDepth},
+    {"float32", Type::f32, Type::f32, 4, 1, Arithmetic::float32, Arithmetic::float32},
+    {"bfloat16", Type::bf16, Type::bf16, 2, kTileDepth, Arithmetic::bfloat16, Arithmetic::bfloat16},
+    {"high", Type::f32, Type::f32, 2 * 2, kTileDepth, Arithmetic::float32, Arithmetic::high},
+    {"int8", Type::u8, Type::f32, 1, 4, Arithmetic::int8, Arithmetic::float32},
 };
 constexpr const ArithmeticRecord& record_of(Arithmetic a) { return kRecords[int(a)]; }
 
@@ -47,11 +51,12 @@ constexpr int kMaxClassesOfLabels = 256;
 constexpr size_t bytes_of(Type t) { return t == Type::f32 ? 4 : t == Type::bf16 ? 2 : 1; }
 
 constexpr int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-// Channels that a pixel has in memory: whole cache lines. Activations and weights have zeros there.
+// Channels that a pixel has in memory: whole cache lines, of bytes halves of them. Activations and
+// weights have zeros there.
 constexpr size_t kLine = 64;
 constexpr size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 constexpr int pixel_pitch(int channels, Type t) {
-  return rounded_up(channels, int(kLine / bytes_of(t)));
+  return rounded_up(channels, t == Type::u8 ? int(kLine / 2) : int(kLine / bytes_of(t)));
 }
 
 constexpr int kPicture = -1;
@@ -80,23 +85,42 @@ struct Layer {
 //   float32   [n / 16][k][16] floats
 //   bfloat16  [n / 16][k / 2][16][2] bf16: neighbouring rows in pairs, as dot products take them
 //   high      the same, each panel's upper halves before its lower: b = upper + lower
+//   int8      [n / 16][k / 4][16][4] int8, whole blocks of 64 columns: four panels hold them in the order
+//             in which four vectors of sums become bytes, `place_of`; so do bias and multiplier
 constexpr int kPanel = 16;
 struct Gemm {
   void* panels;
-  float* bias;  // null: none
+  void* bias;  // floats, of int8 int32; null: none
   int k, n;
+  // int8: what becomes of the sums (program/integers.py, requantise).
+  float* multiplier;
+  int32_t* zero;
+  float* add_multiplier;  // of what is added, and its zero point
+  int32_t* add_zero;
 };
+constexpr int kByteBlock = 64;
+constexpr int place_of(int column) {
+  return column / kByteBlock * kByteBlock + column / 4 % 4 * 16 + column % kByteBlock / 16 * 4 +
+         column % 4;
+}
 
 // Depthwise 3x3: [9][channels] floats and the bias. Where activations are bf16, each 32 channels
-// are stored as the 16 even ones, then the 16 odd ones: the order in which pairs are taken apart.
+// are stored as the 16 even ones, then the 16 odd ones: the order in which pairs are taken apart. In
+// int8 [channels / 64][3 (kx)][64][4] int8, the 64 in the order of `place_of`, the last four being the
+// three of a column and a zero.
 struct Depthwise {
-  float* weight;
-  float* bias;
+  void* weight;
+  void* bias;  // as a Gemm's
   int channels;
+  float* multiplier;
+  int32_t* zero;
 };
 
 struct Weights {
-  float *scale, *shift;       // stem_conv: uint8 * scale + shift is the normalised picture
+  float *scale, *shift;       // stem_conv: uint8 * scale + shift is the normalised picture, in int8
+                              // normalised * scale + shift the uint8
+  int32_t* pad;               // stem_conv in int8: the pixel that surrounds the picture
+  int32_t* input_zero;        // pyramid_pooling in int8: what surrounds its input
   Depthwise depthwise;        // dsconv, inverted_residual, feature_fusion unless dense
   Gemm expand;                // inverted_residual; feature_fusion's dense 1x1
   Gemm main;                  // stem_conv, pointwise, project, pyramid's out, fusion's low + high
@@ -104,6 +128,9 @@ struct Weights {
   Gemm branch[kMaxBins];      // pyramid_pooling: 1x1 of each branch
   Gemm branch_out[kMaxBins];  // pyramid_pooling with kernel 1: out's columns of that branch
 };
+
+// Rows of B for a row of the stem's taps in int8: whole units of four.
+constexpr int stem_taps(int channels) { return rounded_up(3 * channels, 4); }
 
 // Places the weights of a layer that computes so from `base` on (null: only measures), in the one
 // order that packing and kernels share; returns the number of bytes taken.
@@ -116,24 +143,39 @@ inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, W
     used += whole_lines(bytes);
     return p;
   };
+  const bool integers = arithmetic == Arithmetic::int8;
   auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * sizeof(float))); };
+  auto ints = [&](size_t n) { return reinterpret_cast<int32_t*>(take(n * sizeof(int32_t))); };
   auto gemm = [&](Gemm& g, int k, int n) {
-    g = {nullptr, nullptr, rounded_up(k, record.depth), pixel_pitch(n, type)};
-    g.panels = take(size_t(g.k) * g.n * record.weight_bytes);
-    g.bias = floats(g.n);
+    g = {};
+    g.k = rounded_up(k, record.depth), g.n = pixel_pitch(n, type);
+    const int columns = integers ? rounded_up(g.n, kByteBlock) : g.n;
+    g.panels = take(size_t(g.k) * columns * record.weight_bytes);
+    g.bias = floats(columns);
+    if (integers) g.multiplier = floats(columns), g.zero = ints(1);
   };
   auto depthwise = [&](int channels) {
-    w.depthwise.channels = channels;
-    w.depthwise.weight = floats(9 * size_t(channels));
-    w.depthwise.bias = floats(channels);
+    Depthwise& d = w.depthwise;
+    d = {};
+    d.channels = channels;
+    if (integers) {
+      const int whole = rounded_up(channels, kByteBlock);
+      d.weight = take(3 * 4 * size_t(whole));
+      d.bias = ints(whole);
+      d.multiplier = floats(whole), d.zero = ints(1);
+    } else {
+      d.weight = floats(9 * size_t(channels));
+      d.bias = floats(channels);
+    }
   };
   const int in = pixel_pitch(l.in, type), out = pixel_pitch(l.out, type),
             mid = pixel_pitch(l.mid, type);
   switch (l.op) {
     case Op::stem_conv:
-      gemm(w.main, 9 * l.in, l.out);
+      gemm(w.main, integers ? 3 * stem_taps(l.in) : 9 * l.in, l.out);
       w.scale = floats(l.in);
       w.shift = floats(l.in);
+      if (integers) w.pad = ints(l.in);
       break;
     case Op::dsconv:
       depthwise(in);
@@ -144,14 +186,16 @@ inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, W
       gemm(w.expand, in, l.mid);
       depthwise(mid);
       gemm(w.main, mid, l.out);
+      if (integers) w.main.add_multiplier = floats(1), w.main.add_zero = ints(1);
       break;
     case Op::pyramid_pooling:
+      if (integers) w.input_zero = ints(1);
       for (int b = 0; b < l.bin_count; b++) gemm(w.branch[b], in, l.mid);
-      if (l.kernel == 1) {
+      if (l.kernel == 1 && !integers) {
         gemm(w.main, in, l.out);
         for (int b = 0; b < l.bin_count; b++) gemm(w.branch_out[b], mid, l.out);
       } else {
-        gemm(w.main, 9 * (in + l.bin_count * mid), l.out);
+        gemm(w.main, l.kernel * l.kernel * (in + l.bin_count * mid), l.out);
       }
       break;
     case Op::feature_fusion:

@@ -76,7 +76,7 @@ static size_t network(const Chain& chain, const Picture& picture, int image, Out
                                           high.h);
   rows = scratch;
   last.place(rows);
-  const int channels = chain.tail->weights.last.n;
+  const int channels = last.last_pitch;
   float* logits = rows.take<float>(size_t(high.w) * channels);
   most = largest(most, rows.used);
   if (!measuring) {

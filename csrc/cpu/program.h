@@ -89,9 +89,12 @@ inline std::vector<Layer> decode(const Program& program) {
 // How a layer of a program computes whose weights are packed for `arithmetic`.
 inline Arithmetic arithmetic_of(const Layer& l, Arithmetic arithmetic) {
   const Arithmetic own = l.arithmetic ? Arithmetic(l.arithmetic - 1) : arithmetic;
-  if (l.op == Op::stem_conv && own == Arithmetic::high)
+  if ((l.op == Op::stem_conv && record_of(own).stem != own) ||
+      (l.op == Op::upsample_classify && own == Arithmetic::int8))
     throw std::invalid_argument(
-        "stem_conv has no kernels in arithmetic high, its layer must name another (float32)");
+        std::string(l.op == Op::stem_conv ? "stem_conv" : "upsample_classify") +
+        " has no kernels in arithmetic " + record_of(own).name +
+        ", its layer must name another (float32)");
   return own;
 }
 

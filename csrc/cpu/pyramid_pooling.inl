@@ -108,7 +108,8 @@ static void pyramid_rows_1x1(const Layer& l, const Weights& w, BranchRows& branc
 static void pyramid_rows_3x3(const Layer& l, const Weights& w, ConcatRows& source, Ring& ring,
                              Plane out, Range rows) {
   const int channels = ring.channels;
-  const Gemm unbiased{w.main.panels, nullptr, w.main.k, w.main.n};
+  Gemm unbiased = w.main;
+  unbiased.bias = nullptr;
   // A sum over all nine taps is thousands of terms long and loses digits: where those digits are
   // asked for, each row of taps is summed by itself.
   constexpr int kTaps = kLongSums ? 9 : 3;

@@ -1,6 +1,25 @@
 // What the arithmetic's products can reach at most: the instruction that gemm.inl or gemm_amx.inl
 // multiplies with, on registers alone. Returns the floating-point operations done.
-#if FASTSCNN_AMX
+#if FASTSCNN_ARITHMETIC == FASTSCNN_INT8
+static double roof(int64_t iterations) {
+  using B = WideBytes;
+  constexpr int kChains = kLanes == 16 ? 24 : 12;
+  volatile int32_t memory = 0x01010101;
+  B::ints chains[kChains];
+  for (B::ints& chain : chains) chain = B::fours(memory);
+  const B::ints factor = B::fours(memory);
+  for (int64_t i = 0; i < iterations; i++) {
+#pragma GCC unroll 24
+    for (B::ints& chain : chains) chain = B::multiply_add(chain, factor, chain);
+  }
+  B::ints sum = chains[0];
+  for (int c = 1; c < kChains; c++) sum = B::add(sum, chains[c]);
+  int32_t sums[kLanes];
+  B::store(sums, sum);
+  memory = sums[0];
+  return 2.0 * B::kChannels * kChains * double(iterations);
+}
+#elif FASTSCNN_AMX
 static double roof(int64_t iterations) {
   const Tiles tiles;
   begin<2, 2>(nullptr);
@@ -22,7 +41,7 @@ static double roof(int64_t iterations) {
 #if FASTSCNN_BF16
   const vi factor = (vi)splat(memory);
   constexpr int kProducts = 2 * kLanes;
-  auto step = [&](vf& chain) { chain = multiply_add(factor, factor, chain); };
+  auto step = [&](vf& chain) { chain = multiply_add_units(factor, factor, chain); };
 #else
   const vf half = splat(0.5f);  // x / 2 + 1/2 tends to 1: no overflow, no denormals
   constexpr int kProducts = kLanes;

@@ -1,12 +1,12 @@
 // Rows of an activation that flow from the op that makes them to the op that needs them, without
 // the whole activation ever being written.
 
-// Channels are padded to whole cache lines.
-constexpr int kBlock = int(kLine / sizeof(element));
-constexpr int pixel_pitch(int channels) { return rounded_up(channels, kBlock); }
+constexpr int pixel_pitch(int channels) { return pixel_pitch(channels, kType); }
+constexpr int kBlock = pixel_pitch(1);
 
-FASTSCNN_INLINE element* row_of(const Plane& p, int y, int channels) {
-  return static_cast<element*>(p.data) + size_t(y) * p.w * channels;
+template <class T = element>
+FASTSCNN_INLINE T* row_of(const Plane& p, int y, int channels) {
+  return static_cast<T*>(p.data) + size_t(y) * p.w * channels;
 }
 
 // The last few rows of an activation, each with `pad` zero pixels on both sides. Row y is in slot
@@ -17,9 +17,12 @@ struct Ring {
   int slots, pad, channels, width, height;
   int next;  // first row not made yet
 
-  void place(Bump& scratch, int slots_, int pad_, int channels_, int width_, int height_) {
+  // `surplus`: elements after a row that may be read.
+  void place(Bump& scratch, int slots_, int pad_, int channels_, int width_, int height_,
+             int surplus = 0) {
     slots = slots_, pad = pad_, channels = channels_, width = width_, height = height_;
-    pitch = whole_lines(size_t(width + 2 * pad) * channels * sizeof(element)) / sizeof(element);
+    const size_t elements = size_t(width + 2 * pad) * channels + surplus;
+    pitch = whole_lines(elements * sizeof(element)) / sizeof(element);
     rows = scratch.take<element>(pitch * slots);
   }
   element* slot(int y) const { return rows + pitch * (y % slots) + pad * channels; }
@@ -114,9 +117,9 @@ FASTSCNN_INLINE void for_each_row(Stage& stage, int height, const Team& team, Ro
     row(y);
   }
 }
-template <class Stage>
+template <class T = element, class Stage>
 FASTSCNN_INLINE void run_rows(Stage& stage, Plane out, int channels, const Team& team) {
-  for_each_row(stage, out.h, team, [&](int y) { stage.row(y, row_of(out, y, channels)); });
+  for_each_row(stage, out.h, team, [&](int y) { stage.row(y, row_of<T>(out, y, channels)); });
 }
 
 // Source: rows of a dense activation, copied so that they gain their zero pixels.

@@ -17,7 +17,7 @@ static Sample sample(int i, int in, int out, bool align_corners) {
   return {low, high, float(1 - weight), float(weight)};
 }
 
-static void samples(Sample* table, int in, int out, bool align_corners) {
+[[maybe_unused]] static void samples(Sample* table, int in, int out, bool align_corners) {
   for (int i = 0; i < out; i++) table[i] = sample(i, in, out, align_corners);
 }
 

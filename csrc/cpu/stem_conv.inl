@@ -109,8 +109,7 @@ struct StemRows {
       gather(taps);
       multiply(pointwise({gathered, size_t(main.k), main.k, 0}, main, clamp, out), width);
     } else {
-      const Epilogue<element, element> epilogue{clamp, out, size_t(main.n)};
-      multiply_in_registers(product_of(taps, 3, main, epilogue), width);
+      multiply_in_registers(sum_of(taps, 3, main, clamp, out), width);
     }
   }
   void gather(const Segment (&taps)[3]) {

@@ -96,6 +96,8 @@ static RowGroup row_group(int y, int end, int in, int out, bool align_corners) {
   return g;
 }
 
+constexpr int kLogits = int(kLine / sizeof(logit));  // in a line
+
 // Results of this size and more are written past the cache: nothing here reads them again.
 constexpr size_t kStreamedBytes = 1 << 20;
 
@@ -130,18 +132,18 @@ FASTSCNN_INLINE void stream_some(bf16* out, vf v, int n) { store_some(out, v, n)
 // writable, to the end of the last vector. A streamed row's ends are stored plainly up to whole
 // cache lines: a line written both ways would travel to memory and back.
 static void write_row(const float* a, const float* b, Sample s, int n, bool streamed,
-                      element* out) {
+                      logit* out) {
   const vf wa = splat(s.low_weight), wb = splat(s.high_weight);
   auto value = [&](int i) { return fma(load(b + i), wb, load(a + i) * wa); };
   auto plainly = [&](int begin, int end) {
     for (int i = begin; i < end; i += kLanes)
       store_some(out + i, value(i), min_of(kLanes, end - i));
   };
-  const int before = int(-(reinterpret_cast<uintptr_t>(out) / sizeof(element)) % kBlock);
-  if (!streamed || n < before + kBlock) return plainly(0, n);
-  const int end = n - (n - before) % kBlock;
+  const int before = int(-(reinterpret_cast<uintptr_t>(out) / sizeof(logit)) % kLogits);
+  if (!streamed || n < before + kLogits) return plainly(0, n);
+  const int end = n - (n - before) % kLogits;
   plainly(0, before);
-  for (int i = before; i < end; i += kBlock)
+  for (int i = before; i < end; i += kLogits)
     stream_line(out + i, [&](int v) { return value(i + v * kLanes); });
   plainly(end, n);
 }
@@ -169,9 +171,9 @@ struct Upsample {
   }
 
   template <bool WINDOWED>
-  void logits(element* out, Range rows) const {
+  void logits(logit* out, Range rows) const {
     float *a = buffer, *b = buffer + wide();
-    const bool streamed = size_t(low->classes) * h * w * sizeof(element) >= kStreamedBytes;
+    const bool streamed = size_t(low->classes) * h * w * sizeof(logit) >= kStreamedBytes;
     for (int c = 0; c < low->classes; c++) {
       int in_b = -1;  // the low row that b holds, widened
       for (int y = rows.begin; y < rows.end;) {
@@ -193,7 +195,7 @@ struct Upsample {
   }
 
   template <bool WINDOWED>
-  void probabilities(element* out, Range rows) const {
+  void probabilities(logit* out, Range rows) const {
     const int classes = low->classes;
     float *upper = buffer, *lower = upper + classes * kLanes, *value = lower + classes * kLanes;
     for (int y = rows.begin; y < rows.end;) {
@@ -305,8 +307,8 @@ struct Upsample {
 
   template <bool WINDOWED>
   void run(Output output, void* out, Range rows) const {
-    if (output == Output::logits) logits<WINDOWED>(static_cast<element*>(out), rows);
-    if (output == Output::probabilities) probabilities<WINDOWED>(static_cast<element*>(out), rows);
+    if (output == Output::logits) logits<WINDOWED>(static_cast<logit*>(out), rows);
+    if (output == Output::probabilities) probabilities<WINDOWED>(static_cast<logit*>(out), rows);
     if (output == Output::labels) labels<WINDOWED>(static_cast<uint8_t*>(out), rows);
   }
   void run(Output output, void* out, const Team& team) {
@@ -319,6 +321,7 @@ struct Upsample {
   }
 };
 
+#if FASTSCNN_ARITHMETIC != FASTSCNN_INT8
 static size_t upsample_classify(const Layer& l, Plane x, Output output, void* out, int h, int w,
                                 const Team& team, Bump shared, size_t* shared_bytes, Bump scratch) {
   LowLogits low(l.in, x.h, x.w, shared);
@@ -333,3 +336,7 @@ static size_t upsample_classify(const Layer& l, Plane x, Output output, void* ou
   stage.run(output, out, team);
   return scratch.used;
 }
+constexpr auto kUpsampleClassify = upsample_classify;
+#else
+constexpr decltype(Ops::upsample_classify) kUpsampleClassify = nullptr;
+#endif

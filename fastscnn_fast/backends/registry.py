@@ -59,8 +59,9 @@ def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> st
     if (unknown := _unknown("cpu", dtype)) is not None:
         return unknown
     try:
-        name = arithmetic.choose("cpu", dtype).name
-        _cpu_module.packed_bytes(fast_scnn(config).integers, name)
+        chosen = arithmetic.choose("cpu", dtype)
+        program = fast_scnn(config).computed_in(chosen)
+        _cpu_module.packed_bytes(program.integers, chosen.name)
     except ValueError as error:
         return str(error)
     return None
@@ -331,8 +332,7 @@ def isa() -> str:
 
 @cache
 def _isa(forced: str | None) -> str:
-    cpu_module()
-    names = list(dict.fromkeys(name for one in CPU_ARITHMETICS for name in isas(one)))
+    names: list[str] = list(cpu_module().instruction_sets())
     if forced is None:
         return names[-1]
     if forced not in names:

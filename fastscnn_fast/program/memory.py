@@ -1,4 +1,4 @@
-"""How activations lie in memory, channels-last with each pixel a multiple of 64 bytes, the rest zeros; and buffers."""
+"""How activations lie in memory, channels-last with each pixel a multiple of 64 bytes (of uint8 32), the rest zeros; and buffers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes of which every pixel of an activation takes a multiple
+LINE = 64  # bytes of which every pixel of an activation takes a multiple; of one of bytes half of it
 
 
 def pixel_pitch(channels: int, dtype: torch.dtype) -> int:
     """Channels that a pixel has in memory."""
-    block = LINE // dtype.itemsize
+    block = LINE // max(dtype.itemsize, 2)
     return -(-channels // block) * block
 
 
