@@ -1,5 +1,5 @@
 // Vectors of bytes and of what int8 computes with them, for 4 * LANES channels: four vectors of LANES int32 hold their
-// sums, in the order in which unpacking takes bytes apart and packing puts them together again (place_of in layer.h). The
+// sums, in the order in which unpacking takes bytes apart and packing puts them together again (place_in_block in layer.h). The
 // arithmetic is program/integers.py's to the last bit: no fused multiply-adds.
 template <int LANES>
 struct Bytes;
@@ -21,7 +21,8 @@ struct Bytes<16> {
   // sums + a's four uint8 times b's four int8.
   FASTSCNN_INLINE static ints multiply_add(ints a, ints b, ints sums) {
 #if FASTSCNN_VNNI
-    return _mm512_dpbusd_epi32(sums, a, b);
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));  // the intrinsic makes compilers copy
+    return sums;
 #else
     const ints even = _mm512_madd_epi16(_mm512_and_si512(a, twos(0xFF)),
                                         _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
@@ -227,6 +228,52 @@ struct Bytes<4> {
   FASTSCNN_INLINE static ints shift_left16(ints v, int by) { return (ints)((words)v << by); }
   FASTSCNN_INLINE static ints shift_right16(ints v, int by) { return (ints)((positive_words)v >> by); }
   FASTSCNN_INLINE static ints add16(ints a, ints b) { return (ints)((words)a + (words)b); }
+};
+#endif
+
+// 32 channels in two panels, as 16, 8 or 4 at a time of each: where their sums become bytes.
+#if FASTSCNN_LANES == 16
+struct Tail {
+  using B = Bytes<16>;
+  static constexpr int kVectors = 2, kColumns = 32;
+  FASTSCNN_INLINE static void widen(const uint8_t* p, B::ints (&fours)[2]) {
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m256i x = _mm256_permutevar8x32_epi32(Bytes<8>::load(p), order);
+    fours[0] = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(x));
+    fours[1] = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(x, 1));
+  }
+  // Those of two pixels.
+  FASTSCNN_INLINE static B::ints narrow(const B::floats (&a)[2], const B::floats (&b)[2],
+                                        B::ints zeros16) {
+    const auto first = B::add_saturated16(B::pack32(B::to_ints(a[0]), B::to_ints(a[1])), zeros16);
+    const auto second = B::add_saturated16(B::pack32(B::to_ints(b[0]), B::to_ints(b[1])), zeros16);
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7),
+                                    B::pack16(first, second));
+  }
+};
+#else
+struct Tail {
+  using B = Bytes<FASTSCNN_LANES>;
+  static constexpr int kVectors = 4, kColumns = 4 * FASTSCNN_LANES;
+#if FASTSCNN_LANES == 8
+  FASTSCNN_INLINE static void widen(const uint8_t* p, B::ints (&fours)[4]) {
+    for (int half = 0; half < 2; half++) {
+      __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * half));
+      x = _mm_shuffle_epi32(x, _MM_SHUFFLE(3, 1, 2, 0));
+      fours[2 * half] = _mm256_cvtepu8_epi32(x);
+      fours[2 * half + 1] = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(x, x));
+    }
+  }
+  FASTSCNN_INLINE static B::ints in_order(B::ints v) {
+    return _mm256_permute4x64_epi64(v, _MM_SHUFFLE(3, 1, 2, 0));
+  }
+#else
+  FASTSCNN_INLINE static void widen(const uint8_t* p, B::ints (&fours)[4]) {
+    for (int v = 0; v < 4; v++)
+      for (int i = 0; i < 4; i++) fours[v][i] = p[4 * v + i];
+  }
+  FASTSCNN_INLINE static B::ints in_order(B::ints v) { return v; }
+#endif
 };
 #endif
 

@@ -29,7 +29,9 @@ struct DepthwiseChannels {
       sums[i] = B::multiply_add(c[i], w[2][i], sums[i]);
     }
     typename B::floats values[4];
-    scale<B>(sums, multiplier, values);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      values[i] = B::multiply(B::to_floats(sums[i]), B::load_floats(multiplier + i * kPanel));
     B::store(out + pixel * channels, narrow<B>(values, B::twos(zero)));
   }
   // Outputs [begin, end) of the row; out is that of `begin`.
@@ -84,7 +86,7 @@ static void depthwise(const Ring& in, int y, int stride, int dilation, Range col
   const element* const rows[3] = {in.at(middle - dilation), in.at(middle),
                                   in.at(middle + dilation)};
   for_channels(d.channels, [&](auto bytes, int c) {
-    const int place = place_of(c);
+    const int place = place_in_block(c);
     DepthwiseChannels<decltype(bytes)> block;
     for (int ky = 0; ky < 3; ky++) {
       block.rows[ky] = rows[ky] ? rows[ky] + c : zeros;

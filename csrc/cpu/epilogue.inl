@@ -74,9 +74,14 @@ struct Finish {
   }
 };
 
+constexpr bool kPaired = false;  // whether two pixels' sums are finished together
+
 // With Add void nothing is ever added.
 template <class Out, class Add = void>
 struct Epilogue {
+  using Wide = WideColumns;
+  using Narrow = NarrowColumns;
+  static constexpr int kWhole = Wide::kColumns;
   Clamp clamp;
   Out* out;
   size_t ld_out;             // elements from pixel to pixel

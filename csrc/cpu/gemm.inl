@@ -1,12 +1,7 @@
 // The product in registers: inner_product.inl over tiles of pixels and columns.
 
-// Rows (pixels) of the register tile, whose columns are two vectors, of int8 four: the accumulators, one
-// row of B and one broadcast fill the 32 (AVX-512) or 16 registers.
-#if FASTSCNN_ARITHMETIC == FASTSCNN_INT8
-constexpr int kRegisterRows = kLanes == 16 ? 6 : 3;
-#else
-constexpr int kRegisterRows = kLanes == 16 ? 14 : 6;
-#endif
+// A register tile is V::kRows pixels of V's columns, two vectors of floats, up to four of int8: the accumulators,
+// one row of B and one broadcast fill the 32 (AVX-512) or 16 registers.
 
 template <int MR, class V>
 FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const unit* b, size_t panel,
@@ -19,7 +14,11 @@ FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const unit* b, siz
   for (int i = 0; i < (MR + 2) / 3; i++)
     a[i] = reinterpret_cast<const char*>(s.a) + (row + 3 * i) * lda;
   b += size_t(s.first) / kUnit * kPanel;
+#if FASTSCNN_ARITHMETIC == FASTSCNN_INT8
+#pragma GCC unroll 1  // or accumulators leave their registers
+#else
 #pragma GCC unroll 4
+#endif
   for (int k = 0; k < s.k / kUnit; k++) {
     decltype(V::load_units(b)) bv[NV];
 #pragma GCC unroll 4
@@ -50,20 +49,27 @@ FASTSCNN_INLINE void tile(const P& p, int row, int column) {
   for (int s = 0; s < p.segment_count; s++)
     if (p.segments[s].a) accumulate<MR, V>(p.segments[s], row, b, panel, acc);
   p.epilogue.apply([&](auto finish) {
+    if constexpr (kPaired && NV == 2 && MR > 1) {
+#pragma GCC unroll 7
+      for (int m = 0; m + 1 < MR; m += 2) finish.pair(acc[m], acc[m + 1], row + m, column);
+      if constexpr (MR % 2) finish.vectors(acc[MR - 1], row + MR - 1, column);
+    } else {
 #pragma GCC unroll 14
-    for (int m = 0; m < MR; m++) finish.vectors(acc[m], row + m, column);
+      for (int m = 0; m < MR; m++) finish.vectors(acc[m], row + m, column);
+    }
   });
 }
 
 // B's panels stay in L1 while K is small: columns outside. Else A's tile stays and B streams from
 // L2.
-constexpr int kSmallK = 224 * kUnit * 2 / WideColumns::kVectors;
+template <class V>
+constexpr int kSmallK = 224 * kUnit * 2 / V::kVectors;
 
 // Rows and columns that are whole tiles.
 template <int MR, class V, class P>
 void tiles(const P& p, Range rows, Range columns) {
   constexpr int kColumns = V::kColumns;
-  if (p.b->k <= kSmallK) {
+  if (p.b->k <= kSmallK<V>) {
     for (int column = columns.begin; column < columns.end; column += kColumns)
       for (int row = rows.begin; row < rows.end; row += MR) tile<MR, V>(p, row, column);
   } else {
@@ -74,7 +80,7 @@ void tiles(const P& p, Range rows, Range columns) {
 }
 
 // Tiles of `count` rows, MR at most.
-template <class V, int MR = kRegisterRows, class P>
+template <class V, int MR, class P>
 void tiles_of(int count, const P& p, Range rows, Range columns) {
   if (count == MR)
     tiles<MR, V>(p, rows, columns);
@@ -82,17 +88,19 @@ void tiles_of(int count, const P& p, Range rows, Range columns) {
     tiles_of<V, MR - 1>(count, p, rows, columns);
 }
 
+template <class V, class P>
+FASTSCNN_INLINE void multiply_columns(const P& p, int m, Range columns) {
+  if (columns.begin == columns.end) return;
+  const int tiles = (m + V::kRows - 1) / V::kRows;
+  const int rows = m / tiles, longer = m % tiles;  // balanced: no short last tile
+  const int split = longer * (rows + 1);
+  if (split > 0) tiles_of<V, V::kRows>(rows + 1, p, {0, split}, columns);
+  if (split < m) tiles_of<V, V::kRows>(rows, p, {split, m}, columns);
+}
+
 template <class E>
 static void multiply_in_registers(const Product<E>& p, int m) {
-  const int n = p.b->n, whole = n / WideColumns::kColumns * WideColumns::kColumns;
-  const int tiles = (m + kRegisterRows - 1) / kRegisterRows;
-  const int rows = m / tiles, longer = m % tiles;  // balanced: no short last tile
-  auto part = [&](int count, Range range) {
-    if (range.begin == range.end) return;
-    tiles_of<WideColumns>(count, p, range, {0, whole});
-    if (whole < n) tiles_of<NarrowColumns>(count, p, range, {whole, n});
-  };
-  const int split = longer * (rows + 1);
-  part(rows + 1, {0, split});
-  part(rows, {split, m});
+  const int n = p.b->n, whole = n / E::kWhole * E::kWhole;
+  multiply_columns<typename E::Wide>(p, m, {0, whole});
+  multiply_columns<typename E::Narrow>(p, m, {whole, n});
 }

@@ -5,25 +5,42 @@ using sum = int32_t;
 typedef int32_t unit __attribute__((may_alias));
 typedef int32_t unit_any __attribute__((may_alias, aligned(1)));
 
-// The vectors of a register tile's columns: as many as become one vector of bytes.
+// The vectors of sums of a register tile's columns. Offsets are in places, of which a panel has 16, `panel` apart.
 template <class B>
-struct Columns {
+struct IntegerColumns {
   using vsum = typename B::ints;
-  using units = typename B::ints;
-  static constexpr int kVectors = 4, kColumns = B::kChannels;
-  // Where the tile's first vector lies in arrays of columns; the others follow panels apart.
-  FASTSCNN_INLINE static int place(int column) { return place_of(column); }
-  FASTSCNN_INLINE static size_t next(int v, size_t panel) { return v * panel; }
   FASTSCNN_INLINE static vsum none() { return B::zero(); }
   FASTSCNN_INLINE static vsum load_sums(const sum* p) { return B::load(p); }
-  FASTSCNN_INLINE static units load_units(const unit* p) { return B::load(p); }
-  FASTSCNN_INLINE static units broadcast(const unit_any* p) { return B::fours(*p); }
-  FASTSCNN_INLINE static vsum multiply_add(units a, units b, vsum s) {
+  FASTSCNN_INLINE static vsum load_units(const unit* p) { return B::load(p); }
+  FASTSCNN_INLINE static vsum broadcast(const unit_any* p) { return B::fours(*p); }
+  FASTSCNN_INLINE static vsum multiply_add(vsum a, vsum b, vsum s) {
     return B::multiply_add(a, b, s);
   }
 };
-using WideColumns = Columns<WideBytes>;
-using NarrowColumns = Columns<NarrowBytes>;
+// Of whole blocks: as many as become one vector of bytes.
+struct WideColumns : IntegerColumns<WideBytes> {
+  static constexpr int kVectors = 4, kColumns = WideBytes::kChannels, kRows = kLanes == 16 ? 5 : 3;
+  FASTSCNN_INLINE static int place(int column) { return place_in_block(column); }
+  FASTSCNN_INLINE static size_t next(int v, size_t panel) { return v * panel; }
+};
+struct TailColumns : IntegerColumns<WideBytes> {
+  static constexpr int kVectors = Tail::kVectors, kColumns = Tail::kColumns,
+                       kRows = kLanes == 16 ? 14 : 3;
+  FASTSCNN_INLINE static int place(int column) {
+    return column / 32 * 32 + column % 32 / 8 * 4;
+  }
+  FASTSCNN_INLINE static size_t next(int v, size_t panel) {
+    return v % 2 * panel + v / 2 * kLanes;
+  }
+};
+// Whose sums become floats.
+struct LogitColumns : IntegerColumns<WideBytes> {
+  static constexpr int kVectors = 2, kColumns = 2 * kLanes, kRows = kLanes == 16 ? 14 : 6;
+  FASTSCNN_INLINE static int place(int column) { return column; }
+  FASTSCNN_INLINE static size_t next(int v, size_t panel) {
+    return v * kLanes / kPanel * panel + v * kLanes % kPanel;
+  }
+};
 #else
 using sum = float;  // of a product, in registers and tiles; `vsum` a vector of them
 using vsum = vf;
@@ -52,7 +69,7 @@ FASTSCNN_INLINE units broadcast_unit(const unit_any* p) { return vi{} + *p; }
 template <int NV>
 struct Columns {
   using vsum = vf;
-  static constexpr int kVectors = NV, kColumns = NV * kLanes;
+  static constexpr int kVectors = NV, kColumns = NV * kLanes, kRows = kLanes == 16 ? 14 : 6;
   FASTSCNN_INLINE static int place(int column) { return column; }
   FASTSCNN_INLINE static size_t next(int v, size_t panel) {
     return v * kLanes / kPanel * panel + v * kLanes % kPanel;
@@ -71,3 +88,5 @@ using NarrowColumns = Columns<1>;
 #endif
 FASTSCNN_INLINE const sum* biases_of(const Gemm& b) { return static_cast<const sum*>(b.bias); }
 constexpr int kUnit = int(sizeof(unit) / sizeof(element));
+// The most pixels of a register tile.
+constexpr int kRegisterRows = WideColumns::kRows;

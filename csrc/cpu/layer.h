@@ -85,8 +85,8 @@ struct Layer {
 //   float32   [n / 16][k][16] floats
 //   bfloat16  [n / 16][k / 2][16][2] bf16: neighbouring rows in pairs, as dot products take them
 //   high      the same, each panel's upper halves before its lower: b = upper + lower
-//   int8      [n / 16][k / 4][16][4] int8, whole blocks of 64 columns: four panels hold them in the order
-//             in which four vectors of sums become bytes, `place_of`; so do bias and multiplier
+//   int8      [n / 16][k / 4][16][4] int8, the columns in the order in which sums become bytes, `place_of`;
+//             so are bias and multiplier
 constexpr int kPanel = 16;
 struct Gemm {
   void* panels;
@@ -94,19 +94,26 @@ struct Gemm {
   int k, n;
   // int8: what becomes of the sums (program/integers.py, requantise).
   float* multiplier;
-  int32_t* zero;
+  int32_t* zero;         // null: they become floats
   float* add_multiplier;  // of what is added, and its zero point
   int32_t* add_zero;
 };
+// Of n columns those of a whole block of 64 lie in four panels, of the 32 that may be left over in two, so that packing
+// within 128 bits what these hold leaves them in their order.
 constexpr int kByteBlock = 64;
-constexpr int place_of(int column) {
+constexpr int place_in_block(int column) {
   return column / kByteBlock * kByteBlock + column / 4 % 4 * 16 + column % kByteBlock / 16 * 4 +
          column % 4;
+}
+constexpr int place_of(int column, int n) {
+  return column < n / kByteBlock * kByteBlock
+             ? place_in_block(column)
+             : column / 32 * 32 + column / 4 % 2 * 16 + column % 32 / 8 * 4 + column % 4;
 }
 
 // Depthwise 3x3: [9][channels] floats and the bias. Where activations are bf16, each 32 channels
 // are stored as the 16 even ones, then the 16 odd ones: the order in which pairs are taken apart. In
-// int8 [channels / 64][3 (kx)][64][4] int8, the 64 in the order of `place_of`, the last four being the
+// int8 [channels / 64][3 (kx)][64][4] int8, the 64 in the order of `place_in_block`, the last four being the
 // three of a column and a zero.
 struct Depthwise {
   void* weight;
@@ -146,13 +153,13 @@ inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, W
   const bool integers = arithmetic == Arithmetic::int8;
   auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * sizeof(float))); };
   auto ints = [&](size_t n) { return reinterpret_cast<int32_t*>(take(n * sizeof(int32_t))); };
-  auto gemm = [&](Gemm& g, int k, int n) {
+  auto gemm = [&](Gemm& g, int k, int n, bool to_bytes = true) {
     g = {};
     g.k = rounded_up(k, record.depth), g.n = pixel_pitch(n, type);
-    const int columns = integers ? rounded_up(g.n, kByteBlock) : g.n;
-    g.panels = take(size_t(g.k) * columns * record.weight_bytes);
-    g.bias = floats(columns);
-    if (integers) g.multiplier = floats(columns), g.zero = ints(1);
+    g.panels = take(size_t(g.k) * g.n * record.weight_bytes);
+    g.bias = floats(g.n);
+    if (integers) g.multiplier = floats(g.n);
+    if (integers && to_bytes) g.zero = ints(1);
   };
   auto depthwise = [&](int channels) {
     Depthwise& d = w.depthwise;
@@ -180,7 +187,7 @@ inline size_t place_weights(const Layer& l, Arithmetic arithmetic, char* base, W
     case Op::dsconv:
       depthwise(in);
       gemm(w.main, in, l.out);
-      if (l.last) gemm(w.last, out, l.last);
+      if (l.last) gemm(w.last, out, l.last, false);
       break;
     case Op::inverted_residual:
       gemm(w.expand, in, l.mid);

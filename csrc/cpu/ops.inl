@@ -27,11 +27,12 @@ constexpr bool kLongSums = FASTSCNN_ARITHMETIC != FASTSCNN_FLOAT32;
 #include "rows.inl"
 #if FASTSCNN_ARITHMETIC == FASTSCNN_INT8
 #include "bytes.inl"
+#include "inner_product.inl"
 #include "requantise.inl"
 #else
+#include "inner_product.inl"
 #include "epilogue.inl"
 #endif
-#include "inner_product.inl"
 #include "product.inl"
 #include "gemm.inl"
 #if FASTSCNN_AMX

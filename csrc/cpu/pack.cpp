@@ -40,8 +40,13 @@ struct Packer {
     for (int j = 0; j < n; j++)
       for (int i = 0; i < k; i++) put(b, first + i, j, value(j, i));
   }
+  // Where a column is stored: of the product of logits, which stay floats, at its own place.
+  static int place(const Gemm& b, int column) {
+    return kIntegers && b.zero ? place_of(column, b.n) : column;
+  }
+  static int place(const Depthwise&, int channel) { return place_in_block(channel); }
   void put(const Gemm& b, int row, int column, Weight v) const {
-    const size_t at = kIntegers ? place_of(column) : column;
+    const size_t at = place(b, column);
     const size_t panel = at / kPanel, lane = at % kPanel, size = size_t(b.k) * kPanel;
     if constexpr (kIntegers) {
       const size_t in_fours = (size_t(row) / 4 * kPanel + lane) * 4 + row % 4;
@@ -85,16 +90,16 @@ struct Packer {
   template <class To>  // Gemm or Depthwise
   static void fill_ends(const To& to, const Ends& ends, int n) {
     for (int i = 0; i < n; i++) {
-      const int at = kIntegers ? place_of(i) : i;
+      const int at = place(to, i);
       static_cast<Bias*>(to.bias)[at] = ends.bias[i];
       if (kIntegers) to.multiplier[at] = ends.multiplier[i];
     }
     if (ends.zero) *to.zero = *ends.zero;
   }
 
-  void pack_pointwise(const Gemm& b, Plain& plain, int k, int n, bool bytes = true) const {
+  void pack_pointwise(const Gemm& b, Plain& plain, int k, int n, size_t zeros = 1) const {
     const Weight* weight = plain.take<Weight>(size_t(n) * k);
-    const Ends ends = take_ends(plain, n, bytes);
+    const Ends ends = take_ends(plain, n, zeros);
     if (plain.counting()) return;
     fill(b, 0, k, n, [&](int j, int i) { return weight[size_t(j) * k + i]; });
     fill_ends(b, ends, n);
@@ -112,7 +117,7 @@ struct Packer {
       for (int c = 0; c < channels; c++)
         for (int t = 0; t < 9; t++) {
           const size_t block = size_t(c / kByteBlock) * 3 + t % 3;
-          const size_t at = block * kByteBlock + place_of(c) % kByteBlock;
+          const size_t at = block * kByteBlock + place_in_block(c) % kByteBlock;
           static_cast<int8_t*>(d.weight)[at * 4 + t / 3] = weight[size_t(c) * 9 + t];
         }
       fill_ends(d, ends, channels);
@@ -221,7 +226,7 @@ struct Packer {
       case Op::dsconv:
         pack_depthwise(w.depthwise, plain, l.in);
         pack_pointwise(w.main, plain, l.in, l.out);
-        if (l.last) pack_pointwise(w.last, plain, l.out, l.last, false);
+        if (l.last) pack_pointwise(w.last, plain, l.out, l.last, 0);
         return;
       case Op::inverted_residual:
         return pack_block(l, w, plain);

@@ -9,77 +9,115 @@ FASTSCNN_INLINE Clamp refined_clamp(const Layer& l, const Weights& w) {
   return {l.dense ? *w.expand.zero : 0};
 }
 
-#if FASTSCNN_LANES == 16
-FASTSCNN_INLINE Bytes<16> bytes_of_sums(const __m512i&) { return {}; }
-#endif
-#if FASTSCNN_LANES >= 8
-FASTSCNN_INLINE Bytes<8> bytes_of_sums(const __m256i&) { return {}; }
-#else
-FASTSCNN_INLINE Bytes<4> bytes_of_sums(const Bytes<4>::ints&) { return {}; }
-#endif
-
-// The sums of a vector of bytes times their multipliers.
-template <class B>
-FASTSCNN_INLINE void scale(const typename B::ints (&sums)[4], const float* multiplier,
-                           typename B::floats (&values)[4]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++)
-    values[i] =
-        B::multiply(B::to_floats(sums[i]), B::load_floats(multiplier + i * kPanel));
-}
+constexpr bool kPaired = kLanes == 16;  // whether two pixels' sums are finished together
 
 template <class Out, bool ADD>
 struct Finish {
+  using B = WideBytes;
+  using ints = typename B::ints;
+  using floats = typename B::floats;
   const Gemm* b;
   const element* add;
   size_t ld_add;
   Out* out;
   size_t ld_out;
 
-  // The columns of one pixel that become a vector of bytes.
-  template <class S>
-  FASTSCNN_INLINE void vectors(const S (&sums)[4], int pixel, int column) const {
-    using B = decltype(bytes_of_sums(sums[0]));
-    typename B::floats values[4];
-    scale<B>(sums, b->multiplier + place_of(column), values);
-    if constexpr (ADD) {
-      typename B::ints x[4];
-      widen<B>(B::load(add + pixel * ld_add + column), x);
-      const auto zero = B::fours(*b->add_zero);
-      const auto multiplier = B::all(*b->add_multiplier);
+  // Sums of NV vectors times their multipliers, plus what is added.
+  template <class V, int NV>
+  FASTSCNN_INLINE void values(const ints (&sums)[NV], int pixel, int column,
+                              floats (&v)[NV]) const {
+    const float* multiplier = b->multiplier + V::place(column);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++)
-        values[i] = B::add(values[i],
-                           B::multiply(B::to_floats(B::subtract(x[i], zero)), multiplier));
-    }
-    Out* to = out + pixel * ld_out + column;
-    if constexpr (__is_same(Out, element)) {
-      B::store(to, narrow<B>(values, B::twos(*b->zero)));
-    } else {  // as many of four as the pixel has
-      constexpr int kFours = B::kChannels / 16;
-      for (int i = 0; i < 4; i++) {
-        float four[4 * kFours];
-        B::store_floats(four, values[i]);
-        for (int f = 0; f < kFours; f++)
-          if (size_t(column + 16 * f + 4 * i) < ld_out)
-            __builtin_memcpy(to + 16 * f + 4 * i, four + 4 * f, 4 * sizeof(float));
-      }
+    for (int i = 0; i < NV; i++)
+      v[i] = B::multiply(B::to_floats(sums[i]), B::load_floats(multiplier + V::next(i, kPanel)));
+    if constexpr (ADD) {
+      const element* p = add + pixel * ld_add + column;
+      ints x[NV];
+      if constexpr (__is_same(V, WideColumns))
+        widen<B>(B::load(p), x);
+      else
+        Tail::widen(p, x);
+      const auto zero = B::fours(*b->add_zero);
+      const auto own = B::all(*b->add_multiplier);
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; i++)
+        v[i] = B::add(v[i], B::multiply(B::to_floats(B::subtract(x[i], zero)), own));
     }
   }
+  FASTSCNN_INLINE Out* at(int pixel, int column) const { return out + pixel * ld_out + column; }
+
+  // The columns of one pixel.
+  FASTSCNN_INLINE void vectors(const ints (&sums)[4], int pixel, int column) const {
+    floats v[4];
+    const auto zeros = B::twos(*b->zero);
+#if FASTSCNN_LANES != 16
+    if (column >= b->n / kByteBlock * kByteBlock) {
+      values<TailColumns>(sums, pixel, column, v);
+      return B::store(at(pixel, column), Tail::in_order(narrow<B>(v, zeros)));
+    }
+#endif
+    values<WideColumns>(sums, pixel, column, v);
+    B::store(at(pixel, column), narrow<B>(v, zeros));
+  }
+  FASTSCNN_INLINE void vectors(const ints (&sums)[2], int pixel, int column) const {
+    floats v[2];
+    if constexpr (__is_same(Out, float)) {
+      values<LogitColumns>(sums, pixel, column, v);
+      for (int i = 0; i < 2; i++)
+        if (size_t(column + i * kLanes) < ld_out)
+          B::store_floats(at(pixel, column) + i * kLanes, v[i]);
+    } else {
+#if FASTSCNN_LANES == 16
+      values<TailColumns>(sums, pixel, column, v);
+      const auto bytes = Tail::narrow(v, v, B::twos(*b->zero));
+      Bytes<8>::store(at(pixel, column), _mm512_castsi512_si256(bytes));
+#endif
+    }
+  }
+#if FASTSCNN_LANES == 16
+  // Those of two.
+  FASTSCNN_INLINE void pair(const ints (&first)[2], const ints (&second)[2], int pixel,
+                            int column) const {
+    if constexpr (__is_same(Out, float)) {
+      vectors(first, pixel, column);
+      vectors(second, pixel + 1, column);
+    } else {
+      floats a[2], c[2];
+      values<TailColumns>(first, pixel, column, a);
+      values<TailColumns>(second, pixel + 1, column, c);
+      const auto bytes = Tail::narrow(a, c, B::twos(*b->zero));
+      Bytes<8>::store(at(pixel, column), _mm512_castsi512_si256(bytes));
+      Bytes<8>::store(at(pixel + 1, column), _mm512_extracti64x4_epi64(bytes, 1));
+    }
+  }
+#endif
 };
 
 template <class Out>
 struct Epilogue {
+  static constexpr bool kBytes = __is_same(Out, element);
+  template <bool BYTES, class A, class C>
+  struct Either {
+    using type = A;
+  };
+  template <class A, class C>
+  struct Either<false, A, C> {
+    using type = C;
+  };
+  using Wide = typename Either<kBytes, WideColumns, LogitColumns>::type;
+  using Narrow = typename Either<kBytes, TailColumns, LogitColumns>::type;
+  static constexpr int kWhole = kBytes ? kByteBlock : Wide::kColumns;
+
   const Gemm* b;
   Out* out;
-  size_t ld_out;         // elements from pixel to pixel
-  const element* add;    // null, or added before rounding
+  size_t ld_out;       // elements from pixel to pixel
+  const element* add;  // null, or added before rounding
   size_t ld_add;
 
   // run(Finish), its choices made.
   template <class Run>
   FASTSCNN_INLINE void apply(Run run) const {
-    if constexpr (__is_same(Out, element))
+    if constexpr (kBytes)
       if (add) return run(Finish<Out, true>{b, add, ld_add, out, ld_out});
     run(Finish<Out, false>{b, nullptr, 0, out, ld_out});
   }

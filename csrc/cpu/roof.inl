@@ -10,7 +10,7 @@ static double roof(int64_t iterations) {
   const B::ints factor = B::fours(memory);
   for (int64_t i = 0; i < iterations; i++) {
 #pragma GCC unroll 24
-    for (B::ints& chain : chains) chain = B::multiply_add(chain, factor, chain);
+    for (B::ints& chain : chains) chain = B::multiply_add(factor, factor, chain);
   }
   B::ints sum = chains[0];
   for (int c = 1; c < kChains; c++) sum = B::add(sum, chains[c]);
