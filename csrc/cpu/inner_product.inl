@@ -19,7 +19,7 @@ struct IntegerColumns {
 };
 // Of whole blocks: as many as become one vector of bytes.
 struct WideColumns : IntegerColumns<WideBytes> {
-  static constexpr int kVectors = 4, kColumns = WideBytes::kChannels, kRows = kLanes == 16 ? 5 : 3;
+  static constexpr int kVectors = 4, kColumns = WideBytes::kChannels, kRows = kLanes == 16 ? 6 : 3;
   FASTSCNN_INLINE static int place(int column) { return place_in_block(column); }
   FASTSCNN_INLINE static size_t next(int v, size_t panel) { return v * panel; }
 };

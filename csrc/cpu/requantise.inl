@@ -16,17 +16,31 @@ struct Finish {
   using B = WideBytes;
   using ints = typename B::ints;
   using floats = typename B::floats;
-  const Gemm* b;
+  // Copies: stores of bytes might change what they are copies of, as far as a compiler knows.
+  const float* multipliers;
+  int zero, whole, add_zero;
+  float add_multiplier;
   const element* add;
   size_t ld_add;
   Out* out;
   size_t ld_out;
 
+  Finish(const Gemm& b, const element* add_, size_t ld_add_, Out* out_, size_t ld_out_)
+      : multipliers(b.multiplier),
+        zero(b.zero ? *b.zero : 0),
+        whole(b.n / kByteBlock * kByteBlock),
+        add_zero(ADD ? *b.add_zero : 0),
+        add_multiplier(ADD ? *b.add_multiplier : 0),
+        add(add_),
+        ld_add(ld_add_),
+        out(out_),
+        ld_out(ld_out_) {}
+
   // Sums of NV vectors times their multipliers, plus what is added.
   template <class V, int NV>
   FASTSCNN_INLINE void values(const ints (&sums)[NV], int pixel, int column,
                               floats (&v)[NV]) const {
-    const float* multiplier = b->multiplier + V::place(column);
+    const float* multiplier = multipliers + V::place(column);
 #pragma GCC unroll 4
     for (int i = 0; i < NV; i++)
       v[i] = B::multiply(B::to_floats(sums[i]), B::load_floats(multiplier + V::next(i, kPanel)));
@@ -37,11 +51,11 @@ struct Finish {
         widen<B>(B::load(p), x);
       else
         Tail::widen(p, x);
-      const auto zero = B::fours(*b->add_zero);
-      const auto own = B::all(*b->add_multiplier);
+      const auto nothing = B::fours(add_zero);
+      const auto own = B::all(add_multiplier);
 #pragma GCC unroll 4
       for (int i = 0; i < NV; i++)
-        v[i] = B::add(v[i], B::multiply(B::to_floats(B::subtract(x[i], zero)), own));
+        v[i] = B::add(v[i], B::multiply(B::to_floats(B::subtract(x[i], nothing)), own));
     }
   }
   FASTSCNN_INLINE Out* at(int pixel, int column) const { return out + pixel * ld_out + column; }
@@ -49,9 +63,9 @@ struct Finish {
   // The columns of one pixel.
   FASTSCNN_INLINE void vectors(const ints (&sums)[4], int pixel, int column) const {
     floats v[4];
-    const auto zeros = B::twos(*b->zero);
+    const auto zeros = B::twos(zero);
 #if FASTSCNN_LANES != 16
-    if (column >= b->n / kByteBlock * kByteBlock) {
+    if (column >= whole) {
       values<TailColumns>(sums, pixel, column, v);
       return B::store(at(pixel, column), Tail::in_order(narrow<B>(v, zeros)));
     }
@@ -69,7 +83,7 @@ struct Finish {
     } else {
 #if FASTSCNN_LANES == 16
       values<TailColumns>(sums, pixel, column, v);
-      const auto bytes = Tail::narrow(v, v, B::twos(*b->zero));
+      const auto bytes = Tail::narrow(v, v, B::twos(zero));
       Bytes<8>::store(at(pixel, column), _mm512_castsi512_si256(bytes));
 #endif
     }
@@ -85,7 +99,7 @@ struct Finish {
       floats a[2], c[2];
       values<TailColumns>(first, pixel, column, a);
       values<TailColumns>(second, pixel + 1, column, c);
-      const auto bytes = Tail::narrow(a, c, B::twos(*b->zero));
+      const auto bytes = Tail::narrow(a, c, B::twos(zero));
       Bytes<8>::store(at(pixel, column), _mm512_castsi512_si256(bytes));
       Bytes<8>::store(at(pixel + 1, column), _mm512_extracti64x4_epi64(bytes, 1));
     }
@@ -118,7 +132,7 @@ struct Epilogue {
   template <class Run>
   FASTSCNN_INLINE void apply(Run run) const {
     if constexpr (kBytes)
-      if (add) return run(Finish<Out, true>{b, add, ld_add, out, ld_out});
-    run(Finish<Out, false>{b, nullptr, 0, out, ld_out});
+      if (add) return run(Finish<Out, true>(*b, add, ld_add, out, ld_out));
+    run(Finish<Out, false>(*b, nullptr, 0, out, ld_out));
   }
 };
