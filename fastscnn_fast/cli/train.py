@@ -12,7 +12,6 @@ from typing import Any, get_type_hints
 import torch
 
 from ..data.datasets import load
-from ..data.sources import open_source
 from ..train import Recipe, Trainer
 from ..train.files import BEST, LAST
 from ..train.processes import Processes, processes
@@ -101,9 +100,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
         raise ValueError(f"{args.out}: holds a run already; add --resume, or name another folder")
     if args.resume and not there:
         raise ValueError(f"{args.out}: holds no run ({LAST}) for --resume to go on with")
-    sources = [
-        open_source(args.data, split, args.classes, args.ignore, args.bits) for split in args.splits
-    ]
+    sources = [options.source(args, split) for split in args.splits]
     limits = {"memory": args.memory * 2**30 / 2, "workers": args.workers}
     train, val = (load(source, **limits) for source in sources)
     trainer = Trainer(

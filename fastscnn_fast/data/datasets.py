@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .augmentation import Augmentation
+from .labelmap import DataError
 from .scenery import Scenery
-from .sources import DataError, Example, Source, raise_problems
+from .sources import Example, Source, raise_problems
 
 
 class Examples:

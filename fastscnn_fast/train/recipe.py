@@ -68,7 +68,10 @@ class Recipe:
         0.0, "probability that an example is given the colours of another, or of a street scene"
     )
     weather: float = _choice(0.0, "0 to 1, how often there are shadows, haze, rain, no colours")
-    streets: float = _choice(0.0, "share of procedural street scenes in the batches")
+    streets: float = _choice(
+        0.0,
+        "share of procedural street scenes in the batches, which have CamVid's classes, as DATA must by name",
+    )
     class_weights: float = _choice(
         0.0, "C > 1 weighs a class of frequency f by 1 / log(C + f); 0: all classes alike"
     )

@@ -188,8 +188,8 @@ class Trainer:
         if recipe.streets:
             if tuple(self.train.classes) != CAMVID_CLASSES:
                 raise ValueError(
-                    f"streets need CamVid's {len(CAMVID_CLASSES)} classes, by name (a line each in classes.txt),"
-                    f" got {', '.join(self.train.classes)}"
+                    f"streets need CamVid's {len(CAMVID_CLASSES)} classes, by name and in this order, a line each in"
+                    f" classes.txt: {', '.join(CAMVID_CLASSES)}; got {', '.join(self.train.classes)}"
                 )
             height, width = self.train[0].labels.shape
             scenes = Streets(_STREET_SCENES, size=(height, width), ignore=self.train.ignore)
@@ -444,6 +444,7 @@ class Trainer:
             "examples": len(self.train),
             "validation examples": 0 if self.val is None else len(self.val),
             "steps between validations": self.validate_every,
+            "labelled pixels of each class": self.train.pixels.tolist(),
         }
         values: dict[str, Any] = json.loads(json.dumps(run))
         return values

@@ -147,7 +147,8 @@ def test_lossy_labels_are_refused_by_name(folder: Path) -> None:
         (
             "e.webp",
             {"lossless": True},
-            "labels must be 8-bit class ids in one channel, got an image of mode RGB",
+            "labels must be 8-bit class ids in one channel, got an image of mode RGB"
+            " (--label-map says what other values mean)",
         ),
         ("f.png", {}, "got JPEG"),  # whatever its ending says
     ):
