@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     model = load_checkpoint(args.weights).float().to(device)
-    examples = load(options.source(args, args.split), memory=_MEMORY, workers=2)
+    examples = load(
+        options.source(args, args.split, model.config.in_channels), memory=_MEMORY, workers=2
+    )
     if len(examples.classes) != model.config.num_classes:
         raise ValueError(
             f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "

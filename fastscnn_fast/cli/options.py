@@ -119,11 +119,11 @@ def add_data(command: Parser) -> None:
     add_bits(command)
 
 
-def source(args: argparse.Namespace, split: str) -> Source:
-    """The labelled pictures of a split, as the options of :func:`add_data` say."""
+def source(args: argparse.Namespace, split: str, channels: int) -> Source:
+    """The labelled pictures of a split, of so many channels, as the options of :func:`add_data` say."""
     return open_source(
         *(args.data, split, args.classes, args.ignore, args.bits),
-        *(args.label_map, args.label_suffix),
+        *(args.label_map, args.label_suffix, channels),
     )
 
 

@@ -32,7 +32,7 @@ _CITYSCAPES_LAST = 33
 
 
 class Example(NamedTuple):
-    """A picture, uint8 (H, W, 3), and its labels, uint8 (H, W)."""
+    """A picture, uint8 (H, W, C), and its labels, uint8 (H, W)."""
 
     picture: Pixels
     labels: Pixels
@@ -43,6 +43,7 @@ class Source(Protocol):
 
     classes: tuple[str, ...]
     ignore: int
+    channels: int
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
@@ -59,13 +60,14 @@ class Files:
         ignore: int = IGNORE,
         table: Table | None = None,
         bits: int | None = None,
+        channels: int = 3,
     ) -> None:
         """``table`` says what the values of the label files mean; by default they are the labels.
 
-        ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`.
+        ``bits`` and ``channels`` are those of :func:`~fastscnn_fast.data.pictures.read_picture`.
         """
         self.pairs, self.classes, self.ignore, self.table = list(pairs), classes, ignore, table
-        self.bits = bits
+        self.bits, self.channels = bits, channels
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -75,7 +77,7 @@ class Files:
 
     def read(self, index: int) -> Example:
         picture, labels = self.pairs[index]
-        pixels = _read_upright(picture, self.bits)
+        pixels = _read_upright(picture, self.bits, self.channels)
         ids = _read_labels(labels, self.table)
         if ids.shape != pixels.shape[:2]:
             raise ValueError(
@@ -90,6 +92,7 @@ class Streets:
     """``count`` procedural street scenes with CamVid's classes, drawn from ``seed`` on."""
 
     classes: tuple[str, ...] = CAMVID_CLASSES
+    channels = 3
 
     def __init__(
         self,
@@ -112,8 +115,8 @@ class Streets:
         return Example(picture, labels)
 
 
-def _read_upright(path: Path, bits: int | None) -> Pixels:
-    pixels = read_picture(path, bits=bits)
+def _read_upright(path: Path, bits: int | None, channels: int) -> Pixels:
+    pixels = read_picture(path, channels, bits)
     with Image.open(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1)
     if turned != 1:  # its labels have no such tag
@@ -177,6 +180,7 @@ def open_source(
     bits: int | None = None,
     label_map: str | os.PathLike[str] | Mapping[Any, Any] | None = None,
     label_suffix: str = "",
+    channels: int = 3,
 ) -> Source:
     """The examples of one split of a data set.
 
@@ -189,6 +193,8 @@ def open_source(
     ``label_map`` says what the values of label files mean, :meth:`LabelMap.of <fastscnn_fast.data.labelmap.LabelMap.of>`;
     without ``classes.txt`` the names in it are the classes. ``label_suffix`` is what the names of label files have
     after their pictures': "_mask" for ``0_mask.png`` beside ``0.jpg``; files without it are left alone.
+
+    ``channels`` is what pictures are read to: 1 for grey, 2 with alpha, 3 for RGB, 4 for RGBA.
 
     The latter two have their own classes, ignored ids, labels and names: ``num_classes`` and ``ignore``,
     ``label_map`` and ``label_suffix`` must be left out.
@@ -212,12 +218,16 @@ def open_source(
             raise DataError(f"streets must be followed by a number above 0, got {str(root)!r}")
         if split not in _STREETS_OF:
             raise DataError(f"split of streets must be train or val, got {split!r}")
+        if channels != 3:
+            raise DataError(
+                f"--in-channels must be 3 for streets, which are drawn in RGB, got {channels}"
+            )
         first, usual = _STREETS_OF[split]
         return Streets(int(count or usual), first)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     if own:
-        return _cityscapes(root, split, bits)
+        return _cityscapes(root, split, bits, channels)
     table = None if label_map is None else LabelMap.of(label_map)
     classes = _classes(root, num_classes, table)
     ignore = IGNORE if ignore is None else ignore
@@ -230,7 +240,7 @@ def open_source(
         _by_name(folder / "labels", _ending(label_suffix)),
     )
     meaning = None if table is None else table.table(classes, ignore)
-    return Files(_paired(folder, pictures, labels), classes, ignore, meaning, bits)
+    return Files(_paired(folder, pictures, labels), classes, ignore, meaning, bits, channels)
 
 
 def _classes(root: Path, num_classes: int | None, table: LabelMap | None) -> tuple[str, ...]:
@@ -318,7 +328,7 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise DataError("\n".join([*problems[:_SHOWN], *tail]))
 
 
-def _cityscapes(root: Path, split: str, bits: int | None) -> Files:
+def _cityscapes(root: Path, split: str, bits: int | None, channels: int) -> Files:
     means: dict[int, Any] = dict.fromkeys((*range(_CITYSCAPES_LAST + 1), 255), IGNORED)
     means |= {value: k for k, value in enumerate(_CITYSCAPES_IDS)}
     lines = [(f"id {value}", f"{value} {label}") for value, label in means.items()]
@@ -326,4 +336,4 @@ def _cityscapes(root: Path, split: str, bits: int | None) -> Files:
     pictures = _by_name(root / "leftImg8bit" / split, "_leftImg8bit")
     labels = _by_name(root / "gtFine" / split, "_gtFine_labelIds")
     pairs = _paired(root / "leftImg8bit" / split, pictures, labels)
-    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table, bits)
+    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table, bits, channels)
