@@ -77,8 +77,12 @@ __device__ __forceinline__ T rounded(float v) {
   }
 }
 
-__device__ __forceinline__ void copy_16(void* to, const void* from) {
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+// As elements of their own type: of a local array that is read as another, a compiler need not have
+// written what it holds.
+template <class T>
+__device__ __forceinline__ void copy_16(T* to, const T* from) {
+  using V = Vector<T, kPerVector<T>>;
+  *reinterpret_cast<V*>(to) = *reinterpret_cast<const V*>(from);
 }
 
 __device__ __forceinline__ float2 multiply_add(float2 a, float2 b, float2 c) {

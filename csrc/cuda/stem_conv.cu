@@ -144,7 +144,7 @@ __device__ __forceinline__ void join_terms(T* left, const T* halo) {
     }
   }
 #pragma unroll
-  for (int v = 0; v < kChunk / kPerVector<T>; ++v) copy_16(left + v * kPerVector<T>, &terms[v]);
+  for (int v = 0; v < kChunk / kPerVector<T>; ++v) copy_16(left + v * kPerVector<T>, terms[v].v);
 }
 
 // x (channels, H, W) -> 32 channels of out (H', W', out_channels), a tile of image block / (tiles

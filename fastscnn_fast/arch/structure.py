@@ -96,11 +96,9 @@ def check(model: PlainFastSCNN) -> None:
     for name in OF_NETWORK:
         if getattr(getattr(model, name), "__func__", None) is not getattr(PlainFastSCNN, name):
             raise Unfusable(f"method {name} of {type(model).__name__} was replaced")
+    if (other := changed(model, model.config)) is not None:
+        raise Unfusable(f"submodule {other} was replaced or changed")
     modules = submodules(model)
-    want, got = _structure(model.config), _describe(modules)
-    for name in {**want, **got}:
-        if want.get(name) != got.get(name):
-            raise Unfusable(f"submodule {name} was replaced or changed")
     for name, module in modules:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unfusable(f"submodule {name} has a forward hook")
@@ -116,6 +114,12 @@ def check(model: PlainFastSCNN) -> None:
         raise Unfusable(f"a parameter or buffer is of type {odd.pop().__name__}")
     if len({(t.device, t.dtype) for t in tensors if t.is_floating_point()}) > 1:
         raise Unfusable("parameters and buffers are of several devices or dtypes")
+
+
+def changed(model: PlainFastSCNN, config: Config) -> str | None:
+    """The first submodule that is not of the kind, the settings (whatever eps) and the shapes of ``config``, if any."""
+    want, got = _structure(config), _describe(submodules(model))
+    return next((name for name in {**want, **got} if want.get(name) != got.get(name)), None)
 
 
 def unsound(name: str, tensor: Tensor) -> str | None:

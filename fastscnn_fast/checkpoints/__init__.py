@@ -14,7 +14,8 @@ from .files import (
     save_checkpoint,
 )
 from .layouts import LAYOUTS, layout_names, to_layout
-from .recognise import CheckpointError, from_state_dict
+from .recognise import from_state_dict
+from .wrappers import CheckpointError
 
 __all__ = [
     "CAMVID11",

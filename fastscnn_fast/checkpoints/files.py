@@ -11,8 +11,7 @@ import pickletools
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -26,7 +25,15 @@ from ..runtime.forked import serial
 from ..runtime.model import FastSCNN
 from ..writing import write_whole
 from .layouts import tensors_of
-from .recognise import DTYPES, CheckpointError, config_of, from_own, from_state_dict, tensors_in
+from .recognise import (
+    DTYPES,
+    config_followed,
+    config_of,
+    recognise,
+    recognise_own,
+    tensors_in,
+)
+from .wrappers import CheckpointError, Place, places
 
 MAX_BYTES = 1 << 30
 """Files larger than this are refused unread; a Fast-SCNN takes 5 MB, with its optimizer 10 to 20."""
@@ -63,9 +70,16 @@ def load_checkpoint(
     """A ready :class:`FastSCNN`, on the CPU and in eval mode, from a file of any known implementation.
 
     ``.safetensors`` files are read as such, anything else as a file of ``torch.save``. Layout, preset,
-    class count, input channels, widths and auxiliary heads are recognised; wrappers (``module.``,
-    ``state_dict``, ``model``, ...) and missing ``num_batches_tracked`` do not matter. Files of
-    :func:`save_checkpoint` come back as they were saved.
+    class count, input channels, widths and auxiliary heads are recognised. Containers (``state_dict``, ``ema``,
+    ...), prefixes (``module.``, ``model.``, ...) and missing ``num_batches_tracked`` do not matter; tensors that
+    are not the network's (``n_averaged``, a criterion's) are ignored, which is logged. Of several networks an
+    average of weights is taken, else that under the most usual name. Files of :func:`save_checkpoint` come
+    back as they were saved.
+
+    ``load_checkpoint(path, num_classes=5)`` is a start for fine-tuning: where the file has other classes, the
+    last convolutions, the auxiliary heads' too, are new, with random weights. ``in_channels=1`` (to 4) adapts the
+    first convolution: its sum over the channels for one, else the file's channels in turn, scaled by the ratio
+    of the numbers; ``mean`` and ``std`` are theirs, unless given. Both are logged as warnings.
 
     Args:
         path: by default the weights that come with the package.
@@ -76,8 +90,9 @@ def load_checkpoint(
         overrides: any other field of :class:`Config` that differs from the preset.
 
     Raises:
-        CheckpointError: a truncated, empty, huge, foreign or malicious file, or one whose weights hold NaN,
-            infinity or a negative variance. Nothing in it is executed.
+        CheckpointError: a truncated, empty, huge, foreign or malicious file, one whose weights hold NaN,
+            infinity or a negative variance, or one of several networks that nothing tells apart. Nothing in
+            it is executed.
         OSError: the file cannot be opened.
     """
     source = str(path)
@@ -85,12 +100,17 @@ def load_checkpoint(
         overrides["mean"] = tuple(mean)
     if std is not None:
         overrides["std"] = tuple(std)
-    state, config = read(path)
+    likely, config, dtype = _opened(path)
     if config is None:
-        return from_state_dict(state, preset, source, **overrides)
-    if preset is not None:
+        found = recognise(likely, preset, source, **overrides)
+    elif preset is not None:
         raise CheckpointError(f"{source}: carries its own config: preset must be left out")
-    model = from_own(state, config_of(source, replace, config, **overrides), source)
+    else:
+        found = recognise_own(likely[0], config, source, **overrides)
+    found.place.values = _converted(found.place.values, dtype)
+    model = found.model()
+    if config is None or model.config.num_classes != config.num_classes:
+        return model
     details = read_details(path)
     try:
         for name in ("classes", "palette"):
@@ -109,6 +129,9 @@ def save_checkpoint(
 ) -> None:
     """Writes weights, config (mean, std and size too) and names of classes to a ``.safetensors`` file, whole or not at all.
 
+    Of a model whose last or first convolution was replaced by one of other classes or channels, or any
+    by narrower ones, the config that is written has the numbers that it has now.
+
     Args:
         details: values for JSON that :func:`read_details` gives back: scores and so on. With them are the
             model's ``classes`` and ``palette`` where they are known; "classes" and "palette" here replace them.
@@ -117,23 +140,35 @@ def save_checkpoint(
 
     Raises:
         ValueError: another ending, by which :func:`load_checkpoint` would not know the file; weights that
-            are too large for ``stored_as``.
+            are too large for ``stored_as``; a model of which a submodule was replaced by what a config does not
+            describe, which would come back as another.
         OSError: the file cannot be written; what was there before still is.
     """
     from safetensors.torch import save
 
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
+    config = config_followed(model)
     tensors = {name: tensor.contiguous() for name, tensor in tensors_of(model).items()}
-    metadata = {_METADATA: json.dumps(model.config.to_dict())}
+    metadata = {_METADATA: json.dumps(config.to_dict())}
     if stored_as is not None:
         metadata[_DTYPE] = str(model.classifier.conv.weight.dtype).removeprefix("torch.")
         tensors = {name: _stored(name, t, stored_as) for name, t in tensors.items()}
-    if model.named and "classes" not in (details or {}):
+    if model.named and "classes" not in (details or {}) and _fits(model, config):
         details = {"classes": model.classes, "palette": model.palette, **(details or {})}
     if details is not None:
         metadata[_DETAILS] = json.dumps(details)
     write_whole(path, save(tensors, metadata))
+
+
+def _fits(model: FastSCNN, config: Config) -> bool:
+    """Whether the model's names are of as many classes as it has now."""
+    if len(model.classes) != config.num_classes:
+        registry.logger.warning(
+            "model.classes names %d classes and is not saved: the model has %d now",
+            *(len(model.classes), config.num_classes),
+        )
+    return len(model.classes) == config.num_classes
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,54 +192,71 @@ def read_details(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     if Path(path).suffix != ".safetensors":
         return {}
+    _check_size(Path(path))
     try:
         with safe_open(path, framework="pt") as file:
             details = json.loads((file.metadata() or {}).get(_DETAILS, "{}"))
-    except OSError:
-        raise
     except Exception as error:  # a broken file can make the parsers raise anything
         raise CheckpointError(
             f"{path}: is damaged: {str(error) or type(error).__name__}"
         ) from error
-    return details if isinstance(details, dict) else {}
+    if not isinstance(details, dict):
+        raise CheckpointError(
+            f"{path}: is damaged: its details must be a JSON object, got a {type(details).__name__}"
+        )
+    return details
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config | None]:
-    """The tensors of a checkpoint file, without wrappers, and the config if :func:`save_checkpoint` wrote it.
+    """The tensors of the network in a checkpoint file by their layout's names, without containers and prefixes,
+    and the config if :func:`save_checkpoint` wrote it.
 
     Raises:
         CheckpointError: not a file of tensors that can be read without executing anything.
         OSError: the file cannot be opened.
     """
-    path, source = Path(path), str(path)
-    size = path.stat().st_size
-    if not path.is_file():
-        raise CheckpointError(f"{source}: is not a regular file")
-    if size == 0:
-        raise CheckpointError(f"{source}: is empty")
-    if size > MAX_BYTES:
-        raise CheckpointError(
-            f"{source}: has {size} bytes, more than a checkpoint may ({MAX_BYTES})"
-        )
-    path.open("rb").close()
+    likely, config, dtype = _opened(path)
+    return _converted(tensors_in(likely, str(path)), dtype), config
+
+
+def _opened(path: str | os.PathLike[str]) -> tuple[list[Place], Config | None, torch.dtype | None]:
+    """Where a network may be in a file, the config if it is ours, which has one such place, and the dtype
+    that its floats are to have; raises as :func:`read`."""
+    path = Path(path)
+    size = _check_size(path)
     try:
-        reader = _safetensors if path.suffix == ".safetensors" else _torch
-        state, config, dtype = reader(path, size)
+        state, config, dtype = (
+            _safetensors(path) if path.suffix == ".safetensors" else _torch(path, size)
+        )
     except CheckpointError:
         raise
     except Exception as error:  # a broken file can make the parsers raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{source}: is damaged or no checkpoint: {reason}") from error
-    tensors = tensors_in(state, source)
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if claimed > size:
-        raise CheckpointError(f"{source}: its tensors claim {claimed} bytes, the file has {size}")
-    if dtype is not None:
-        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
-    return tensors, config
+        raise CheckpointError(f"{path}: is damaged or no checkpoint: {reason}") from error
+    return places(state, str(path), size), config, dtype
 
 
-def _safetensors(path: Path, size: int) -> tuple[Any, Config | None, torch.dtype | None]:
+def _check_size(path: Path) -> int:
+    """The bytes of a file that can be opened and may be a checkpoint."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not a regular file")
+    if size == 0:
+        raise CheckpointError(f"{path}: is empty")
+    if size > MAX_BYTES:
+        raise CheckpointError(f"{path}: has {size} bytes, more than a checkpoint may ({MAX_BYTES})")
+    path.open("rb").close()
+    return size
+
+
+def _converted(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """``tensors``, their floats of ``dtype`` if given."""
+    if dtype is None:
+        return tensors
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+
+
+def _safetensors(path: Path) -> tuple[Any, Config | None, torch.dtype | None]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -212,7 +264,10 @@ def _safetensors(path: Path, size: int) -> tuple[Any, Config | None, torch.dtype
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if _METADATA not in metadata:
         return state, None, None
-    config = config_of(f"{path}: in its config", Config.from_dict, json.loads(metadata[_METADATA]))
+    values = json.loads(metadata[_METADATA])
+    if not isinstance(values, dict):
+        raise ValueError(f"its config must be a JSON object, got a {type(values).__name__}")
+    config = config_of(f"{path}: in its config", Config.from_dict, values)
     if _DTYPE not in metadata:
         return state, config, None
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -246,15 +301,32 @@ def _zip_globals(file: BinaryIO, size: int) -> set[str]:
     """Names that the pickles of a torch.save file look up; torch.save never compresses."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
+        if (program := _program([entry.filename for entry in entries])) is not None:
+            raise ValueError(program)
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > size:
             raise ValueError("a compressed or self-overlapping archive")
-        if any(entry.filename.endswith("constants.pkl") for entry in entries):
-            raise ValueError("a TorchScript program, not a state_dict")
         pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
         if any(entry.file_size > MAX_PICKLE for entry in pickles):
             raise ValueError(_TOO_MUCH)
         return {name for entry in pickles for name in _globals(archive.read(entry))}
+
+
+def _program(names: Sequence[str]) -> str | None:
+    """What an archive of these entries is called that holds code beside tensors, and how to get at these."""
+    if any(name.endswith("constants.pkl") for name in names):
+        return (
+            "a TorchScript program, not a state_dict; save that with"
+            " torch.save(torch.jit.load(path).state_dict(), new)"
+        )
+    if any(
+        name.endswith(("models/model.json", "serialized_exported_program.json")) for name in names
+    ):
+        return (
+            "a program of torch.export, not a state_dict; save that with"
+            " torch.save(torch.export.load(path).state_dict, new)"
+        )
+    return None
 
 
 def _pickle_globals(file: BinaryIO) -> set[str]:

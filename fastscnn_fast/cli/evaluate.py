@@ -12,7 +12,6 @@ from ..backends import registry
 from ..checkpoints import load_checkpoint
 from ..data.classes import numbered
 from ..data.datasets import load
-from ..data.sources import open_source
 from ..train.evaluate import compare, labeller, save_csv, save_picture
 from ..writing import folder
 from . import options
@@ -58,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     model = load_checkpoint(args.weights).float().to(device)
-    source = open_source(args.data, args.split, args.classes, args.ignore, args.bits)
-    examples = load(source, memory=_MEMORY, workers=2)
+    examples = load(
+        options.source(args, args.split, model.config.in_channels), memory=_MEMORY, workers=2
+    )
     if len(examples.classes) != model.config.num_classes:
         raise ValueError(
             f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "

@@ -11,6 +11,7 @@ import torch
 from ..arch.config import PRESETS, SMALLEST_SIDE
 from ..backends import registry
 from ..checkpoints import CAMVID11
+from ..data.sources import Source, open_source
 from ..program.arithmetic import ARITHMETICS, PRECISIONS
 
 #: A parser, or a group of its options.
@@ -102,7 +103,28 @@ def add_data(command: Parser) -> None:
     command.add_argument(
         "--ignore", type=int, metavar="ID", help="label id that counts as no class (255)"
     )
+    command.add_argument(
+        "--label-map",
+        type=Path,
+        metavar="FILE",
+        help="what the values of label files mean, a line each: an id, a colour (R G B or #RRGGBB) or * for all others,"
+        " then a class's id or name or 'ignore', as in '255 1', '0 ignore', '128 64 128 road'",
+    )
+    command.add_argument(
+        "--label-suffix",
+        default="",
+        metavar="TEXT",
+        help="what label files' names have after their pictures', as in _mask for 0_mask.png beside 0.jpg",
+    )
     add_bits(command)
+
+
+def source(args: argparse.Namespace, split: str, channels: int) -> Source:
+    """The labelled pictures of a split, of so many channels, as the options of :func:`add_data` say."""
+    return open_source(
+        *(args.data, split, args.classes, args.ignore, args.bits),
+        *(args.label_map, args.label_suffix, channels),
+    )
 
 
 def device(name: str) -> torch.device:

@@ -12,9 +12,8 @@ from typing import Any, get_type_hints
 import torch
 
 from ..data.datasets import load
-from ..data.sources import open_source
 from ..train import Recipe, Trainer
-from ..train.files import BEST, LAST
+from ..train.files import BEST, LAST, read_last
 from ..train.processes import Processes, processes
 from ..writing import claimed
 from . import options
@@ -27,6 +26,7 @@ _WRITTEN: dict[Any, dict[str, Any]] = {
     float | None: {"type": float},
     str: {},
     str | None: {"metavar": "F"},
+    float | tuple[float, ...]: {"type": float, "nargs": "+", "metavar": "X"},
     tuple[float, float]: {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")},
     tuple[int, int] | None: {"type": options.size, "metavar": "HxW"},
 }
@@ -42,7 +42,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_data(command)
     command.add_argument("-o", "--out", type=Path, required=True, help="the run's folder")
     command.add_argument(
-        "--resume", action="store_true", help="go on with the run in OUT, with the same options"
+        "--resume",
+        action="store_true",
+        help="go on with the run in OUT by its own recipe; --epochs N goes on beyond its end",
     )
     command.add_argument(
         "--splits",
@@ -50,6 +52,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
         default=("train", "val"),
         metavar=("TRAIN", "VAL"),
         help="parts of DATA to learn from and to choose by (train val)",
+    )
+    command.add_argument(
+        "--in-channels",
+        type=int,
+        choices=range(1, 5),
+        default=3,
+        metavar="N",
+        help="channels that pictures are read to: 1 grey, 2 with alpha, 3 RGB, 4 RGBA (%(default)s)",
     )
     command.add_argument(
         "--validations",
@@ -73,21 +83,43 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="of each process, to keep examples in (%(default)s)",
     )
+    command.set_defaults(given=())
     recipe = command.add_argument_group("recipe")
     types = get_type_hints(Recipe)
     for field in fields(Recipe):
         among = field.metadata["among"]
+        written = {"action": argparse._StoreAction} | _WRITTEN[types[field.name]]
         recipe.add_argument(
             "--" + field.name.replace("_", "-"),
             default=field.default,
             help=field.metadata["meaning"] + ("" if field.default is None else " (%(default)s)"),
-            **_WRITTEN[types[field.name]],
+            **(written | {"action": _noted(written["action"])}),
             **({"choices": among} if among else {}),
         )
 
 
+def _noted(kind: type[argparse.Action]) -> type[argparse.Action]:
+    """An action of that kind which also adds its option to ``given``, those that were not left out."""
+
+    class Noted(kind):  # type: ignore[valid-type, misc]
+        def __call__(self, parser: Any, namespace: argparse.Namespace, *value: Any) -> None:
+            super().__call__(parser, namespace, *value)
+            namespace.given = (*namespace.given, self.dest)
+
+    return Noted
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """By the options; where a run goes on, those that are left out are as they were."""
+    values = {option.name: getattr(args, option.name) for option in fields(Recipe)}
+    if args.resume and (args.out / LAST).exists():
+        before = read_last(args.out)["run"]
+        values |= {k: v for k, v in before.items() if k in values and k not in args.given}
+    return Recipe(**values)
+
+
 def run(args: argparse.Namespace) -> int:
-    recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
+    recipe = _recipe(args)
     device = options.device(args.device)
     if args.out.exists() and not (args.out.is_dir() and os.access(args.out, os.W_OK)):
         raise ValueError(f"--out must be a folder that can be written to, got {args.out}")
@@ -101,9 +133,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
         raise ValueError(f"{args.out}: holds a run already; add --resume, or name another folder")
     if args.resume and not there:
         raise ValueError(f"{args.out}: holds no run ({LAST}) for --resume to go on with")
-    sources = [
-        open_source(args.data, split, args.classes, args.ignore, args.bits) for split in args.splits
-    ]
+    sources = [options.source(args, split, args.in_channels) for split in args.splits]
     limits = {"memory": args.memory * 2**30 / 2, "workers": args.workers}
     train, val = (load(source, **limits) for source in sources)
     trainer = Trainer(

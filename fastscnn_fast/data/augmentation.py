@@ -49,7 +49,7 @@ class Augmentation:
         )
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """One view; picture (*crop, 3) and labels of :meth:`label_size`."""
+        """One view; picture (*crop, C) and labels of :meth:`label_size`."""
         height, width = example.labels.shape
         out = self.label_size(height, width)
         scale = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
@@ -59,25 +59,40 @@ class Augmentation:
         # Read from the picture the whole pixels under the box, change them, then resize.
         inside = [(max(0.0, a), min(float(n), b)) for (a, b), n in zip(boxes, (height, width))]
         rows, columns = (slice(math.floor(a), math.ceil(b)) for a, b in inside)
-        picture = recoloured(example.picture[rows, columns], self.colour, self.photo, rng)
+        images = recoloured(example.picture[rows, columns], self.colour, self.photo, rng)
         labels = Image.fromarray(example.labels[rows, columns])
         part = tuple((a - s.start, b - s.start) for (a, b), s in zip(inside, (rows, columns)))
-        mean = tuple(int(v) for v in example.picture[::16, ::16].mean((0, 1)))
-        view = _resized(picture, part, boxes, inside, self.crop, Image.Resampling.BILINEAR, mean)
+        means = _channels(example.picture[::16, ::16].mean((0, 1)).astype(int).tolist())
+        views = [
+            _resized(image, part, boxes, inside, self.crop, Image.Resampling.BILINEAR, mean)
+            for image, mean in zip(images, means)
+        ]
         truth = _resized(labels, part, boxes, inside, out, Image.Resampling.NEAREST, self.ignore)
         if mirrored:
-            view, truth = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (view, truth))
-        return Example(np.asarray(view), np.asarray(truth))
+            *views, truth = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (*views, truth))
+        view = [np.asarray(image).reshape(*self.crop, -1) for image in views]
+        return Example(view[0] if len(view) == 1 else np.concatenate(view, 2), np.asarray(truth))
+
+
+def _channels(values: Sequence[int]) -> list[tuple[int, ...] | int]:
+    """A value for each channel, as images of grey or colours and of alpha have them."""
+    colours = len(values) - 1 + len(values) % 2
+    first = values[0] if colours == 1 else tuple(values[:3])
+    return [first, *values[colours:]]
 
 
 def recoloured(
     pixels: Pixels, colour: float, photo: float, rng: np.random.Generator
-) -> Image.Image:
-    """Pixels (H, W, 3) in other colours, of the strengths that :class:`Augmentation` describes."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
+) -> list[Image.Image]:
+    """Pixels (H, W, C) in other colours, of the strengths that :class:`Augmentation` describes: an image in grey
+    or RGB and, where there is an alpha channel, that as it was."""
+    *_, count = pixels.shape
+    grey = count < 3
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels[..., :3]))
+    alpha = [] if count % 2 else [Image.fromarray(np.ascontiguousarray(pixels[..., -1]))]
     c, p = colour, photo
     if not (c or p):
-        return image
+        return [image, *alpha]
 
     def spread(strength: float, size: int | None = None) -> NDArray[np.float64]:
         return np.asarray(rng.uniform(-strength, strength, size))
@@ -88,14 +103,15 @@ def recoloured(
     cast = np.exp(spread(0.15 * p, 3))
     levels = (np.arange(256) / 255) ** gamma
     levels = ((levels - 0.5) * contrast + 0.5) * brightness
-    table = np.clip(255 * cast[:, None] * levels, 0, 255)
+    table = np.clip(255 * (np.ones((1, 1)) if grey else cast[:, None]) * levels, 0, 255)
     image = image.point(np.rint(table).astype(int).ravel().tolist())
-    image = image.convert("RGB", _colour_matrix(float(saturation), float(hue)))
+    if not grey:
+        image = image.convert("RGB", _colour_matrix(float(saturation), float(hue)))
     if rng.random() < 0.3 * p:
         image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 1.5)))
     if rng.random() < 0.5 * p:
         image = _noisy(image, rng)
-    return image
+    return [image, *alpha]
 
 
 def _span(rng: np.random.Generator, length: int, wanted: float) -> tuple[float, float]:

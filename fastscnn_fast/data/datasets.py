@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .augmentation import Augmentation
+from .labelmap import DataError
 from .scenery import Scenery
-from .sources import DataError, Example, Source, raise_problems
+from .sources import Example, Source, raise_problems
 
 
 class Examples:
@@ -24,6 +25,7 @@ class Examples:
     Attributes:
         pixels: labelled pixels per class, (K,) int64.
         ignored: pixels that belong to no class.
+        channels: of the pictures.
         sizes: (height, width) of each example.
 
     Raises:
@@ -39,6 +41,7 @@ class Examples:
     ) -> None:
         """Keeps at most ``memory`` bytes; ``progress(iterator, total)`` may show how far it is."""
         self.source, self.classes, self.ignore = source, source.classes, source.ignore
+        self.channels = source.channels
         self._kept: list[Example | None] = [None] * len(source)
         self.sizes: list[tuple[int, int]] = []
         counts, problems, left = np.zeros(256, np.int64), [], memory
@@ -121,7 +124,7 @@ def load(source: Source, memory: float = math.inf, workers: int = 1) -> Examples
 
 
 class Batch(NamedTuple):
-    """Pictures, uint8 (N, 3, H, W) in channels-last memory, and labels, uint8 (N, h, w)."""
+    """Pictures, uint8 (N, C, H, W) in channels-last memory, and labels, uint8 (N, h, w)."""
 
     pictures: Tensor
     labels: Tensor

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from .classes import CAMVID_CLASSES, CAMVID_IGNORE, CITYSCAPES_CLASSES, numbered
+from .labelmap import IGNORED, DataError, LabelMap, Table
 from .pictures import PICTURE_SUFFIXES, load_whole, read_picture
 from .scenes import street
 
@@ -30,12 +31,8 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
 _CITYSCAPES_LAST = 33
 
 
-class DataError(ValueError):
-    """What is wrong with a data set, one line per file."""
-
-
 class Example(NamedTuple):
-    """A picture, uint8 (H, W, 3), and its labels, uint8 (H, W)."""
+    """A picture, uint8 (H, W, C), and its labels, uint8 (H, W)."""
 
     picture: Pixels
     labels: Pixels
@@ -46,6 +43,7 @@ class Source(Protocol):
 
     classes: tuple[str, ...]
     ignore: int
+    channels: int
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
@@ -60,15 +58,16 @@ class Files:
         pairs: Sequence[tuple[Path, Path]],
         classes: tuple[str, ...],
         ignore: int = IGNORE,
-        table: Pixels | None = None,
+        table: Table | None = None,
         bits: int | None = None,
+        channels: int = 3,
     ) -> None:
-        """``table`` (256,) replaces the labels in the files; what it maps to no class is ``ignore``.
+        """``table`` says what the values of the label files mean; by default they are the labels.
 
-        ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`.
+        ``bits`` and ``channels`` are those of :func:`~fastscnn_fast.data.pictures.read_picture`.
         """
         self.pairs, self.classes, self.ignore, self.table = list(pairs), classes, ignore, table
-        self.bits = bits
+        self.bits, self.channels = bits, channels
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -78,16 +77,13 @@ class Files:
 
     def read(self, index: int) -> Example:
         picture, labels = self.pairs[index]
-        pixels = _read_upright(picture, self.bits)
-        ids = _read_labels(labels)
+        pixels = _read_upright(picture, self.bits, self.channels)
+        ids = _read_labels(labels, self.table)
         if ids.shape != pixels.shape[:2]:
             raise ValueError(
                 f"{labels}: is {ids.shape[0]}x{ids.shape[1]}, its picture {picture} is "
                 f"{pixels.shape[0]}x{pixels.shape[1]}"
             )
-        if self.table is not None:
-            _check_ids(ids, range(_CITYSCAPES_LAST + 1), IGNORE, str(labels))
-            ids = self.table[ids]
         _check_ids(ids, range(len(self.classes)), self.ignore, str(labels))
         return Example(pixels, ids)
 
@@ -96,6 +92,7 @@ class Streets:
     """``count`` procedural street scenes with CamVid's classes, drawn from ``seed`` on."""
 
     classes: tuple[str, ...] = CAMVID_CLASSES
+    channels = 3
 
     def __init__(
         self,
@@ -118,8 +115,8 @@ class Streets:
         return Example(picture, labels)
 
 
-def _read_upright(path: Path, bits: int | None) -> Pixels:
-    pixels = read_picture(path, bits=bits)
+def _read_upright(path: Path, bits: int | None, channels: int) -> Pixels:
+    pixels = read_picture(path, channels, bits)
     with Image.open(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1)
     if turned != 1:  # its labels have no such tag
@@ -128,7 +125,9 @@ def _read_upright(path: Path, bits: int | None) -> Pixels:
     return pixels
 
 
-def _read_labels(path: Path) -> Pixels:
+def _read_labels(path: Path, table: Table | None) -> Pixels:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file")
     try:
         with Image.open(path) as image:
             lossy = _lossy(path, image)
@@ -139,12 +138,13 @@ def _read_labels(path: Path) -> Pixels:
     if lossy is not None:  # ids come back as other ids, some of them ids of classes
         raise ValueError(f"{path}: labels must be stored without loss, as in PNG, got {lossy}")
     rule = "labels must be 8-bit class ids in one channel"
-    if image.mode not in ("L", "P"):
-        raise ValueError(f"{path}: {rule}, got an image of mode {image.mode}")
+    if table is None and image.mode not in ("L", "P"):
+        hint = "--label-map says what other values mean"
+        raise ValueError(f"{path}: {rule}, got an image of mode {image.mode} ({hint})")
     packed = [mode for mode in raw if str(mode).startswith("L;")]
-    if packed:  # Pillow spreads fewer bits over 0 to 255
+    if packed and not (table and table.colours):  # Pillow spreads fewer bits over 0 to 255
         raise ValueError(f"{path}: {rule}, got an image of raw mode {packed[0]}")
-    return np.array(image)
+    return np.array(image) if table is None else table(image, str(path))
 
 
 def _lossy(path: Path, image: Image.Image) -> str | None:
@@ -178,6 +178,9 @@ def open_source(
     num_classes: int | None = None,
     ignore: int | None = None,
     bits: int | None = None,
+    label_map: str | os.PathLike[str] | Mapping[Any, Any] | None = None,
+    label_suffix: str = "",
+    channels: int = 3,
 ) -> Source:
     """The examples of one split of a data set.
 
@@ -187,7 +190,14 @@ def open_source(
 
     ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`, for pictures stored in more than 8.
 
-    The latter two have their own classes and ignored ids: ``num_classes`` and ``ignore`` must be None.
+    ``label_map`` says what the values of label files mean, :meth:`LabelMap.of <fastscnn_fast.data.labelmap.LabelMap.of>`;
+    without ``classes.txt`` the names in it are the classes. ``label_suffix`` is what the names of label files have
+    after their pictures': "_mask" for ``0_mask.png`` beside ``0.jpg``; files without it are left alone.
+
+    ``channels`` is what pictures are read to: 1 for grey, 2 with alpha, 3 for RGB, 4 for RGBA.
+
+    The latter two have their own classes, ignored ids, labels and names: ``num_classes`` and ``ignore``,
+    ``label_map`` and ``label_suffix`` must be left out.
 
     Raises:
         DataError: no such folder, an empty one, pictures without labels or the reverse, a wrong argument.
@@ -195,7 +205,12 @@ def open_source(
     kind, _, count = os.fspath(root).partition(":")
     root = Path(root)
     own = kind == STREETS or (root / "leftImg8bit").is_dir()
-    for name, value in (("--classes", num_classes), ("--ignore", ignore)):
+    for name, value in (
+        ("--classes", num_classes),
+        ("--ignore", ignore),
+        ("--label-map", label_map),
+        ("--label-suffix", label_suffix or None),
+    ):
         if own and value is not None:
             raise DataError(f"{name} must be left out: {root} has its own, got {value}")
     if kind == STREETS:
@@ -203,34 +218,53 @@ def open_source(
             raise DataError(f"streets must be followed by a number above 0, got {str(root)!r}")
         if split not in _STREETS_OF:
             raise DataError(f"split of streets must be train or val, got {split!r}")
+        if channels != 3:
+            raise DataError(
+                f"--in-channels must be 3 for streets, which are drawn in RGB, got {channels}"
+            )
         first, usual = _STREETS_OF[split]
         return Streets(int(count or usual), first)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     if own:
-        return _cityscapes(root, split, bits)
-    return _folder(root, split, num_classes, IGNORE if ignore is None else ignore, bits)
+        return _cityscapes(root, split, bits, channels)
+    table = None if label_map is None else LabelMap.of(label_map)
+    classes = _classes(root, num_classes, table)
+    ignore = IGNORE if ignore is None else ignore
+    if not len(classes) <= ignore <= 255:
+        rule = f"--ignore must be {len(classes)} to 255, beyond the classes"
+        raise DataError(f"{rule} (--label-map may ignore others), got {ignore}")
+    folder = root / split
+    pictures, labels = (
+        _by_name(folder / "images"),
+        _by_name(folder / "labels", _ending(label_suffix)),
+    )
+    meaning = None if table is None else table.table(classes, ignore)
+    return Files(_paired(folder, pictures, labels), classes, ignore, meaning, bits, channels)
 
 
-def _folder(
-    root: Path, split: str, num_classes: int | None, ignore: int, bits: int | None
-) -> Files:
+def _classes(root: Path, num_classes: int | None, table: LabelMap | None) -> tuple[str, ...]:
+    """The names in ``classes.txt``, else those in the label map, else numbers."""
     names = root / "classes.txt"
     if names.is_file():
-        classes = _read_names(names)
-        if num_classes not in (None, len(classes)):
-            raise DataError(f"{names}: names {len(classes)} classes, --classes says {num_classes}")
+        classes, where = _read_names(names), str(names)
+    elif table is not None and table.names:
+        classes, where = table.names, table.name
     elif num_classes is not None:
-        classes = numbered(num_classes)
+        classes, where = numbered(num_classes), "--classes"
     else:
         raise DataError(f"{names}: missing; name the classes there, one a line, or give --classes")
+    if num_classes not in (None, len(classes)):
+        raise DataError(f"{where}: names {len(classes)} classes, --classes says {num_classes}")
     if not 1 <= len(classes) <= 255:
         raise DataError(f"{root}: must have 1 to 255 classes, got {len(classes)}")
-    if not len(classes) <= ignore <= 255:
-        raise DataError(f"--ignore must be {len(classes)} to 255, beyond the classes, got {ignore}")
-    folder = root / split
-    pictures, labels = _by_name(folder / "images"), _by_name(folder / "labels")
-    return Files(_paired(folder, pictures, labels), classes, ignore, bits=bits)
+    return classes
+
+
+def _ending(suffix: str) -> str:
+    """A label suffix without a picture's ending, which does not matter."""
+    name, dot, kind = suffix.rpartition(".")
+    return name if dot and f".{kind.lower()}" in PICTURE_SUFFIXES else suffix
 
 
 def _read_names(path: Path) -> tuple[str, ...]:
@@ -252,7 +286,7 @@ def _by_name(folder: Path, ending: str = "") -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (is the split called otherwise?)")
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_below(folder, ())):
         name = str(path.relative_to(folder).with_suffix(""))
         known = path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
         if known and name.endswith(ending):
@@ -261,6 +295,18 @@ def _by_name(folder: Path, ending: str = "") -> dict[str, Path]:
                 raise DataError(f"{path}: has the same name as {found[name]}")
             found[name] = path
     return found
+
+
+def _below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """What is below a folder, also behind links; ``above`` are the real paths of the folders around it."""
+    here = os.path.realpath(folder)
+    if here in above:
+        raise DataError(f"{folder}: is a link in a circle, to {here}")
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _below(path, (*above, here))
+        else:
+            yield path
 
 
 def _paired(
@@ -282,10 +328,12 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise DataError("\n".join([*problems[:_SHOWN], *tail]))
 
 
-def _cityscapes(root: Path, split: str, bits: int | None) -> Files:
-    table = np.full(256, IGNORE, np.uint8)
-    table[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
+def _cityscapes(root: Path, split: str, bits: int | None, channels: int) -> Files:
+    means: dict[int, Any] = dict.fromkeys((*range(_CITYSCAPES_LAST + 1), 255), IGNORED)
+    means |= {value: k for k, value in enumerate(_CITYSCAPES_IDS)}
+    lines = [(f"id {value}", f"{value} {label}") for value, label in means.items()]
+    table = LabelMap(lines, "Cityscapes' label ids").table(CITYSCAPES_CLASSES, IGNORE)
     pictures = _by_name(root / "leftImg8bit" / split, "_leftImg8bit")
     labels = _by_name(root / "gtFine" / split, "_gtFine_labelIds")
     pairs = _paired(root / "leftImg8bit" / split, pictures, labels)
-    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table, bits)
+    return Files(pairs, CITYSCAPES_CLASSES, IGNORE, table, bits, channels)

@@ -40,26 +40,39 @@ def write_last(state: dict[str, Any], folder: Path) -> None:
     write_whole(folder / LAST, content.getbuffer())
 
 
-def read_last(folder: Path, run: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What :func:`write_last` wrote, whose "run" must be the given one.
+def read_last(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What :func:`write_last` wrote.
 
     Raises:
-        ValueError: it is damaged, or of another run.
+        ValueError: it is damaged.
         OSError: it is not there.
     """
     path = folder / LAST
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state["run"], dict):
+            raise TypeError(f"run must be a dictionary, got {state['run']!r}")
     except OSError:
         raise
     except Exception as error:  # torch raises nearly anything on a damaged file
-        raise ValueError(f"{path}: is damaged: {str(error).splitlines()[0]}") from error
-    for name, value in state["run"].items():
-        if run.get(name) != value:
-            raise ValueError(
-                f"{name} must be {value!r} to go on with {path}, got {run.get(name)!r}"
-            )
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: is damaged: {reason}") from error
     return state
+
+
+def check_run(state: dict[str, Any], run: dict[str, Any], folder: Path) -> None:
+    """What must be the same to go on; another number of epochs comes with validations at other steps.
+
+    Raises:
+        ValueError: it is the state of another run.
+    """
+    longer = run["epochs"] != state["run"]["epochs"]
+    free = ("epochs", "steps between validations") if longer else ()
+    for name, value in state["run"].items():
+        if name not in free and run.get(name) != value:
+            raise ValueError(
+                f"{name} must be {value!r} to go on with {folder / LAST}, got {run.get(name)!r}"
+            )
 
 
 def _curves(history: list[dict[str, float]]) -> bytes:

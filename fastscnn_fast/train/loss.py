@@ -182,6 +182,13 @@ def _evaluate(
     return torch.tensor(total, dtype=torch.float32)
 
 
+def in_chunks(logits: Tensor, labels: Tensor) -> list[slice]:
+    """The pictures of a batch, as many at a time as full-size logits may be held of."""
+    most = _CHUNK if logits.device.type == "cpu" else _GPU_CHUNK
+    size = max(1, most // (logits.shape[1] * labels.shape[1] * labels.shape[2]))
+    return [slice(first, first + size) for first in range(0, len(labels), size)]
+
+
 def _plain(
     logits: Tensor,
     labels: Tensor,
@@ -192,11 +199,8 @@ def _plain(
 ) -> Tensor:
     """Plain torch, a few pictures at a time."""
     size, k = labels.shape[1:], logits.shape[1]
-    most = _CHUNK if logits.device.type == "cpu" else _GPU_CHUNK
-    chunk = max(1, most // (k * size[0] * size[1]))
     table, parts = targets.table[:, :k], []
-    for first in range(0, len(labels), chunk):
-        here = slice(first, first + chunk)
+    for here in in_chunks(logits, labels):
         small, index = logits[here].float(), labels[here].int()
         z = F.interpolate(small, size, mode="bilinear", align_corners=align_corners)
         lse = z.logsumexp(1)

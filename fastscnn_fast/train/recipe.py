@@ -68,9 +68,19 @@ class Recipe:
         0.0, "probability that an example is given the colours of another, or of a street scene"
     )
     weather: float = _choice(0.0, "0 to 1, how often there are shadows, haze, rain, no colours")
-    streets: float = _choice(0.0, "share of procedural street scenes in the batches")
-    class_weights: float = _choice(
-        0.0, "C > 1 weighs a class of frequency f by 1 / log(C + f); 0: all classes alike"
+    streets: float = _choice(
+        0.0,
+        "share of procedural street scenes in the batches, which have CamVid's classes, as DATA must by name",
+    )
+    class_weights: float | tuple[float, ...] = _choice(
+        0.0,
+        "one number C > 1: a class of frequency f weighs 1 / log(C + f); 0: all classes alike; or a weight for each"
+        " class, in their order",
+    )
+    dice: float = _choice(
+        0.0,
+        "weight, beside the cross-entropy, of 1 - the mean of the Dice scores of the classes in what is computed at"
+        " a time; 0: none",
     )
     ohem: float = _choice(
         0.0, "online hard example mining: the hardest share of pixels to keep in any case; 0: off"
@@ -88,12 +98,16 @@ class Recipe:
     seed: int = _choice(0, "of initial weights, order, augmentation and dropout")
 
     def __post_init__(self) -> None:
-        for name in ("size", "crop", "scale"):
+        for name in ("size", "crop", "scale", "class_weights"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+        weights = self.class_weights
+        if isinstance(weights, tuple) and len(weights) == 1:
+            object.__setattr__(self, "class_weights", weights[0])
         for option in fields(self):
             value = getattr(self, option.name)
-            if isinstance(value, float) and not math.isfinite(value):
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
                 raise ValueError(f"{option.name} must be finite, got {value}")
         rules = {
             "epochs": (self.epochs > 0, "must be positive"),
@@ -112,10 +126,8 @@ class Recipe:
             "style": (0 <= self.style <= 1, "must be 0 to 1"),
             "weather": (0 <= self.weather <= 1, "must be 0 to 1"),
             "streets": (0 <= self.streets <= 1, "must be 0 to 1"),
-            "class_weights": (
-                self.class_weights == 0 or self.class_weights > 1,
-                "must be 0 or above 1",
-            ),
+            "class_weights": _rule_of_weights(self.class_weights),
+            "dice": (self.dice >= 0, "must be at least 0"),
             "ohem": (0 <= self.ohem <= 1, "must be 0 to 1"),
             "smoothing": (0 <= self.smoothing < 1, "must be at least 0 and below 1"),
             "ema": (0 <= self.ema < 1, "must be at least 0 and below 1"),
@@ -123,6 +135,14 @@ class Recipe:
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise ValueError(f"{name} {rule}, got {getattr(self, name)}")
+
+
+def _rule_of_weights(weights: float | tuple[float, ...]) -> tuple[bool, str]:
+    """Whether they keep it, and the rule."""
+    if isinstance(weights, tuple):
+        good = min(weights, default=-1) >= 0 and max(weights) > 0
+        return good, "must be one number, or at least 0 for each class and above 0 for one"
+    return weights == 0 or weights > 1, "must be 0 or above 1, or a weight for each class"
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.datasets import Examples
 from ..runtime.model import FastSCNN
+from .dice import upsampled_dice
 from .loss import Targets, hard_examples, upsampled_cross_entropy
 from .ops import low_logits, normalised
 from .recipe import Recipe
@@ -21,7 +22,8 @@ class Objective(nn.Module):
     """(pictures, labels, denominator) -> (loss, the small logits).
 
     The loss is the mean over the pixels of all processes; torch averages gradients over processes, so each
-    process's sum is divided by its share of ``denominator``, the sum of all pixels' weights.
+    process's sum is divided by its share of ``denominator``, the sum of all pixels' weights. The Dice loss is
+    the mean over what each process computes at a time.
     """
 
     def __init__(self, model: FastSCNN, targets: Targets, recipe: Recipe, world: int) -> None:
@@ -44,6 +46,9 @@ class Objective(nn.Module):
             total = upsampled_cross_entropy(z, hard, self.targets, align_corners)
             weight = self.recipe.aux_weight if index else 1.0
             loss = loss + weight * self.world * total / divisor.clamp(min=1e-12).float()
+            if self.recipe.dice:
+                dice = upsampled_dice(z, labels, self.targets, align_corners)
+                loss = loss + weight * self.recipe.dice * dice / self.recipe.accumulate
         return loss, logits[0].detach()
 
 
@@ -58,11 +63,23 @@ def parameter_groups(model: FastSCNN, weight_decay: float) -> list[dict[str, Any
 
 
 def class_weights(recipe: Recipe, examples: Examples) -> list[float] | None:
-    """1 / log(C + f) of each class's frequency f, scaled so that the mean over pixels is 1."""
-    if not recipe.class_weights:
+    """The recipe's weights of classes; of one number C, 1 / log(C + f) of each class's frequency f, scaled so
+    that the mean over pixels is 1.
+
+    Raises:
+        ValueError: there are not as many weights as classes.
+    """
+    given = recipe.class_weights
+    if isinstance(given, tuple):
+        if len(given) != len(examples.pixels):
+            raise ValueError(
+                f"class_weights must be one number, or one for each class ({len(examples.pixels)}), got {len(given)}"
+            )
+        return list(given)
+    if not given:
         return None
     f = examples.pixels / examples.pixels.sum()
-    weights = 1 / np.log(recipe.class_weights + f)
+    weights = 1 / np.log(given + f)
     return [float(w) for w in weights / (weights * f).sum()]
 
 

@@ -44,20 +44,18 @@ _RARE_BELOW = 0.03  # share of all labelled pixels
 
 
 def start_from(path: str, config: Config) -> FastSCNN:
-    """The network of ``config`` but with the widths and the weights of a checkpoint, where they have its shapes.
+    """The network of ``config`` but with the widths, the normalisation and the weights of a checkpoint.
+
+    Of other classes or input channels :func:`load_checkpoint` makes what fits; auxiliary heads that the
+    checkpoint lacks are random.
 
     Raises:
-        ValueError: another architecture or normalisation, apart from widths, classes, heads, dropout and size.
+        ValueError: another architecture, apart from widths, heads, dropout and size.
     """
-    start = load_checkpoint(path)
-    config = replace(config, **{name: getattr(start.config, name) for name in WIDTHS})
-    theirs = replace(
-        start.config,
-        num_classes=config.num_classes,
-        aux=config.aux,
-        dropout=config.dropout,
-        size=config.size,
-    )
+    start = load_checkpoint(path, num_classes=config.num_classes, in_channels=config.in_channels)
+    kept = (*WIDTHS, "mean", "std")
+    config = replace(config, **{name: getattr(start.config, name) for name in kept})
+    theirs = replace(start.config, aux=config.aux, dropout=config.dropout, size=config.size)
     if theirs != config:
         names = (
             f.name for f in fields(config) if getattr(config, f.name) != getattr(theirs, f.name)
@@ -70,6 +68,20 @@ def start_from(path: str, config: Config) -> FastSCNN:
     state = {k: v for k, v in start.state_dict().items() if k in own and v.shape == own[k].shape}
     model.load_state_dict(own | state)
     return model
+
+
+def _check_channels(recipe: Recipe, train: Examples, val: Examples | None) -> None:
+    """ValueError where pictures are not alike, or where what is done to them is done in colours that they lack."""
+    if val is not None and val.channels != train.channels:
+        raise ValueError(
+            f"val must have pictures of {train.channels} channels like train, got {val.channels}"
+        )
+    for name in ("paste", "mix", "style", "weather", "streets"):
+        if train.channels != 3 and getattr(recipe, name):
+            raise ValueError(
+                f"{name} must be 0 for pictures of {train.channels} channels (it is done in RGB), got"
+                f" {getattr(recipe, name)}"
+            )
 
 
 def _check_classes(recipe: Recipe, train: Examples, val: Examples | None, warn: bool) -> None:
@@ -129,6 +141,7 @@ class Trainer:
         self.group = Processes() if group is None else group
         self.recipe = recipe = replace(recipe, dtype=_resolved(recipe.dtype, self.device))
         self.train, self.val = train, val
+        _check_channels(recipe, train, val)
         _check_classes(recipe, train, val, self.group.rank == 0)
         share = recipe.batch // self.group.world
         if recipe.batch % self.group.world or share % recipe.accumulate:
@@ -145,6 +158,7 @@ class Trainer:
         config = config_preset(
             recipe.preset,
             num_classes=num_classes,
+            in_channels=train.channels,
             aux=recipe.aux_weight > 0 and bool(PRESETS[recipe.preset].aux_taps),
             size=recipe.size,
         )
@@ -188,8 +202,8 @@ class Trainer:
         if recipe.streets:
             if tuple(self.train.classes) != CAMVID_CLASSES:
                 raise ValueError(
-                    f"streets need CamVid's {len(CAMVID_CLASSES)} classes, by name (a line each in classes.txt),"
-                    f" got {', '.join(self.train.classes)}"
+                    f"streets need CamVid's {len(CAMVID_CLASSES)} classes, by name and in this order, a line each in"
+                    f" classes.txt: {', '.join(CAMVID_CLASSES)}; got {', '.join(self.train.classes)}"
                 )
             height, width = self.train[0].labels.shape
             scenes = Streets(_STREET_SCENES, size=(height, width), ignore=self.train.ignore)
@@ -441,21 +455,33 @@ class Trainer:
             "processes": self.group.world,
             "classes": self.train.classes,
             "ignore": self.train.ignore,
+            "channels": self.train.channels,
             "examples": len(self.train),
             "validation examples": 0 if self.val is None else len(self.val),
             "steps between validations": self.validate_every,
+            "labelled pixels of each class": self.train.pixels.tolist(),
         }
         values: dict[str, Any] = json.loads(json.dumps(run))
         return values
 
     def resume(self) -> None:
-        """Goes on from ``last.pt``.
+        """Goes on from ``last.pt``, also to more epochs than its run was to have.
+
+        The learning rate then is that of the longer run from where it is.
 
         Raises:
-            ValueError: it is damaged, or belongs to another recipe, other data or another number of processes.
+            ValueError: it is damaged, belongs to another recipe, other data or another number of processes, or
+                has as many epochs behind it.
             OSError: it is not there.
         """
-        state = files.read_last(self.out, self._run(), self.device)
+        state = files.read_last(self.out, self.device)
+        run = self._run()
+        files.check_run(state, run, self.out)
+        if run["epochs"] != state["run"]["epochs"] and self.steps <= state["step"]:
+            done = state["step"] / self.epoch_steps
+            raise ValueError(
+                f"epochs must be above {done:g}, which {self.out / files.LAST} has behind it, got {run['epochs']:g}"
+            )
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -249,7 +249,7 @@ def test_overrides_and_normalisation(tmp_path: Path) -> None:
     assert model.config.mean == (0.1, 0.2, 0.3)
     assert model.config.std == (0.4, 0.5, 0.6)
     assert model.config.bottleneck_activation == "relu6"
-    for wrong in ({"mean": (0.5,)}, {"colour": 1}, {"aux": True}, {"num_classes": 4}):
+    for wrong in ({"mean": (0.5,)}, {"colour": 1}, {"aux": True}, {"num_classes": 0}):
         with pytest.raises(CheckpointError, match=r"weights\.pth: "):
             load_checkpoint(path, **wrong)
     with pytest.raises(CheckpointError, match="no 'global' auxiliary head"):

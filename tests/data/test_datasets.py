@@ -147,7 +147,8 @@ def test_lossy_labels_are_refused_by_name(folder: Path) -> None:
         (
             "e.webp",
             {"lossless": True},
-            "labels must be 8-bit class ids in one channel, got an image of mode RGB",
+            "labels must be 8-bit class ids in one channel, got an image of mode RGB"
+            " (--label-map says what other values mean)",
         ),
         ("f.png", {}, "got JPEG"),  # whatever its ending says
     ):
@@ -358,6 +359,31 @@ def test_colours_change_pictures_only(seed: int) -> None:
         assert np.array_equal(views[1].picture, views[2].picture)
         changed += not np.array_equal(views[0].picture, views[1].picture)
     assert changed == 20
+
+
+@pytest.mark.parametrize("size", [None, (96, 144)])
+def test_channels_are_viewed_alike(size: tuple[int, int] | None, seed: int) -> None:
+    """Each by itself, alpha too, which keeps its values and does not weigh the others."""
+    rng = np.random.default_rng(seed)
+    picture, labels = street(3, 60, 80)
+    alpha = rng.integers(0, 256, (60, 80, 1), np.uint8)
+
+    def view(pixels: Pixels, colour: float) -> Example:
+        augmentation = Augmentation((64, 96), size, colour=colour, photo=colour)
+        return augmentation(Example(pixels, labels), np.random.default_rng((seed, 1)))
+
+    rgb, rgba = (view(np.dstack(p), 0.3) for p in ((picture,), (picture, alpha)))
+    assert rgba.picture.shape == (64, 96, 4) and np.array_equal(rgba.picture[..., :3], rgb.picture)
+    plain = [view(picture[..., k : k + 1], 0).picture for k in range(3)]
+    plain.append(view(alpha, 0).picture)
+    assert plain[0].shape == (64, 96, 1)
+    assert np.array_equal(np.dstack(plain), view(np.dstack((picture, alpha)), 0).picture)
+    two = np.dstack((picture[..., :1], alpha))
+    assert np.array_equal(view(two, 0).picture, np.dstack((plain[0], plain[3])))
+    grey, lively = view(two, 0.3), view(two[..., :1], 0.3)
+    assert np.array_equal(grey.labels, rgb.labels)
+    assert np.array_equal(grey.picture[..., :1], lively.picture)
+    assert not np.array_equal(lively.picture, plain[0])
 
 
 # --- batches ---------------------------------------------------------------------------------------------

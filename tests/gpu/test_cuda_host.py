@@ -200,6 +200,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ),
     ("a write past the end", r"p >= pixels\b", "p > pixels", (NUMBERS, LABELS, WRITTEN)),
     ("labels past the edge", r"if \(column < width\) to", "to", (LABELS, WRITTEN)),
+    ("a local that is not written", r"(terms\[.*\])\{\}", r"\1", (NUMBERS,)),
 )
 
 

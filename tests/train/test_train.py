@@ -28,7 +28,9 @@ from fastscnn_fast.data.datasets import Batch, Examples
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.data.sources import Streets, open_source
 from fastscnn_fast.train import files, trainer as train
+from fastscnn_fast.train.dice import upsampled_dice
 from fastscnn_fast.train.evaluate import labeller, score
+from fastscnn_fast.train.ops import low_logits, normalised
 from fastscnn_fast.train.recipe import Recipe, learning_rate
 from fastscnn_fast.train.step import class_weights, parameter_groups, update_average
 from fastscnn_fast.train.trainer import Trainer
@@ -129,6 +131,20 @@ def test_class_weights(streets: Examples) -> None:
     assert weights[rare] / weights[common] == pytest.approx(ratio)
 
 
+def test_class_weights_by_value(streets: Examples, tmp_path: Path) -> None:
+    values = tuple(float(k) for k in range(11))
+    assert class_weights(Recipe(class_weights=values), streets) == list(values)
+    assert class_weights(Recipe(class_weights=[1.5]), streets) == class_weights(
+        Recipe(class_weights=1.5), streets
+    )
+    trainer = Trainer(dataclasses.replace(SMALL, class_weights=values), streets, None, tmp_path)
+    assert trainer.targets.weight[:11].tolist() == list(values)
+    with pytest.raises(
+        ValueError, match=r"class_weights must be one number, or one for each class \(11\), got 2"
+    ):
+        Trainer(dataclasses.replace(SMALL, class_weights=(1.0, 2.0)), streets, None, tmp_path)
+
+
 def test_moving_average() -> None:
     model, average = FastSCNN(3), FastSCNN(3)
     expected = average.state_dict()["classifier.conv.weight"].clone()
@@ -147,6 +163,11 @@ def test_moving_average() -> None:
         ("lr", -1.0),
         ("scale", (2.0, 0.5)),
         ("class_weights", 0.5),
+        ("class_weights", (1.0, -1.0)),
+        ("class_weights", (0.0, 0.0)),
+        ("class_weights", (1.0, float("nan"))),
+        ("class_weights", ()),
+        ("dice", -1.0),
         ("ema", 1.0),
         ("smoothing", 1.0),
         ("colour", 1.0),
@@ -297,6 +318,107 @@ def test_resume_refuses_another_recipe(streets: Examples, tmp_path: Path) -> Non
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"last\.pt: is damaged"):
         Trainer(recipe, streets, None, tmp_path).resume()
+
+
+def test_on_beyond_the_end(streets: Examples, tmp_path: Path) -> None:
+    """As a run of that many epochs from there: the learning rate is the longer run's."""
+    recipe = dataclasses.replace(SMALL, epochs=1, ema=0)
+    Trainer(recipe, streets, None, tmp_path).run()
+    longer = Trainer(dataclasses.replace(recipe, epochs=3), streets, None, tmp_path)
+    longer.resume()
+    assert (longer.step, longer.steps) == (2, 6) and longer.run() == 0
+    assert [(row["step"], row["lr"]) for row in longer.history] == [
+        (2, pytest.approx(learning_rate(recipe, 1, 2))),
+        (4, pytest.approx(learning_rate(recipe, 3, 6))),
+        (6, pytest.approx(learning_rate(recipe, 5, 6))),
+    ]
+    same = Trainer(dataclasses.replace(recipe, epochs=3), streets, None, tmp_path)
+    same.resume()
+    assert same.step == same.steps == 6 and same.run() == 0
+    for epochs in (2, 2.9):
+        less = Trainer(dataclasses.replace(recipe, epochs=epochs), streets, None, tmp_path)
+        with pytest.raises(ValueError, match=rf"epochs must be above 3, which .*, got {epochs}"):
+            less.resume()
+    other = Trainer(dataclasses.replace(recipe, epochs=9, lr=0.1), streets, None, tmp_path)
+    with pytest.raises(ValueError, match=r"lr must be 0\.045 to go on with"):
+        other.resume()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_other_channels(channels: int, folder: Path, tmp_path: Path) -> None:
+    """From files to weights, and on from these."""
+    examples = Examples(open_source(folder, "train", 11, channels=channels))
+    picture = Image.open(folder / "train" / "images" / "0.png")
+    mode = {1: "L", 2: "LA", 4: "RGBA"}[channels]
+    assert np.array_equal(
+        examples[0].picture, np.asarray(picture.convert(mode)).reshape(72, 96, channels)
+    )
+    recipe = dataclasses.replace(SMALL, epochs=0.5, paste=0, mix=0, style=0, weather=0)
+    trainer = Trainer(recipe, examples, examples, tmp_path)
+    batch = next(trainer.batches.steps(0, 1))
+    assert batch.pictures.shape == (4, channels, 64, 64)
+    assert trainer.run() == 0
+    model = load_checkpoint(tmp_path / "best.safetensors")
+    assert (model.config.in_channels, model.config.mean) == (channels, (0.5,) * channels)
+    assert score(labeller(model, "auto", torch.float32), examples).miou == pytest.approx(
+        trainer.best
+    )
+    for name in ("paste", "mix", "style", "weather", "streets"):
+        with pytest.raises(
+            ValueError, match=f"{name} must be 0 for pictures of {channels} channels"
+        ):
+            Trainer(dataclasses.replace(recipe, **{name: 0.5}), examples, None, tmp_path)
+    with pytest.raises(
+        ValueError, match=f"val must have pictures of {channels} channels like train"
+    ):
+        Trainer(recipe, examples, Examples(Streets(1, 0, (72, 96))), tmp_path)
+
+
+def test_other_channels_on_the_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = [str(folder), "--classes", "11"], tmp_path / "grey"
+    options = ["-o", str(out), "--in-channels", "1", "--batch", "8", "--epochs", "1"]
+    assert main(["train", *data, *options, "--crop", "64x64", "--dtype", "float32"]) == 0
+    weights = ["--weights", str(out / "best.safetensors"), "--dtype", "float32"]
+    capsys.readouterr()
+    assert main(["evaluate", *data, *weights]) == 0
+    miou = read_details(out / "best.safetensors")["miou"]
+    assert f"plain torch, float32        {miou:.5f}" in capsys.readouterr().out
+    streets = ["train", "streets:2", "-o", str(tmp_path / "no"), "--in-channels", "1"]
+    assert main(streets) == 2
+    assert "--in-channels must be 3 for streets" in capsys.readouterr().err
+
+
+def test_starts_from_weights_of_other_channels(folder: Path, tmp_path: Path) -> None:
+    given = randomise(FastSCNN(11, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4)))
+    assert isinstance(given, FastSCNN)
+    save_checkpoint(given, tmp_path / "rgb.safetensors")
+    examples = Examples(open_source(folder, "train", 11, channels=1))
+    recipe = Recipe(weights=str(tmp_path / "rgb.safetensors"), crop=(64, 64), dtype="float32")
+    model = Trainer(recipe, examples, None, tmp_path / "run").model
+    stem = given.learning_to_downsample.stem.conv.weight
+    assert torch.equal(model.learning_to_downsample.stem.conv.weight, stem.sum(1, keepdim=True))
+    assert model.config.mean == pytest.approx((0.2,)) and model.config.std == pytest.approx((0.3,))
+
+
+def test_dice_is_part_of_the_loss(streets: Examples, tmp_path: Path) -> None:
+    """Of every head, and in whatever parts a batch is computed."""
+    step = {}
+    for weight in (0.0, 0.5):
+        recipe = Recipe(batch=4, crop=(64, 64), dtype="float32", dice=weight, dropout=0)
+        trainer = Trainer(recipe, streets, None, tmp_path)
+        pictures, labels = next(trainer.batches.steps(0, 1))
+        denominator = trainer.targets.denominator(labels)
+        step[weight], _ = trainer.objective(pictures, labels, denominator)
+        with torch.no_grad():
+            heads = low_logits(trainer.model, normalised(pictures, trainer.model.config))
+    dice = [upsampled_dice(z, labels, trainer.targets) for z in heads]
+    assert len(dice) == 3
+    expected = 0.5 * (dice[0] + 0.4 * (dice[1] + dice[2]))
+    assert (step[0.5] - step[0.0]).item() == pytest.approx(expected.item(), rel=1e-3)
+    halves = dataclasses.replace(trainer.recipe, accumulate=2, epochs=1)
+    assert Trainer(halves, streets, None, tmp_path / "halves").run() == 0
 
 
 def test_starts_from_weights(streets: Examples, tmp_path: Path) -> None:
@@ -486,6 +608,16 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(arguments) == 2
     assert "holds a run already; add --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
+    short = [*arguments[:4], "--classes", "11", "--resume"]  # the recipe is the run's own
+    assert main(short) == 0
+    capsys.readouterr()
+    assert main([*short, "--lr", "0.1"]) == 2
+    assert "lr must be 0.045 to go on with" in capsys.readouterr().err
+    assert main([*short, "--epochs", "1000", "--no-flip"]) == 2
+    assert "flip must be True to go on with" in capsys.readouterr().err
+    assert main([*short, "--epochs", "3"]) == 0
+    assert "crops 64x64" in (text := capsys.readouterr().out) and "step 4 of 6" in text
+    details = read_details(out / "best.safetensors")
     for where, message in (
         (folder / "classes.txt", "--out must be a folder that can be written to"),
         (tmp_path / "none", "holds no run (last.pt) for --resume"),

@@ -22,6 +22,7 @@ namespace {
 
 constexpr unsigned kLanes = 32;
 constexpr size_t kStack = 128 * 1024;
+constexpr size_t kLocals = 4 * 1024;     // bytes of a stack that a kernel's locals take at most
 constexpr size_t kGuard = 1024;          // bytes before and after shared memory
 constexpr unsigned char kPoison = 0xff;  // NaN in every type
 
@@ -125,6 +126,7 @@ void begin(Fiber& fiber) {
   fiber.state = State::ready;
   fiber.open.clear();
   fiber.groups.clear();
+  std::fill_n(stack_of(fiber) + kStack - kLocals, kLocals, kPoison);
   getcontext(&fiber.first);
   fiber.first.uc_stack.ss_sp = stack_of(fiber);
   fiber.first.uc_stack.ss_size = kStack;

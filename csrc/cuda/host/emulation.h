@@ -1,10 +1,10 @@
 // Runs kernels on the host: one fiber a CUDA thread, a block's fibers on one thread of the
 // processor.
 //
-// What a GPU would forgive by chance fails here: shared memory is poisoned with NaN and lies
-// between guard zones, asynchronous copies arrive as late or as early as they may, warps run in an
-// order of one's choice, and a barrier or a collective of the warp that not all threads reach is an
-// error. See README.md.
+// What a GPU would forgive by chance fails here: shared memory and locals are poisoned with NaN,
+// the former between guard zones, asynchronous copies arrive as late or as early as they may, warps
+// run in an order of one's choice, and a barrier or a collective of the warp that not all threads
+// reach is an error. See README.md.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,0 +1,76 @@
+"""The Dice loss and its gradient against the same in plain torch, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastscnn_fast.train.dice import upsampled_dice
+from fastscnn_fast.train.loss import Targets
+
+SHAPES = ((3, 11, 6, 7, 45, 61), (2, 2, 1, 1, 3, 3), (2, 17, 9, 8, 4, 5), (1, 3, 9, 8, 9, 8))
+
+
+def truth(logits: Tensor, labels: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
+    z = logits.detach().double().requires_grad_()
+    full = F.interpolate(z, labels.shape[1:], mode="bilinear", align_corners=align_corners)
+    known = labels != 255
+    p = full.softmax(1).permute(0, 2, 3, 1)[known]
+    y = F.one_hot(labels[known].long(), logits.shape[1]).double()
+    score = 2 * (p * y).sum(0) / (p.sum(0) + y.sum(0))
+    loss = 1 - score[y.any(0)].mean()
+    loss.backward()
+    assert z.grad is not None
+    return loss.detach(), z.grad
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_torch(
+    shape: tuple[int, ...],
+    align_corners: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    n, k, h, w, height, width = shape
+    logits = (3 * torch.randn(n, k, h, w)).to(dtype)
+    labels = torch.randint(0, max(1, k - 1), (n, height, width), dtype=torch.uint8)
+    labels[torch.rand(labels.shape) < 0.3] = 255
+    labels[0, 0, 0] = 0
+    loss64, gradient64 = truth(logits, labels, align_corners)
+    for chunk in (1, 1 << 22):  # a picture at a time, and all at once
+        monkeypatch.setattr("fastscnn_fast.train.loss._CHUNK", chunk)
+        z = logits.clone().requires_grad_()
+        loss = upsampled_dice(z, labels, Targets(k), align_corners)
+        (3 * loss).backward()
+        assert loss.item() == pytest.approx(loss64.item(), rel=1e-5)
+        assert z.grad is not None and z.grad.dtype == dtype
+        error = (z.grad.double() / 3 - gradient64).norm() / gradient64.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_right_wrong_and_nothing() -> None:
+    labels = torch.tensor([[[0, 1], [2, 255]]], dtype=torch.uint8)
+    sure = 100 * torch.eye(4)[labels.clamp(max=3).long()].permute(0, 3, 1, 2)
+    targets = Targets(4)
+    assert upsampled_dice(sure, labels, targets).item() == pytest.approx(0, abs=1e-6)
+    assert upsampled_dice(-sure, labels, targets).item() > 0.5
+    z = sure.clone().requires_grad_()
+    loss = upsampled_dice(z, torch.full_like(labels, 255), targets)
+    loss.backward()
+    assert loss.item() == 0 and z.grad is not None and not z.grad.any()
+    # An id that is ignored though it is below the number of classes.
+    other = upsampled_dice(sure, torch.where(labels == 255, 3, labels), Targets(4, ignore=3))
+    assert other.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_one_class_is_the_sigmoids() -> None:
+    logits = torch.randn(2, 1, 5, 6)
+    labels = torch.randint(0, 2, (2, 5, 6), dtype=torch.uint8)
+    p, y = logits[:, 0].double().sigmoid(), labels.double()
+    scores = [2 * (q * t).sum() / (q.sum() + t.sum()) for q, t in ((p, y), (1 - p, 1 - y))]
+    loss = upsampled_dice(logits, labels, Targets(1))
+    assert loss.item() == pytest.approx(1 - sum(scores).item() / 2, rel=1e-5)  # type: ignore[union-attr]
