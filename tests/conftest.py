@@ -100,13 +100,14 @@ def seed() -> int:
     return SEED
 
 
-_ALL = Kernels.all()
+_ALL = Kernels.of_floats()
 _FLOAT32 = [kernels for kernels in _ALL if kernels.arithmetic == "float32"]
 _FORCED: dict[str, Sequence[Kernels]] = {
     "isa": _FLOAT32,
     "best_isa": _FLOAT32,
     "kernels": _ALL,
     "best_kernels": _ALL,
+    "int8_isa": [Kernels("int8", isa) for isa in registry.isas("int8")],
 }
 
 
@@ -148,14 +149,21 @@ def best_isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def int8_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that has int8 kernels and runs here, forced in turn."""
+    with _forced(request) as chosen:
+        yield chosen.isa
+
+
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    """Each arithmetic on each instruction set that has kernels for it and runs here, forced in turn."""
+    """Each arithmetic of floats on each instruction set that has kernels for it and runs here, forced in turn."""
     with _forced(request) as chosen:
         yield chosen
 
 
 @pytest.fixture
 def best_kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    """Each arithmetic on its best instruction set; `slow`: on each. For what the ops' own tests show of each."""
+    """Each arithmetic of floats on its best instruction set; `slow`: on each. For what the ops' own tests show of each."""
     with _forced(request) as chosen:
         yield chosen

@@ -8,7 +8,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes of which every pixel of an activation takes a multiple; of one of bytes half of it
+LINE = (
+    64  # bytes of which every pixel of an activation takes a multiple; of one of bytes half of it
+)
 
 
 def pixel_pitch(channels: int, dtype: torch.dtype) -> int:

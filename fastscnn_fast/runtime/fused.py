@@ -59,6 +59,7 @@ class FusedFastSCNN(Named, nn.Module):
         self.backend = backend
         self.dtype = dtype
         self.precision = precision
+        self._pictures = ops.picture_dtypes(dtype)
         program = folded.program.computed_in(choose(backend, dtype, precision))
         self.program = program.text
         tensors = folded.tensors if dtype.is_floating_point else quantise(folded)
@@ -95,8 +96,8 @@ class FusedFastSCNN(Named, nn.Module):
                 "x must not require grad or have a tangent: the fused network has no gradient (use"
                 " torch.no_grad(), or FastSCNN.reference(x) to differentiate)"
             )
-        if x.dtype not in (taken := ops.picture_dtypes(self.dtype)):
-            allowed = " or ".join(map(str, taken))
+        if x.dtype not in self._pictures:
+            allowed = " or ".join(map(str, self._pictures))
             raise TypeError(f"x must be of dtype {allowed}, got {x.dtype}")
         weights = self._buffers["weights"]  # as self.weights, which takes its time
         assert weights is not None

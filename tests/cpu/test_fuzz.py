@@ -32,6 +32,7 @@ from cases import LABEL_ULPS, Case, Size
 from helpers import (
     BOUNDS,
     LAYOUTS,
+    Kernels,
     assert_honest,
     assert_labels,
     honest,
@@ -55,7 +56,7 @@ from fastscnn_fast.runtime.model import FastSCNN
 pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 SEEDS, COUNTS, BATCHES = st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3)
-ARITHMETICS = st.sampled_from([name for name in registry.CPU_ARITHMETICS if registry.isas(name)])
+ARITHMETICS = st.sampled_from(sorted({kernels.arithmetic for kernels in Kernels.of_floats()}))
 
 
 # ---------------------------------------------------------------- layers
