@@ -1,6 +1,7 @@
-// Vectors of bytes and of what int8 computes with them, for 4 * LANES channels: four vectors of LANES int32 hold their
-// sums, in the order in which unpacking takes bytes apart and packing puts them together again (place_in_block in layer.h). The
-// arithmetic is program/integers.py's to the last bit: no fused multiply-adds.
+// Vectors of bytes and of what int8 computes with them, for 4 * LANES channels: four vectors of
+// LANES int32 hold their sums, in the order in which unpacking takes bytes apart and packing puts
+// them together again (place_in_block in layer.h). The arithmetic is program/integers.py's to the
+// last bit: no fused multiply-adds.
 template <int LANES>
 struct Bytes;
 
@@ -147,8 +148,11 @@ struct Bytes<4> {
   FASTSCNN_INLINE static ints twos(int v) { return (ints)(words{} + int16_t(v)); }
   FASTSCNN_INLINE static floats all(float v) { return v - floats{}; }
   FASTSCNN_INLINE static ints multiply_add(ints a, ints b, ints sums) {
-    for (int byte = 0; byte < 4; byte++)
-      sums += ((a >> (8 * byte)) & 0xFF) * ((b << (24 - 8 * byte)) >> 24);
+    // Products of bytes fit 16 bits.
+    const words low = (words)(a & 0x00FF00FF) * (((words)b << 8) >> 8);
+    const words high = (words)((positive_words)a >> 8) * ((words)b >> 8);
+    sums += (((ints)low << 16) >> 16) + ((ints)low >> 16);
+    sums += (((ints)high << 16) >> 16) + ((ints)high >> 16);
     return sums;
   }
   FASTSCNN_INLINE static ints add(ints a, ints b) { return a + b; }
@@ -194,7 +198,9 @@ struct Bytes<4> {
     for (int i = 0; i < 4; i++) v[2 * i] = ((words)a)[4 + i], v[2 * i + 1] = ((words)b)[4 + i];
     return (ints)v;
   }
-  static int16_t saturated16(int32_t v) { return int16_t(v < -32768 ? -32768 : v > 32767 ? 32767 : v); }
+  static int16_t saturated16(int32_t v) {
+    return int16_t(v < -32768 ? -32768 : v > 32767 ? 32767 : v);
+  }
   FASTSCNN_INLINE static ints pack32(ints a, ints b) {
     words v;
     for (int i = 0; i < 4; i++) v[i] = saturated16(a[i]), v[4 + i] = saturated16(b[i]);
@@ -204,7 +210,12 @@ struct Bytes<4> {
     octets v;
     for (int i = 0; i < 8; i++) {
       const int16_t x = ((words)a)[i], y = ((words)b)[i];
-      v[i] = uint8_t(x < 0 ? 0 : x > 255 ? 255 : x), v[8 + i] = uint8_t(y < 0 ? 0 : y > 255 ? 255 : y);
+      v[i] = uint8_t(x < 0     ? 0
+                     : x > 255 ? 255
+                               : x),
+      v[8 + i] = uint8_t(y < 0     ? 0
+                         : y > 255 ? 255
+                                   : y);
     }
     return (ints)v;
   }
@@ -226,7 +237,9 @@ struct Bytes<4> {
     return (ints)v;
   }
   FASTSCNN_INLINE static ints shift_left16(ints v, int by) { return (ints)((words)v << by); }
-  FASTSCNN_INLINE static ints shift_right16(ints v, int by) { return (ints)((positive_words)v >> by); }
+  FASTSCNN_INLINE static ints shift_right16(ints v, int by) {
+    return (ints)((positive_words)v >> by);
+  }
   FASTSCNN_INLINE static ints add16(ints a, ints b) { return (ints)((words)a + (words)b); }
 };
 #endif

@@ -54,7 +54,8 @@ FASTSCNN_INLINE void depthwise_block(const element* const (&rows)[3], int x, siz
     if (!rows[ky]) continue;
     vf w[3][NV][kParts];
 #pragma GCC unroll 3
-    for (int kx = 0; kx < 3; kx++) load_weights(static_cast<const float*>(d.weight) + (ky * 3 + kx) * channels, w[kx]);
+    for (int kx = 0; kx < 3; kx++)
+      load_weights(static_cast<const float*>(d.weight) + (ky * 3 + kx) * channels, w[kx]);
     auto serve = [&](int i, int kx, int v, const vf(&column)[kParts]) {
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; part++)

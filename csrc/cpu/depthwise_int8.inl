@@ -1,6 +1,7 @@
-// Part of a row of a depthwise 3x3 in int8. The bytes of a column of three pixels are put side by side, channel by channel,
-// and one instruction multiplies and adds them; three columns make an output, and wait in registers for the outputs beside
-// it. Outside the image are zeros, the input's zero point.
+// Part of a row of a depthwise 3x3 in int8. The bytes of a column of three pixels are put side by
+// side, channel by channel, and one instruction multiplies and adds them; three columns make an
+// output, and wait in registers for the outputs beside it. Outside the image are zeros, the input's
+// zero point.
 constexpr int kDepthwisePixels = 1;  // nothing is made in blocks
 
 template <class B>
@@ -29,8 +30,8 @@ struct DepthwiseChannels {
             step * steps[0],        step * steps[1],        step * steps[2]};
   }
 
-  // Outputs [begin, end) of the row; out is that of `begin`. What is read in the loops is copied out of
-  // the members, which stores of bytes might change as far as a compiler knows.
+  // Outputs [begin, end) of the row; out is that of `begin`. What is read in the loops is copied
+  // out of the members, which stores of bytes might change as far as a compiler knows.
   template <int STRIDE>
   void run(int begin, int end, int dilation) const {
     const int32_t* const biases = bias;

@@ -350,10 +350,9 @@ Chain chain_of(const Prepared& p) {
     const Arithmetic wanted = op == Op::stem_conv           ? record.stem
                               : op == Op::upsample_classify ? record.upsample
                                                             : p.arithmetic;
-    require(loaded.arithmetic == wanted, "layer " + std::to_string(index) + " must compute in " +
-                                             record_of(wanted).name + " in a network in " +
-                                             record.name + ", got " +
-                                             record_of(loaded.arithmetic).name);
+    require(loaded.arithmetic == wanted,
+            "layer " + std::to_string(index) + " must compute in " + record_of(wanted).name +
+                " in a network in " + record.name + ", got " + record_of(loaded.arithmetic).name);
     return &loaded;
   };
   auto take_dsconv = [&](bool last_1x1) {

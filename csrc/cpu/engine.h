@@ -40,8 +40,8 @@ const TrainingKernels& training_kernels_of(const std::string& isa);
 double multiply_add_roof(const std::string& isa, Arithmetic, int threads, double seconds);
 
 // A layer's or a network's plain weights (each tensor of Layer.weights(), in int8 of
-// quantised_weights(), in program/layers.py in turn, from a multiple of eight bytes on), their packed
-// size, tag included, and their packing. The tag says for which arithmetic.
+// quantised_weights(), in program/layers.py in turn, from a multiple of eight bytes on), their
+// packed size, tag included, and their packing. The tag says for which arithmetic.
 size_t plain_bytes(const Program&, Arithmetic);
 size_t packed_bytes(const Program&, Arithmetic);
 void pack(const Program&, Arithmetic, const void* plain, size_t bytes, void* packed);

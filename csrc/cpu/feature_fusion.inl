@@ -36,9 +36,9 @@ struct FusionRows {
       const Segment branches[2] = {
           {low, size_t(channels), channels, 0},
           {skip + size_t(x.begin) * high_channels, size_t(high_channels), high_channels, channels}};
-      multiply(sum_of(branches, 2, main, clamp_of(layer->activation),
-                      out + size_t(x.begin) * main.n),
-               x.size());
+      multiply(
+          sum_of(branches, 2, main, clamp_of(layer->activation), out + size_t(x.begin) * main.n),
+          x.size());
     };
     if (layer->dense) {
       source.row(y, refined);

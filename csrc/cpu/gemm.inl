@@ -1,7 +1,7 @@
 // The product in registers: inner_product.inl over tiles of pixels and columns.
 
-// A register tile is V::kRows pixels of V's columns, two vectors of floats, up to four of int8: the accumulators,
-// one row of B and one broadcast fill the 32 (AVX-512) or 16 registers.
+// A register tile is V::kRows pixels of V's columns, two vectors of floats, up to four of int8: the
+// accumulators, one row of B and one broadcast fill the 32 (AVX-512) or 16 registers.
 
 template <int MR, class V>
 FASTSCNN_INLINE void accumulate(const Segment& s, size_t row, const unit* b, size_t panel,

@@ -5,7 +5,8 @@ using sum = int32_t;
 typedef int32_t unit __attribute__((may_alias));
 typedef int32_t unit_any __attribute__((may_alias, aligned(1)));
 
-// The vectors of sums of a register tile's columns. Offsets are in places, of which a panel has 16, `panel` apart.
+// The vectors of sums of a register tile's columns. Offsets are in places, of which a panel has 16,
+// `panel` apart.
 template <class B>
 struct IntegerColumns {
   using vsum = typename B::ints;
@@ -26,12 +27,8 @@ struct WideColumns : IntegerColumns<WideBytes> {
 struct TailColumns : IntegerColumns<WideBytes> {
   static constexpr int kVectors = Tail::kVectors, kColumns = Tail::kColumns,
                        kRows = kLanes == 16 ? 14 : 3;
-  FASTSCNN_INLINE static int place(int column) {
-    return column / 32 * 32 + column % 32 / 8 * 4;
-  }
-  FASTSCNN_INLINE static size_t next(int v, size_t panel) {
-    return v % 2 * panel + v / 2 * kLanes;
-  }
+  FASTSCNN_INLINE static int place(int column) { return column / 32 * 32 + column % 32 / 8 * 4; }
+  FASTSCNN_INLINE static size_t next(int v, size_t panel) { return v % 2 * panel + v / 2 * kLanes; }
 };
 // Whose sums become floats.
 struct LogitColumns : IntegerColumns<WideBytes> {

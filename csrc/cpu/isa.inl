@@ -34,8 +34,8 @@ namespace FASTSCNN_ISA {
 #include "simd.inl"
 #include "sample.inl"
 
-// Of what a set adds nothing to, the next lesser one's kernels are as good: instructions for bf16 serve bfloat16
-// alone (and tiles "high"), those for products of bytes int8 alone.
+// Of what a set adds nothing to, the next lesser one's kernels are as good: instructions for bf16
+// serve bfloat16 alone (and tiles "high"), those for products of bytes int8 alone.
 #if FASTSCNN_VNNI
 constexpr const Ops* kBfloat16 = nullptr;
 #else

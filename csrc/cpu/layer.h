@@ -18,8 +18,8 @@ enum class Activation : int { none, relu, relu6 };
 enum class Output : int { logits, probabilities, labels };
 enum class Type : int { f32, bf16, u8 };  // of elements in memory
 
-// How a layer computes. Everything but the products of matrices is fp32 arithmetic in each but int8.
-// Their numbers are those of the Python package's records, which has more.
+// How a layer computes. Everything but the products of matrices is fp32 arithmetic in each but
+// int8. Their numbers are those of the Python package's records, which has more.
 enum class Arithmetic : int {
   float32,   // activations and weights are floats
   bfloat16,  // activations and weights of products are bf16, sums are fp32
@@ -29,10 +29,10 @@ enum class Arithmetic : int {
 constexpr int kArithmetics = 4;
 struct ArithmeticRecord {
   const char* name;
-  Type type;            // of activations
-  Type results;         // of logits
-  size_t weight_bytes;  // that an element of a product's B takes
-  int depth;            // B's rows are padded with zeros to a multiple of it
+  Type type;                  // of activations
+  Type results;               // of logits
+  size_t weight_bytes;        // that an element of a product's B takes
+  int depth;                  // B's rows are padded with zeros to a multiple of it
   Arithmetic stem, upsample;  // those of a network's first and last layer
 };
 constexpr int kTileDepth = 32;  // of AMX tiles of bf16
@@ -85,7 +85,8 @@ struct Layer {
 //   float32   [n / 16][k][16] floats
 //   bfloat16  [n / 16][k / 2][16][2] bf16: neighbouring rows in pairs, as dot products take them
 //   high      the same, each panel's upper halves before its lower: b = upper + lower
-//   int8      [n / 16][k / 4][16][4] int8, the columns in the order in which sums become bytes, `place_of`;
+//   int8      [n / 16][k / 4][16][4] int8, the columns in the order in which sums become bytes,
+//   `place_of`;
 //             so are bias and multiplier
 constexpr int kPanel = 16;
 struct Gemm {
@@ -94,12 +95,12 @@ struct Gemm {
   int k, n;
   // int8: what becomes of the sums (program/integers.py, requantise).
   float* multiplier;
-  int32_t* zero;         // null: they become floats
+  int32_t* zero;          // null: they become floats
   float* add_multiplier;  // of what is added, and its zero point
   int32_t* add_zero;
 };
-// Of n columns those of a whole block of 64 lie in four panels, of the 32 that may be left over in two, so that packing
-// within 128 bits what these hold leaves them in their order.
+// Of n columns those of a whole block of 64 lie in four panels, of the 32 that may be left over in
+// two, so that packing within 128 bits what these hold leaves them in their order.
 constexpr int kByteBlock = 64;
 constexpr int place_in_block(int column) {
   return column / kByteBlock * kByteBlock + column / 4 % 4 * 16 + column % kByteBlock / 16 * 4 +
@@ -112,9 +113,9 @@ constexpr int place_of(int column, int n) {
 }
 
 // Depthwise 3x3: [9][channels] floats and the bias. Where activations are bf16, each 32 channels
-// are stored as the 16 even ones, then the 16 odd ones: the order in which pairs are taken apart. In
-// int8 [channels / 64][3 (kx)][64][4] int8, the 64 in the order of `place_in_block`, the last four being the
-// three of a column and a zero.
+// are stored as the 16 even ones, then the 16 odd ones: the order in which pairs are taken apart.
+// In int8 [channels / 64][3 (kx)][64][4] int8, the 64 in the order of `place_in_block`, the last
+// four being the three of a column and a zero.
 struct Depthwise {
   void* weight;
   void* bias;  // as a Gemm's

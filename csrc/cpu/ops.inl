@@ -16,9 +16,7 @@ using logit = float;
 #else
 using logit = element;
 #endif
-constexpr int logit_pitch(int classes) {
-  return rounded_up(classes, int(kLine / sizeof(logit)));
-}
+constexpr int logit_pitch(int classes) { return rounded_up(classes, int(kLine / sizeof(logit))); }
 // Whether the stem's taps are gathered, pixel by pixel, for products of whole tiles.
 constexpr bool kGathered = FASTSCNN_ARITHMETIC == FASTSCNN_BFLOAT16;
 // Whether fp32 sums of thousands of terms are exact enough.

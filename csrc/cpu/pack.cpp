@@ -8,8 +8,8 @@
 namespace fastscnn {
 namespace {
 
-// Hands out the plain tensors in order, each from a multiple of eight bytes on. With data null it only
-// counts, and what takes them packs nothing.
+// Hands out the plain tensors in order, each from a multiple of eight bytes on. With data null it
+// only counts, and what takes them packs nothing.
 struct Plain {
   const char* data = nullptr;
   size_t used = 0;

@@ -1,5 +1,5 @@
-// pyramid_pooling in int8: means of cells, a 1x1 on each grid, and the out-convolution of rows of x and of the resized grids
-// side by side.
+// pyramid_pooling in int8: means of cells, a 1x1 on each grid, and the out-convolution of rows of x
+// and of the resized grids side by side.
 
 // Means over the cells that pyramid_pooling.inl describes.
 static void pool(const Branch& branch, Plane x, int channels, Range blocks) {

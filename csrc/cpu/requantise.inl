@@ -1,5 +1,5 @@
-// What becomes of int8's sums: bytes again, or the float logits of the last product (program/integers.py). Activations need
-// nothing: saturation at 0 and 255 is theirs.
+// What becomes of int8's sums: bytes again, or the float logits of the last product
+// (program/integers.py). Activations need nothing: saturation at 0 and 255 is theirs.
 struct Clamp {
   int low;  // of bytes
 };

@@ -39,8 +39,7 @@ struct PictureRows {
   }
   template <class B>
   FASTSCNN_INLINE void pixels(typename B::floats (&v)[4], int c) const {
-    for (auto& f : v)
-      f = B::to_pixels(B::add(B::multiply(f, B::all(scale[c])), B::all(shift[c])));
+    for (auto& f : v) f = B::to_pixels(B::add(B::multiply(f, B::all(scale[c])), B::all(shift[c])));
   }
 
   // Planes (3, width) to pixels, 16 at a time.
@@ -94,8 +93,9 @@ struct PictureRows {
 #endif
 };
 
-// Source: rows of the stem's result. In a row the 3 x C inputs of a tap row are contiguous, so a 3x3 convolution is three
-// segments whose pixels lie 2 * C elements apart. A segment ends with its last whole unit, whose surplus meets zeros.
+// Source: rows of the stem's result. In a row the 3 x C inputs of a tap row are contiguous, so a
+// 3x3 convolution is three segments whose pixels lie 2 * C elements apart. A segment ends with its
+// last whole unit, whose surplus meets zeros.
 struct StemRows {
   static constexpr int kSurplus = 4;
   const Layer* layer;

@@ -131,8 +131,7 @@ FASTSCNN_INLINE void stream_some(bf16* out, vf v, int n) { store_some(out, v, n)
 // out[i] = low_weight * a[i] + high_weight * b[i] for n elements; a and b are readable, out is not
 // writable, to the end of the last vector. A streamed row's ends are stored plainly up to whole
 // cache lines: a line written both ways would travel to memory and back.
-static void write_row(const float* a, const float* b, Sample s, int n, bool streamed,
-                      logit* out) {
+static void write_row(const float* a, const float* b, Sample s, int n, bool streamed, logit* out) {
   const vf wa = splat(s.low_weight), wb = splat(s.high_weight);
   auto value = [&](int i) { return fma(load(b + i), wb, load(a + i) * wa); };
   auto plainly = [&](int begin, int end) {

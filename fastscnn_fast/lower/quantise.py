@@ -247,7 +247,13 @@ def check_sums(layer: Layer, named: Mapping[str, Tensor]) -> None:
         Unfusable: one may.
     """
     for name in named:
-        if not name.endswith("multiplier") or name == "residual_multiplier":
+        if not name.endswith("multiplier"):
+            continue
+        if name == "residual_multiplier":
+            if not (abs(float(named[name])) < 2**22):
+                raise Unfusable(
+                    f"{name} of {layer.op} {layer.name} must be below 2**22, got {float(named[name]):.3g}"
+                )
             continue
         prefix = name.removesuffix("multiplier")
         bias, multiplier = named[f"{prefix}bias"].double(), named[name].double()

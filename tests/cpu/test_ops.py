@@ -367,7 +367,11 @@ PACKED = ops.pack([DSCONV[1]], [WEIGHTS], "cpu") if registry.isas() else None
         ({"x": X[:, :15]}, ValueError, r"x must be \(N, 16, H, W\), got shape \(1, 15, 5, 6\)"),
         ({"x": X[:, :, :0]}, ValueError, "x must be at least 1x1, got 0x6"),
         ({"x": X.double()}, TypeError, "x must be of dtype torch.float32, .*, got torch.float64"),
-        ({"x": X.byte()}, TypeError, "x must be of dtype torch.float32, .*, got torch.uint8"),
+        (
+            {"x": X.byte()},
+            ValueError,
+            "weights must be packed for torch.uint8, got .* torch.float32",
+        ),
         ({"x": X.bfloat16()}, ValueError, "weights must be packed for torch.bfloat16, got .*32"),
         ({"x": X.to("meta")}, ValueError, "x must be on cpu, got meta"),
         (
@@ -401,7 +405,7 @@ def test_wrong_dtypes_of_a_layer_that_takes_raw_pixels() -> None:
     weights = ops.pack([layer], [random_weights(layer)], "cpu")
     with pytest.raises(TypeError, match=r"x must be of dtype torch.float32, torch.uint8 .*16"):
         ops.stem_conv(x.bfloat16(), weights, layer)
-    with pytest.raises(TypeError, match=r"dtype must be torch.float32, torch.bfloat16 .*64"):
+    with pytest.raises(TypeError, match=r"dtype must be torch.float32, torch.bfloat16, .*64"):
         ops.stem_conv(x.double(), weights, layer, dtype=torch.float64)
     with pytest.raises(ValueError, match="weights must be packed for torch.bfloat16, got .*32"):
         ops.stem_conv(x.byte(), weights, layer, dtype=torch.bfloat16)

@@ -122,8 +122,8 @@ def test_what_no_backend_packs() -> None:
     for dtype in (torch.float64, torch.float16):
         with pytest.raises(ValueError, match="dtype must be .* for backend cpu, got torch.float"):
             ops.pack([LAYER], [weights], "cpu", dtype)
-    with pytest.raises(ValueError, match="dtype must be .* for backend reference, got torch.int8"):
-        ops.pack([LAYER], [weights], "reference", torch.int8)
+    with pytest.raises(ValueError, match="dtype must be .* for backend reference, got torch.int16"):
+        ops.pack([LAYER], [weights], "reference", torch.int16)
     for backend, dtype in (("cpu", torch.bfloat16), ("reference", torch.float32)):
         with pytest.raises(ValueError, match="precision must be 'highest' for .*, got 'high'"):
             ops.pack([LAYER], [weights], backend, dtype, "high")

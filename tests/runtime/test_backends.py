@@ -42,7 +42,7 @@ def test_the_best_that_can_run_is_chosen(monkeypatch, log):
         assert choose(dtype=torch.float16) == "reference"
     assert log.messages == [
         "running on the reference backend: cpu:"
-        " dtype must be torch.float32 or torch.bfloat16, got torch.float16"
+        " dtype must be torch.float32, torch.bfloat16 or torch.int8, got torch.float16"
     ]
 
 
@@ -69,9 +69,9 @@ def test_a_forced_backend_that_cannot_run_says_why(forced, monkeypatch):
     with pytest.raises(RuntimeError, match="triton cannot run: (device must be cuda|the package)"):
         force("triton")
     with pytest.raises(
-        RuntimeError, match=r"reference cannot run: dtype must be .*, got torch.int8"
+        RuntimeError, match=r"reference cannot run: dtype must be .*, got torch.int16"
     ):
-        force("reference", torch.int8)
+        force("reference", torch.int16)
     with pytest.raises(ValueError, match="backend must be auto or one of .*, got 'opencl'"):
         force("opencl")
 
@@ -80,7 +80,11 @@ def test_a_forced_backend_that_cannot_run_says_why(forced, monkeypatch):
 def test_the_cpu_backend_says_what_it_cannot_run():
     for device, dtype, reason in (
         (torch.device("cuda", 0), torch.float32, "device must be cpu, got cuda:0"),
-        (CPU, torch.float16, "dtype must be torch.float32 or torch.bfloat16, got torch.float16"),
+        (
+            CPU,
+            torch.float16,
+            "dtype must be torch.float32, torch.bfloat16 or torch.int8, got torch.float16",
+        ),
     ):
         assert registry.BACKENDS["cpu"].why_not(Config(), device, dtype) == reason
     nine = preset("paper", bottleneck_channels=(16, 16, 36), pyramid_bins=tuple(range(1, 10)))
@@ -271,5 +275,5 @@ def test_a_forced_backend_leaves_what_it_cannot_run_to_plain_torch(monkeypatch, 
         assert torch.equal(model(x), model.reference(x))
     assert log.messages == [
         "FastSCNN runs unfused: backend cpu cannot run:"
-        " dtype must be torch.float32 or torch.bfloat16, got torch.float16"
+        " dtype must be torch.float32, torch.bfloat16 or torch.int8, got torch.float16"
     ]

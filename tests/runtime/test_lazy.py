@@ -699,7 +699,7 @@ def test_models_of_other_dtypes_run_in_plain_torch(dtype, model, x, no_grad, log
     (message,) = log.messages
     assert message == (
         "running on the reference backend: cpu:"
-        f" dtype must be torch.float32 or torch.bfloat16, got {dtype}"
+        f" dtype must be torch.float32, torch.bfloat16 or torch.int8, got {dtype}"
     )
     assert_right(model.float(), x, fused=True)
 

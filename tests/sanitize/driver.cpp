@@ -256,6 +256,73 @@ struct Setup {
   Arithmetic arithmetic;
   Memory memory;
   Type type() const { return fs::record_of(arithmetic).type; }
+  Type results() const { return fs::record_of(arithmetic).results; }
+  // Of float pictures.
+  Type floats() const { return type() == Type::u8 ? Type::f32 : type(); }
+};
+
+// Plain weights of int8: every tensor of Layer.quantised_weights() in program/layers.py in turn.
+struct Integers {
+  std::vector<char> bytes;
+
+  template <class T, class Value>
+  void add(size_t n, Value value) {
+    const size_t at = bytes.size();
+    bytes.resize(at + (n * sizeof(T) + 7) / 8 * 8);
+    for (size_t i = 0; i < n; i++) {
+      const T v = T(value());
+      std::memcpy(&bytes[at + i * sizeof(T)], &v, sizeof v);
+    }
+  }
+  void weights(size_t n) {
+    add<int8_t>(n, [] { return any(255) - 127; });
+  }
+  void zeros(size_t n) {
+    add<int32_t>(n, [] { return any(256); });
+  }
+  void floats(size_t n, float most) {
+    add<float>(n, [&] { return most * std::abs(random_float()); });
+  }
+  void ends(size_t n, size_t zero_points = 1) {
+    add<int32_t>(n, [] { return any(1 << 16) - (1 << 15); });
+    floats(n, 1e-2f);
+    zeros(zero_points);
+  }
+  void product(size_t weights_, size_t n, size_t zero_points = 1) {
+    weights(weights_);
+    ends(n, zero_points);
+  }
+  void layer(const Layer& l) {
+    const size_t in = l.in, out = l.out, mid = l.mid, bins = l.bin_count;
+    switch (l.op) {
+      case Op::stem_conv:
+        product(out * in * 9, out);
+        zeros(in);
+        floats(in, 100);
+        return floats(in, 255);
+      case Op::dsconv:
+        product(in * 9, in);
+        product(out * in, out);
+        if (l.last) product(size_t(l.last) * out, l.last, 0);
+        return;
+      case Op::inverted_residual:
+        product(mid * in, mid);
+        product(mid * 9, mid);
+        product(out * mid, out);
+        zeros(1);
+        return floats(1, 2);
+      case Op::pyramid_pooling:
+        product(bins * mid * in, bins * mid, bins);
+        product(out * (in + bins * mid) * l.kernel * l.kernel, out);
+        return zeros(1);
+      case Op::feature_fusion:
+        product(l.dense ? in * in : in * 9, in);
+        weights(out * in);
+        return product(out * mid, out);
+      case Op::upsample_classify:
+        return;
+    }
+  }
 };
 
 // Packed weights and everything else that a call has in common.
@@ -265,16 +332,29 @@ struct Packed {
   Block weights;
 
   Packed(const Setup& s, const std::vector<Layer>& layers) : isa(s.isa) {
+    const fs::ArithmeticRecord& record = fs::record_of(s.arithmetic);
+    Integers plain;
     for (Layer l : layers) {
-      if (l.op == Op::stem_conv && s.arithmetic == Arithmetic::high && !l.arithmetic)
-        l.arithmetic = 1 + int(Arithmetic::float32);
+      const Arithmetic usual = l.op == Op::stem_conv           ? record.stem
+                               : l.op == Op::upsample_classify ? record.upsample
+                                                               : s.arithmetic;
+      if (usual != s.arithmetic && !l.arithmetic) l.arithmetic = 1 + int(usual);
       const Program one = encode(l);
       program.insert(program.end(), one.begin(), one.end());
+      const Arithmetic own = l.arithmetic ? Arithmetic(l.arithmetic - 1) : s.arithmetic;
+      if (own == Arithmetic::int8) {
+        plain.layer(l);
+      } else {
+        Layer alone = l;
+        alone.input_count = alone.arithmetic = 0;
+        const size_t bytes = fs::plain_bytes(encode(alone), Arithmetic::float32);
+        plain.add<float>(bytes / sizeof(float), random_float);
+      }
     }
-    const size_t floats = fs::plain_floats(program);
-    const Block plain = random_elements(floats, Type::f32, s.memory);
+    const Block exact(plain.bytes.size(), s.memory);  // which ends where they end
+    std::copy(plain.bytes.begin(), plain.bytes.end(), exact.data());
     weights = Block(fs::packed_bytes(program, s.arithmetic), s.memory);
-    fs::pack(program, s.arithmetic, plain.as<float>(), floats, weights.data());
+    fs::pack(program, s.arithmetic, exact.data(), exact.bytes(), weights.data());
   }
   fs::Call call(int threads) const {
     return {isa, program, weights.data(), weights.bytes(), threads};
@@ -295,7 +375,9 @@ struct Activations {
   Block block;
 
   Activations(const Setup& s, int n, int channels, Size size)
-      : n(n), channels(channels), size(size), type(s.type()) {
+      : Activations(s, n, channels, size, s.type()) {}
+  Activations(const Setup& s, int n, int channels, Size size, Type type)
+      : n(n), channels(channels), size(size), type(type) {
     const size_t pitch = size_t(fs::pixel_pitch(channels, type));
     const size_t elements = size_t(n) * size.h * size.w * pitch;
     block = random_elements(elements, type, s.memory);
@@ -317,7 +399,7 @@ struct Pictures {
   Block block;
 
   Pictures(const Setup& s, bool raw, int n, int c, Size size, Layout layout)
-      : picture{nullptr, raw ? Type::u8 : s.type(), n, c, size.h, size.w, 0, 0, 0, 0} {
+      : picture{nullptr, raw ? Type::u8 : s.floats(), n, c, size.h, size.w, 0, 0, 0, 0} {
     fs::Picture& p = picture;
     const int gap = layout == Layout::cropped_planes || layout == Layout::cropped_pixels ? 3 : 0;
     const int step = layout == Layout::every_second ? 2 : 1;
@@ -353,16 +435,16 @@ Size result_of(const Layer& l, Size size) { return {l.output_size(size.h), l.out
 // Runs something whose result are full-size logits, probabilities or labels.
 Block agreed_output(const Setup& s, Output output, int n, int classes, Size size,
                     const Counts& counts, const Run& run) {
-  const Type type = output == Output::labels ? Type::u8 : s.type();
+  const Type type = output == Output::labels ? Type::u8 : s.results();
   const int pieces = output == Output::labels ? 1 : classes;
   return agreed(fs::bytes_of(type) * n * pieces * size.h * size.w, type, s.memory, counts, run);
 }
 
 template <class Op>
-void agreed_activations(const Setup& s, int n, int channels, Size size, const Counts& counts,
-                        Op op) {
-  const Activations out(s, n, channels, size);
-  agreed(out.block.bytes(), s.type(), s.memory, counts,
+void agreed_activations(const Setup& s, Type type, int n, int channels, Size size,
+                        const Counts& counts, Op op) {
+  const Activations out(s, n, channels, size, type);
+  agreed(out.block.bytes(), type, s.memory, counts,
          [&](int threads, void* data) { op(threads, out.batch(data)); });
 }
 
@@ -375,7 +457,7 @@ void run_stem(const Setup& s, const Layer& l, Size size, int n) {
     for (const Layout layout : kLayouts) {
       const Pictures x(s, raw, n, l.in, size, layout);
       agreed_activations(
-          s, n, l.out, result_of(l, size), one_and_more(),
+          s, s.type(), n, l.out, result_of(l, size), one_and_more(),
           [&](int threads, fs::Batch out) { fs::stem_conv(packed.call(threads), x.picture, out); });
     }
 }
@@ -394,7 +476,7 @@ void run_upsample(const Setup& s, const Layer& l, Size low, Size size, int n) {
 void run_fusion(const Setup& s, const Layer& l, Size size, Size low, int n) {
   const Packed packed(s, {l});
   const Activations high_x(s, n, l.mid, size), low_x(s, n, l.in, low);
-  agreed_activations(s, n, l.out, size, one_and_more(), [&](int threads, fs::Batch out) {
+  agreed_activations(s, s.type(), n, l.out, size, one_and_more(), [&](int threads, fs::Batch out) {
     fs::feature_fusion(packed.call(threads), high_x.batch(), low_x.batch(), out);
   });
 }
@@ -406,7 +488,8 @@ void run_plane_op(const Setup& s, const Layer& l, Size size, int n, const Counts
   const Packed packed(s, {l});
   const Activations x(s, n, l.in, size);
   const Size result = l.op == Op::pyramid_pooling ? size : result_of(l, size);
-  agreed_activations(s, n, l.result_channels(), result, counts,
+  const Type type = l.last ? s.results() : s.type();
+  agreed_activations(s, type, n, l.result_channels(), result, counts,
                      [&](int threads, fs::Batch out) { op(packed.call(threads), x.batch(), out); });
 }
 
@@ -438,7 +521,8 @@ void run_ops(const Setup& s) {
     const Size larges[] = {{1, 1}, {8 * size.h, 8 * size.w}, {8 * size.h - 7, 67}, {3, 5}};
     for (const Layer& l : fusions) run_fusion(s, l, size, lows[any(3)], n);
     for (const int classes : {1, 2, 19, 33, 300})
-      run_upsample(s, upsample(classes, any(2)), size, larges[any(4)], n);
+      if (fs::record_of(s.arithmetic).upsample == s.arithmetic)
+        run_upsample(s, upsample(classes, any(2)), size, larges[any(4)], n);
   }
 }
 
@@ -629,16 +713,20 @@ void run_refusals(const Setup& s) {
     const Arithmetic other =
         s.arithmetic == Arithmetic::bfloat16 ? Arithmetic::float32 : Arithmetic::bfloat16;
     refused("must compute in", [&](Layer& l) { l.arithmetic = 1 + int(other); });
-    refused("must be float32, bfloat16 or high", [](Layer& l) { l.arithmetic = 1 + 3; });
+    refused("must be float32, bfloat16, high or int8",
+            [](Layer& l) { l.arithmetic = 1 + fs::kArithmetics; });
   }
   check_refused(s, {whole.begin(), whole.end() - 1}, "its end does not fit");
   std::vector<Layer> longer = whole;
   longer.push_back(whole.back());
   longer.back().inputs[0] = count - 1;
   check_refused(s, longer, ("layer " + std::to_string(count) + " does not fit").c_str());
-  std::vector<Layer> high = whole;
-  high[0].arithmetic = 1 + int(Arithmetic::high);
-  check_refused(s, high, "stem_conv has no kernels in arithmetic high");
+  std::vector<Layer> lacking = whole;
+  lacking[0].arithmetic = 1 + int(Arithmetic::high);
+  check_refused(s, lacking, "stem_conv has no kernels in arithmetic high");
+  lacking = whole;
+  lacking.back().arithmetic = 1 + int(Arithmetic::int8);
+  check_refused(s, lacking, "upsample_classify has no kernels in arithmetic int8");
 }
 
 }  // namespace
@@ -647,7 +735,8 @@ int main() {
   const char* chosen = std::getenv("FASTSCNN_SEED");
   const unsigned seed = chosen ? unsigned(std::atoll(chosen)) : std::random_device{}();
   g_random.seed(seed);
-  for (const Arithmetic arithmetic : {Arithmetic::float32, Arithmetic::bfloat16, Arithmetic::high})
+  for (const Arithmetic arithmetic :
+       {Arithmetic::float32, Arithmetic::bfloat16, Arithmetic::high, Arithmetic::int8})
     for (const std::string& isa : fs::instruction_sets(arithmetic)) {
       const std::string name = isa + " " + fs::record_of(arithmetic).name;
       g_where = name + ", FASTSCNN_SEED=" + std::to_string(seed);
