@@ -21,7 +21,7 @@ struct Bytes<16> {
   FASTSCNN_INLINE static floats all(float v) { return _mm512_set1_ps(v); }
   // sums + a's four uint8 times b's four int8.
   FASTSCNN_INLINE static ints multiply_add(ints a, ints b, ints sums) {
-#if FASTSCNN_VNNI
+#if FASTSCNN_VNNI || FASTSCNN_AMX
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));  // the intrinsic makes compilers copy
     return sums;
 #else
@@ -83,7 +83,7 @@ struct Bytes<8> {
   FASTSCNN_INLINE static ints twos(int v) { return _mm256_set1_epi16(short(v)); }
   FASTSCNN_INLINE static floats all(float v) { return _mm256_set1_ps(v); }
   FASTSCNN_INLINE static ints multiply_add(ints a, ints b, ints sums) {
-#if FASTSCNN_VNNI && FASTSCNN_LANES == 16
+#if (FASTSCNN_VNNI || FASTSCNN_AMX) && FASTSCNN_LANES == 16
     return _mm256_dpbusd_epi32(sums, a, b);
 #elif FASTSCNN_VNNI
     return _mm256_dpbusd_avx_epi32(sums, a, b);

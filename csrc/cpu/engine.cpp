@@ -54,12 +54,15 @@ bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512
 
 // The processor has tiles, and the system lets this process use them. That must be asked for.
 bool runs_amx() {
-#if defined(__linux__)
+#if defined(FASTSCNN_EMULATED_TILES)  // tests/support/emulated_tiles.h
+  return runs_avx512_bf16() && __builtin_cpu_supports("avx512vnni");
+#elif defined(__linux__)
   static const bool runs = [] {
     unsigned a, b, c, d;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    if (!runs_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    if ((d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+    constexpr unsigned kAll = kBf16 | kTile | kInt8;
+    if (!runs_avx512_bf16() || !__builtin_cpu_supports("avx512vnni")) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // <asm/prctl.h>, <asm/fpu.h>
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();

@@ -5,31 +5,13 @@
 constexpr int kTile = 16;
 constexpr int kTileRows = 2 * kTile;
 
-// GCC's tile intrinsics do not say what memory they read: stores before them must stay before them.
-FASTSCNN_INLINE void settle() { asm volatile("" ::: "memory"); }
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 // Tiles 0 to 5 hold `pixels` pixels, 6 and 7 whole tiles of B.
 static void shape_tiles(int pixels) {
   TileShapes shapes;
-  for (int i = 0; i < 8; i++) {
-    shapes.bytes[i] = 64;
-    shapes.rows[i] = uint8_t(i < 6 ? pixels : kTile);
-  }
-  settle();
-  _tile_loadconfig(&shapes);
+  for (int i = 0; i < 8; i++) shapes.set(i, i < 6 ? pixels : kTile, 64);
+  shapes.load();
 }
-// Tiles can be used while this lives.
-struct Tiles {
-  Tiles() { shape_tiles(kTile); }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
+#include "tiles.inl"
 
 // Two blocks' sums in turn, and which one still waits.
 struct Sums {

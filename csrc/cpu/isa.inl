@@ -58,7 +58,7 @@ constexpr const Ops* kHigh = &high::kOps;
 constexpr const Ops* kHigh = nullptr;
 #endif
 
-#if !FASTSCNN_BF16
+#if !FASTSCNN_BF16 || FASTSCNN_AMX
 namespace int8 {
 #define FASTSCNN_ARITHMETIC FASTSCNN_INT8
 #include "ops.inl"

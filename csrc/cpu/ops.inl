@@ -33,7 +33,9 @@ constexpr bool kLongSums = FASTSCNN_ARITHMETIC != FASTSCNN_FLOAT32;
 #endif
 #include "product.inl"
 #include "gemm.inl"
-#if FASTSCNN_AMX
+#if FASTSCNN_AMX && FASTSCNN_ARITHMETIC == FASTSCNN_INT8
+#include "gemm_amx_int8.inl"
+#elif FASTSCNN_AMX
 #include "gemm_amx.inl"
 #else
 constexpr int kTileRows = kRegisterRows;

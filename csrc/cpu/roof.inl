@@ -1,6 +1,24 @@
 // What the arithmetic's products can reach at most: the instruction that gemm.inl or gemm_amx.inl
 // multiplies with, on registers alone. Returns the floating-point operations done.
-#if FASTSCNN_ARITHMETIC == FASTSCNN_INT8
+#if FASTSCNN_ARITHMETIC == FASTSCNN_INT8 && FASTSCNN_AMX
+static double roof(int64_t iterations) {
+  const Tiles tiles;
+  static constexpr uint8_t zeros[kTile * kTileBytes] = {};
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, zeros, kTileBytes);
+  _tile_loadd(6, zeros, kTileBytes);
+  for (int64_t i = 0; i < iterations; i++) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 6);
+    _tile_dpbusd(2, 4, 6);
+    _tile_dpbusd(3, 4, 6);
+  }
+  return 2.0 * 4 * kTile * kTile * kTileBytes * double(iterations);
+}
+#elif FASTSCNN_ARITHMETIC == FASTSCNN_INT8
 static double roof(int64_t iterations) {
   using B = WideBytes;
   constexpr int kChains = kLanes == 16 ? 24 : 12;

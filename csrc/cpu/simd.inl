@@ -189,3 +189,6 @@ FASTSCNN_INLINE vf exp_negative(vf x) {
   const vi exponent = ((vi)shifted + (127 - 0x4B400000)) << 23;
   return p * (vf)exponent;
 }
+#if FASTSCNN_AMX
+#include "tile_shapes.inl"
+#endif
