@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
             sets = ", ".join(registry.isas(arithmetic)) or "none"
             print(f"instruction sets that run here, {arithmetic}: {sets}")
         print(f"instruction set in use: {_or_error(registry.isa)}")
+        if _or_error(registry.isa) == "portable":
+            print("int8 is slower than float32 here: it pays from AVX2 on")
     else:
         print("C++ kernels: not built")
     for name, reason in registry.report().items():
