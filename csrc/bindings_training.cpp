@@ -41,6 +41,21 @@ void bind_training(py::module_& m) {
       },
       unlocked);
   m.def(
+      "soft_confusion",
+      [](const std::string& isa, int threads, bool bf16, Address logits,
+         std::tuple<int, int, int, int> shape, Address labels, std::tuple<int, int> size,
+         bool align_corners, Address table, Address counted, Address gradient, Address confusion) {
+        const auto [n, classes, h, w] = shape;
+        const auto [height, width] = size;
+        fs::upsampled_loss(
+            isa,
+            {type(bf16), pointer<void>(logits), n, classes, h, w, pointer<uint8_t>(labels), height,
+             width, align_corners, pointer<float>(table), pointer<float>(counted),
+             pointer<float>(gradient), nullptr, true, pointer<double>(confusion)},
+            threads);
+      },
+      unlocked);
+  m.def(
       "batch_norm_forward",
       [](const std::string& isa, int threads, bool bf16, int activation, size_t pixels,
          int channels, Address x, Address residual, Address gamma, Address beta, Address mean,

@@ -51,6 +51,21 @@ def upsampled_loss(
     surprise: int,
     /,
 ) -> float: ...
+def soft_confusion(
+    isa: str,
+    threads: int,
+    bf16: bool,
+    logits: int,
+    shape: Sequence[int],
+    labels: int,
+    size: Sequence[int],
+    align_corners: bool,
+    table: int,
+    counted: int,
+    gradient: int,
+    confusion: int,
+    /,
+) -> None: ...
 def batch_norm_forward(isa: str, threads: int, bf16: bool, /, *args: int | float) -> None: ...
 def batch_norm_backward(isa: str, threads: int, bf16: bool, /, *args: int) -> None: ...
 def depthwise_backward(

@@ -13,6 +13,9 @@ namespace fastscnn {
 // Cross-entropy of logits that are bilinearly resized from (h, w) to the labels' size. A label l
 // stands for the target distribution targets[l], whose sum is target_sums[l]; where that is 0 the
 // pixel is left out. Per pixel: target_sums[l] * logsumexp(z) - targets[l] . z.
+//
+// Or, where `probabilities` says so, targets[l] . softmax(z) of pixels whose target_sums[l] is not
+// 0; their labels are classes.
 struct Loss {
   Type type;
   const void* logits;  // (n, h, w, classes)
@@ -24,6 +27,8 @@ struct Loss {
   const float* target_sums;
   float* gradient;  // of the sum over all pixels, (n, h, w, classes); or null
   float* surprise;  // -log p(label), 0 where left out, (n, height, width); or null
+  bool probabilities = false;
+  double* confusion = nullptr;  // sums of softmax(z) by label, (n, classes, classes); or null
 };
 
 // act(batch norm(x) [+ residual]) over (pixels, channels), by the batch's own statistics.

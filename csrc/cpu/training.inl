@@ -47,7 +47,7 @@ constexpr int kMaxClassVectors = kMaxClassesOfLabels / kLanes;
 constexpr float kNoClass = -1e30f;  // the logits of the classes that only pad
 
 // VECTORS 0: known at run time only.
-template <int VECTORS>
+template <int VECTORS, bool PROBABILITIES>
 struct LossRow {
   const Loss& loss;
   const Sample* columns;
@@ -56,7 +56,8 @@ struct LossRow {
   float *z = nullptr, *gradient = nullptr;
   // Per pixel: the largest logit, the sum of exp(z - peak), target_sums.
   float *peak = nullptr, *total = nullptr, *share = nullptr;
-  vf against = {};  // targets . z so far
+  vf against = {};             // targets . z so far
+  float* confusion = nullptr;  // the row's, [classes][pitch]; or null
 
   FASTSCNN_INLINE void pixel(int x, int label, float* surprise) {
     constexpr int kMost = VECTORS ? VECTORS : kMaxClassVectors;
@@ -78,24 +79,42 @@ struct LossRow {
       for (int i = 0; i < count; i++) store(values + i * kLanes, v[i]);
       surprise[x] = top - values[label];
     }
-    vf sum = {};
+    vf sum = {}, wanted = {};
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
-      against = fma(load(target + i * kLanes), v[i], against);
+      const vf t = load(target + i * kLanes);
+      if (!PROBABILITIES) against = fma(t, v[i], against);
       v[i] = exp_negative(v[i] - splat(top));
       sum += v[i];
+      if (PROBABILITIES) wanted = fma(t, v[i], wanted);
     }
     const float exps = sum_of(sum);
-    peak[x] = top, total[x] = exps, share[x] = weight;
+    if (!PROBABILITIES) peak[x] = top, total[x] = exps, share[x] = weight;
+    const vf scale = splat((PROBABILITIES ? 1.0f : weight) / exps);
+    if (PROBABILITIES && confusion) {
+      float* c = confusion + label * pitch;
+      for (int i = 0; i < count; i++) store(c + i * kLanes, fma(v[i], scale, load(c + i * kLanes)));
+    }
     if (!loss.gradient) return;
-    const vf scale = splat(weight / exps);
+    const vf mean = splat(PROBABILITIES ? sum_of(wanted) / exps : 0.0f);
     float *ga = gradient + s.low * pitch, *gb = gradient + s.high * pitch;
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) {
-      const vf g = v[i] * scale - load(target + i * kLanes);
+      const vf t = load(target + i * kLanes), p = v[i] * scale;
+      const vf g = PROBABILITIES ? p * (t - mean) : p - t;
       store(ga + i * kLanes, fma(g, wa, load(ga + i * kLanes)));
       store(gb + i * kLanes, fma(g, wb, load(gb + i * kLanes)));
     }
+  }
+
+  FASTSCNN_INLINE void row_of_probabilities(const uint8_t* labels, double* sums) {
+    const size_t size = size_t(loss.classes) * (VECTORS ? VECTORS : vectors) * kLanes;
+    if (confusion)
+      for (size_t i = 0; i < size; i += kLanes) store(confusion + i, splat(0));
+    for (int x = 0; x < loss.width; x++)
+      if (loss.target_sums[labels[x]] != 0) pixel(x, labels[x], nullptr);
+    if (confusion)
+      for (size_t i = 0; i < size; i++) sums[i] += confusion[i];
   }
 
   // The row's loss but for `against`.
@@ -119,7 +138,7 @@ struct LossRow {
   }
 };
 
-template <int VECTORS, class T>
+template <int VECTORS, class T, bool PROBABILITIES>
 double loss_image(const Loss& l, int image, Bump& scratch) {
   const int vectors = (pixel_pitch(l.classes, Type::f32) + kLanes - 1) / kLanes;
   const size_t pitch = size_t(vectors) * kLanes, row = l.w * pitch;
@@ -127,13 +146,18 @@ double loss_image(const Loss& l, int image, Bump& scratch) {
   Sample* columns = scratch.take<Sample>(l.width);
   float* low = scratch.take<float>(l.h * row);
   float* low_gradient = scratch.take<float>(l.gradient ? l.h * row : 0);
-  LossRow<VECTORS> rows{l, columns, vectors};
+  LossRow<VECTORS, PROBABILITIES> rows{l, columns, vectors};
   rows.z = scratch.take<float>(row);
   rows.gradient = scratch.take<float>(row);
   rows.peak = scratch.take<float>(wide);
   rows.total = scratch.take<float>(wide);
   rows.share = scratch.take<float>(wide);
+  const size_t cells = l.confusion ? l.classes * pitch : 0;
+  double* sums = scratch.take<double>(cells);
+  float* of_row = scratch.take<float>(cells);
   if (scratch.measuring()) return 0;
+  if (l.confusion) rows.confusion = of_row;
+  for (size_t i = 0; i < cells; i++) sums[i] = 0;
 
   samples(columns, l.w, l.width, l.align_corners);
   const T* logits = static_cast<const T*>(l.logits) + size_t(image) * l.h * l.w * l.classes;
@@ -156,9 +180,13 @@ double loss_image(const Loss& l, int image, Bump& scratch) {
     if (l.gradient)
       for (size_t i = 0; i < row; i += kLanes) store(rows.gradient + i, splat(0));
     float* surprise = l.surprise ? l.surprise + image * pixels + size_t(y) * l.width : nullptr;
-    rows.against = vf{};
-    sum += rows.row(labels + size_t(y) * l.width, surprise);
-    sum -= sum_of(rows.against);
+    if (PROBABILITIES) {
+      rows.row_of_probabilities(labels + size_t(y) * l.width, sums);
+    } else {
+      rows.against = vf{};
+      sum += rows.row(labels + size_t(y) * l.width, surprise);
+      sum -= sum_of(rows.against);
+    }
     if (!l.gradient) continue;
     float *above = low_gradient + s.low * row, *below = low_gradient + s.high * row;
     const vf wa = splat(s.low_weight), wb = splat(s.high_weight);
@@ -173,18 +201,32 @@ double loss_image(const Loss& l, int image, Bump& scratch) {
     for (size_t i = 0; i < size_t(l.h) * l.w; i++)
       for (int k = 0; k < l.classes; k++) out[i * l.classes + k] = low_gradient[i * pitch + k];
   }
+  if (l.confusion) {
+    double* out = l.confusion + size_t(image) * l.classes * l.classes;
+    for (int label = 0; label < l.classes; label++)
+      for (int k = 0; k < l.classes; k++) out[label * l.classes + k] = sums[label * pitch + k];
+  }
   return sum;
+}
+
+template <int VECTORS>
+double loss_image(const Loss& l, int image, Bump& scratch) {
+  const bool f32 = l.type == Type::f32;
+  if (l.probabilities)
+    return (f32 ? loss_image<VECTORS, float, true> : loss_image<VECTORS, uint16_t, true>)(l, image,
+                                                                                          scratch);
+  return (f32 ? loss_image<VECTORS, float, false> : loss_image<VECTORS, uint16_t, false>)(l, image,
+                                                                                          scratch);
 }
 
 static size_t loss(const Loss& l, int image, double* sum, Bump scratch) {
   const int vectors = (pixel_pitch(l.classes, Type::f32) + kLanes - 1) / kLanes;
-  const bool f32 = l.type == Type::f32;
   if (vectors == 1)
-    *sum = (f32 ? loss_image<1, float> : loss_image<1, uint16_t>)(l, image, scratch);
+    *sum = loss_image<1>(l, image, scratch);
   else if (vectors == 2)
-    *sum = (f32 ? loss_image<2, float> : loss_image<2, uint16_t>)(l, image, scratch);
+    *sum = loss_image<2>(l, image, scratch);
   else
-    *sum = (f32 ? loss_image<0, float> : loss_image<0, uint16_t>)(l, image, scratch);
+    *sum = loss_image<0>(l, image, scratch);
   return scratch.used;
 }
 

@@ -15,7 +15,7 @@ from .files import (
 )
 from .layouts import LAYOUTS, layout_names, to_layout
 from .recognise import from_state_dict
-from .wrappers import CheckpointError
+from .wrappers import CheckpointError, unwrapped
 
 __all__ = [
     "CAMVID11",
@@ -29,4 +29,5 @@ __all__ = [
     "read_details",
     "save_checkpoint",
     "to_layout",
+    "unwrapped",
 ]

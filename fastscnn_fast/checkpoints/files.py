@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from .recognise import (
     recognise_own,
     tensors_in,
 )
-from .wrappers import CheckpointError, Place, places
+from .wrappers import CheckpointError, Place, places, unwrapped
 
 MAX_BYTES = 1 << 30
 """Files larger than this are refused unread; a Fast-SCNN takes 5 MB, with its optimizer 10 to 20."""
@@ -133,6 +133,7 @@ def save_checkpoint(
     by narrower ones, the config that is written has the numbers that it has now.
 
     Args:
+        model: may be wrapped, by torch.compile or DataParallel.
         details: values for JSON that :func:`read_details` gives back: scores and so on. With them are the
             model's ``classes`` and ``palette`` where they are known; "classes" and "palette" here replace them.
         stored_as: dtype of the weights in the file, torch.float16 for a small one; they come back in the
@@ -148,6 +149,7 @@ def save_checkpoint(
 
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
+    model = cast(FastSCNN, unwrapped(model))
     config = config_followed(model)
     tensors = {name: tensor.contiguous() for name, tensor in tensors_of(model).items()}
     metadata = {_METADATA: json.dumps(config.to_dict())}

@@ -57,7 +57,7 @@ def recognise(likely: list[Place], preset: str | None, source: str, **overrides:
     """The network in one of some places, before any of its data is touched; raises as :func:`from_state_dict`."""
     asked = {name: overrides.pop(name) for name in _REFITTED if name in overrides}
     judged = [_judged(place, source, preset, overrides) for place in likely]
-    networks = [found for found in judged if isinstance(found, Found) and not found.problems]
+    networks = _networks(judged)
     if not networks:
         first = judged[0]
         raise first if isinstance(first, CheckpointError) else first.error()
@@ -92,12 +92,14 @@ def recognise_own(place: Place, config: Config, source: str, **overrides: Any) -
 
 def tensors_in(likely: list[Place], source: str) -> dict[str, Tensor]:
     """The tensors of the network in one of some places; of no network, all of the likeliest place."""
-    try:
-        place = recognise(likely, None, source).place
-    except CheckpointError:
-        place = likely[0]
-        _shapes_in(place, source)
-    return place.values
+    if _networks([_judged(place, source, None, {}) for place in likely]):
+        return recognise(likely, None, source).place.values
+    _shapes_in(likely[0], source)
+    return likely[0].values
+
+
+def _networks(judged: Sequence[Found | CheckpointError]) -> list[Found]:
+    return [found for found in judged if isinstance(found, Found) and not found.problems]
 
 
 def _judged(

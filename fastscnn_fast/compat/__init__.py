@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arch.network import InvertedResidual, resize
 from ..backends import registry
-from ..checkpoints import from_state_dict
+from ..checkpoints import from_state_dict, unwrapped
 from ..runtime.fused import FusedFastSCNN, fuse, fuse_as
 from ..runtime.model import FastSCNN
 
@@ -79,8 +79,7 @@ def accelerate(
         CheckpointError: the state_dict is of no known layout.
         ValueError: the networks differ, and by how much.
     """
-    while isinstance(wrapped := _wrapped(module), nn.Module):
-        module = wrapped
+    module = unwrapped(module)
     name = type(module).__name__
     if isinstance(module, FastSCNN) and not overrides:
         if type(module).forward is FastSCNN.forward:
@@ -116,11 +115,6 @@ def accelerate(
         auxiliary = any(isinstance(to, _Ours) and to.index > 0 for to in used)
         fast._returns(container, model.requires_grad_(False) if auxiliary else None)
     return fast
-
-
-def _wrapped(module: nn.Module) -> Any:
-    """What DataParallel, DistributedDataParallel or torch.compile wrap; None for other modules."""
-    return getattr(module, "module", getattr(module, "_orig_mod", None))
 
 
 def _brightening(model: FastSCNN, x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Examples:
         if not self.pixels[1:].any() and self.ignored:  # as in masks of 0 and 255
             said += (
                 f"; they hold 0 and {self.ignore}, which is the id that is ignored: where it is meant as a class,"
-                " write that class's id, 1 in masks of two classes"
+                " write that class's id, 1 in masks of two classes, or say by --label-map what they mean"
             )
         return said
 

@@ -89,11 +89,10 @@ class LabelMap:
             raise DataError(f"{name}: must be text in UTF-8: {error}") from None
         if text.lstrip().startswith("{"):
             try:
-                return LabelMap(_entries(json.loads(text), name), name)
+                entries = json.loads(text)
             except (ValueError, RecursionError) as error:
-                if isinstance(error, DataError):
-                    raise
                 raise DataError(f"{name}: is no JSON object: {error}") from None
+            return LabelMap(_entries(entries, name), name)
         return LabelMap(_text_lines(text, name), name)
 
     @property

@@ -231,6 +231,8 @@ def test_networks_that_nothing_tells_apart_are_refused(tmp_path: Path) -> None:
             CheckpointError, match=f"two.pth: holds more than one network, in {names}"
         ):
             load_checkpoint(path)
+        with pytest.raises(CheckpointError, match="holds more than one network"):
+            read(path)
     assert from_state_dict(content["a"]).config.num_classes == 5
 
 
@@ -390,6 +392,16 @@ def test_replaced_channels_and_widths_are_followed(tmp_path: Path) -> None:
     save_checkpoint(model, path)
     got = load_checkpoint(path)
     assert got.config.bottlenecks[1][0] == (7, 32, 2) and not got.config.aux and same(got, model)
+
+
+def test_wrapped_models_are_saved(tmp_path: Path) -> None:
+    model, _ = network("fastscnn_fast")
+    for index, wrapped in enumerate(
+        (torch.compile(model), nn.DataParallel(model), AveragedModel(model, use_buffers=True))
+    ):
+        path = tmp_path / f"{index}.safetensors"
+        save_checkpoint(wrapped, path)  # type: ignore[arg-type]
+        assert same(load_checkpoint(path), model)
 
 
 def _replace(model: FastSCNN, name: str, module: nn.Module) -> None:

@@ -307,7 +307,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "run"
     options = ["-o", str(out), "--batch", "2", "--epochs", "1", "--dtype", "float32"]
     assert main(["train", *data, *options]) == 0
-    assert main(["evaluate", *data, "--weights", f"{out}/best.safetensors"]) == 0
+    assert main(["evaluate", *data, "--weights", f"{out}/best.safetensors", *options[-2:]]) == 0
     assert "2 examples, 2 classes" in capsys.readouterr().out
     assert main(["train", *data[:3], "-o", str(tmp_path / "no"), *options[2:]]) == 2
     assert "has no labels" in capsys.readouterr().err

@@ -631,6 +631,17 @@ void run_training(const std::string& isa, Memory memory) {
                       gradient + size_t(n) * low.h * low.w * classes},
                      threads);
                });
+        const size_t cells = size_t(n) * classes * classes;
+        agreed(sizeof(double) * cells + sizeof(float) * size_t(n) * low.h * low.w * classes,
+               Type::u8, memory, one_and_more(), [&](int threads, void* data) {
+                 double* confusion = static_cast<double*>(data);
+                 fs::upsampled_loss(
+                     isa,
+                     {type, logits.data(), n, classes, low.h, low.w, labels.as<uint8_t>(), h, w,
+                      classes % 2 == 1, targets.as<float>(), sums.as<float>(),
+                      reinterpret_cast<float*>(confusion + cells), nullptr, true, confusion},
+                     threads);
+               });
       }
 
     for (const size_t pixels : {size_t(2), size_t(33), size_t(1500)})

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import threads
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastscnn_fast.train.dice import upsampled_dice
 from fastscnn_fast.train.loss import Targets
 
-SHAPES = ((3, 11, 6, 7, 45, 61), (2, 2, 1, 1, 3, 3), (2, 17, 9, 8, 4, 5), (1, 3, 9, 8, 9, 8))
+SHAPES = (
+    (3, 11, 6, 7, 45, 61),
+    (2, 2, 1, 1, 3, 3),
+    (2, 17, 9, 8, 4, 5),
+    (1, 3, 9, 8, 9, 8),
+    (2, 37, 5, 9, 33, 31),
+)
 
 
 def truth(logits: Tensor, labels: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
@@ -30,26 +37,50 @@ def truth(logits: Tensor, labels: Tensor, align_corners: bool) -> tuple[Tensor, 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_torch(
-    shape: tuple[int, ...],
-    align_corners: bool,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...], align_corners: bool, dtype: torch.dtype, isa: str
 ) -> None:
+    check(shape, align_corners, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("chunk", [1, 1 << 22])
+def test_plain_torch_equals_torch(
+    chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture at a time, and all at once."""
+    monkeypatch.setenv("FASTSCNN_BACKEND", "reference")
+    monkeypatch.setattr("fastscnn_fast.train.loss._CHUNK", chunk)
+    check(SHAPES[0], False, dtype)
+
+
+def check(shape: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> None:
     n, k, h, w, height, width = shape
     logits = (3 * torch.randn(n, k, h, w)).to(dtype)
     labels = torch.randint(0, max(1, k - 1), (n, height, width), dtype=torch.uint8)
     labels[torch.rand(labels.shape) < 0.3] = 255
     labels[0, 0, 0] = 0
     loss64, gradient64 = truth(logits, labels, align_corners)
-    for chunk in (1, 1 << 22):  # a picture at a time, and all at once
-        monkeypatch.setattr("fastscnn_fast.train.loss._CHUNK", chunk)
+    z = logits.clone().requires_grad_()
+    loss = upsampled_dice(z, labels, Targets(k), align_corners)
+    (3 * loss).backward()
+    assert loss.item() == pytest.approx(loss64.item(), rel=1e-6)
+    assert z.grad is not None and z.grad.dtype == dtype
+    error = (z.grad.double() / 3 - gradient64).norm() / gradient64.norm()
+    assert error < (4e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_threads_do_not_change_a_bit(isa: str) -> None:
+    logits, labels = torch.randn(3, 11, 6, 7), torch.randint(0, 11, (3, 45, 61), dtype=torch.uint8)
+    results = []
+    for count in (1, 2, 3):
         z = logits.clone().requires_grad_()
-        loss = upsampled_dice(z, labels, Targets(k), align_corners)
-        (3 * loss).backward()
-        assert loss.item() == pytest.approx(loss64.item(), rel=1e-5)
-        assert z.grad is not None and z.grad.dtype == dtype
-        error = (z.grad.double() / 3 - gradient64).norm() / gradient64.norm()
-        assert error < (1e-5 if dtype == torch.float32 else 4e-3)
+        with threads(count):
+            loss = upsampled_dice(z, labels, Targets(11))
+            loss.backward()
+        results.append((loss.detach(), z.grad))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert gradient is not None and torch.equal(gradient, results[0][1])
 
 
 def test_right_wrong_and_nothing() -> None:
