@@ -53,19 +53,33 @@ struct Sums {
   }
 };
 
-// One step along K: tile A of pixels, tile B of N panels in turn.
-template <int A, int B, int N>
+// One step along K, of N panels in turn: whole tiles, or the rest of K. Tiles are numbers in the instructions.
+template <int N>
 FASTSCNN_INLINE void step(const element* a, size_t lda, const int8_t* b, size_t panel) {
-  _tile_loadd(A, a, lda);
-  _tile_loadd(B, b, kTileBytes);
-  _tile_dpbusd(0, A, B);
-  _tile_loadd(B, b + panel, kTileBytes);
-  _tile_dpbusd(1, A, B);
+  _tile_loadd(4, a, lda);
+  _tile_loadd(6, b, kTileBytes);
+  _tile_dpbusd(0, 4, 6);
+  _tile_loadd(6, b + panel, kTileBytes);
+  _tile_dpbusd(1, 4, 6);
   if (N == 4) {
-    _tile_loadd(B, b + 2 * panel, kTileBytes);
-    _tile_dpbusd(2, A, B);
-    _tile_loadd(B, b + 3 * panel, kTileBytes);
-    _tile_dpbusd(3, A, B);
+    _tile_loadd(6, b + 2 * panel, kTileBytes);
+    _tile_dpbusd(2, 4, 6);
+    _tile_loadd(6, b + 3 * panel, kTileBytes);
+    _tile_dpbusd(3, 4, 6);
+  }
+}
+template <int N>
+FASTSCNN_INLINE void last_step(const element* a, size_t lda, const int8_t* b, size_t panel) {
+  _tile_loadd(5, a, lda);
+  _tile_loadd(7, b, kTileBytes);
+  _tile_dpbusd(0, 5, 7);
+  _tile_loadd(7, b + panel, kTileBytes);
+  _tile_dpbusd(1, 5, 7);
+  if (N == 4) {
+    _tile_loadd(7, b + 2 * panel, kTileBytes);
+    _tile_dpbusd(2, 5, 7);
+    _tile_loadd(7, b + 3 * panel, kTileBytes);
+    _tile_dpbusd(3, 5, 7);
   }
 }
 
@@ -87,8 +101,8 @@ FASTSCNN_INLINE void block(const Product<E>& p, Sums<N>& sums, int row, int colu
     const int8_t* rows_of_b = b + size_t(s.first) * kPanel;
     int k = 0;
     for (; k + kTileBytes <= s.k; k += kTileBytes)
-      step<4, 6, N>(a + k, s.lda, rows_of_b + size_t(k) * kPanel, panel);
-    if (k < s.k) step<5, 7, N>(a + k, s.lda, rows_of_b + size_t(k) * kPanel, panel);
+      step<N>(a + k, s.lda, rows_of_b + size_t(k) * kPanel, panel);
+    if (k < s.k) last_step<N>(a + k, s.lda, rows_of_b + size_t(k) * kPanel, panel);
   }
   sums.take(p, row, column, rows);
 }

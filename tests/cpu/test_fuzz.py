@@ -42,6 +42,7 @@ from helpers import (
     threads,
 )
 from hypothesis import given, settings, strategies as st
+from integers import random_integers, run_integers
 from networks import Network, assert_chain
 from torch import Tensor
 
@@ -122,6 +123,21 @@ def check_layer(case: Case, seed: int, count: int) -> None:
                 assert_labels(y, ref64, LABEL_ULPS * inputs[0].abs().max().item())
             else:
                 assert_honest(y, own, ref64, others, BOUNDS[case.arithmetic].op[0])
+
+
+@given(cases().filter(lambda case: case.layer.op != "upsample_classify"), SEEDS, COUNTS)
+@settings(max_examples=60)
+def test_random_layers_in_int8(case: Case, seed: int, count: int) -> None:
+    torch.manual_seed(seed)
+    layer, weights = case.layer, random_integers(case.layer)
+    raw = layer.op != "stem_conv" or case.raw
+    inputs = replace(case, raw=raw, arithmetic="float32").inputs()
+    exact = run_integers(layer, inputs, weights, "reference")
+    with pytest.MonkeyPatch.context() as monkeypatch, threads(count):
+        for isa in registry.isas("int8"):
+            monkeypatch.setenv("FASTSCNN_ISA", isa)
+            print(isa)
+            assert torch.equal(run_integers(layer, inputs, weights, "cpu"), exact)
 
 
 @given(cases(), SEEDS, COUNTS)

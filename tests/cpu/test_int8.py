@@ -18,6 +18,7 @@ from cases import (
     quarter,
 )
 from helpers import LAYOUTS, in_layout, noise, threads
+from integers import random_integers, run_integers
 from layouts import free_widths
 from torch import Tensor
 
@@ -51,35 +52,9 @@ LAYERS = [
 ]
 
 
-def random_weights(layer: Layer) -> dict[str, Tensor]:
-    """All that a layer's tensors may hold, with multipliers that leave most values within 8 bits."""
-    named = {}
-    for name, (shape, dtype) in layer.quantised_weights().items():
-        if dtype == torch.int8:
-            value = torch.randint(-127, 128, shape)
-        elif name.endswith("bias"):
-            value = torch.randint(-(2**16), 2**16, shape)
-        elif dtype == torch.int32:  # zero points and the pad
-            value = torch.randint(256, shape)
-        else:
-            most = {"scale": 100.0, "shift": 255.0, "residual_multiplier": 2.0}.get(name, 1e-2)
-            value = torch.rand(shape) * most
-        named[name] = value.to(dtype)
-    return named
-
-
-def run(
-    layer: Layer, inputs: tuple[Tensor, ...], weights: dict[str, Tensor], backend: str
-) -> Tensor:
-    packed = ops.pack([layer], [weights], backend, torch.int8)
-    rest = {"dtype": torch.int8} if layer.op == "stem_conv" else {}
-    result: Tensor = getattr(ops, layer.op)(*inputs, packed, layer, backend=backend, **rest)
-    return result
-
-
 def check(layer: Layer, inputs: tuple[Tensor, ...]) -> None:
-    weights = random_weights(layer)
-    y, exact = (run(layer, inputs, weights, backend) for backend in ("cpu", "reference"))
+    weights = random_integers(layer)
+    y, exact = (run_integers(layer, inputs, weights, backend) for backend in ("cpu", "reference"))
     wanted = torch.float32 if layer.last_channels else torch.uint8
     assert y.dtype == exact.dtype == wanted
     assert torch.equal(y, exact), (layer, [tuple(x.shape) for x in inputs])
@@ -134,22 +109,22 @@ def test_activations_of_any_strides(layout: str, int8_isa: str) -> None:
 def test_pixels_of_floats(int8_isa: str) -> None:
     """NaN is 0, what lies outside of a picture is clamped, ties go to even."""
     layer = Layer("stem_conv", "", 1, 16, stride=2)
-    weights = random_weights(layer)
+    weights = random_integers(layer)
     weights["scale"], weights["shift"] = torch.tensor([1.0]), torch.tensor([0.0])
     values = [float("nan"), float("inf"), -float("inf"), -1e30, 1e30, 0.5, 1.5, 2.5, 254.5, -0.5]
     x = torch.tensor(values).repeat(7, 3)[None, None]
     wanted = torch.tensor([0, 255, 0, 0, 255, 0, 2, 2, 254, 0], dtype=torch.uint8)
     for layout in LAYOUTS:
-        y = run(layer, (in_layout(x, layout),), weights, "cpu")
+        y = run_integers(layer, (in_layout(x, layout),), weights, "cpu")
         pixels_of_x = in_layout(wanted.repeat(7, 3)[None, None], layout)
-        exact = run(layer, (pixels_of_x,), weights, "cpu")
+        exact = run_integers(layer, (pixels_of_x,), weights, "cpu")
         assert torch.equal(y, exact), layout
 
 
 def test_extremes_saturate(int8_isa: str) -> None:
     """The largest sums that weights may ask for, of both signs: nothing wraps around."""
     layer = Layer("dsconv", "", 64, 96, last_channels=19)
-    weights = random_weights(layer)
+    weights = random_integers(layer)
     for sign in (1, -1):
         for name, value in weights.items():
             if value.dtype == torch.int8:
@@ -159,7 +134,9 @@ def test_extremes_saturate(int8_isa: str) -> None:
             elif name.endswith("multiplier"):
                 value.fill_(0.4)
         inputs = (torch.full((1, 64, 9, 11), 255, dtype=torch.uint8),)
-        y, exact = (run(layer, inputs, weights, backend) for backend in ("cpu", "reference"))
+        y, exact = (
+            run_integers(layer, inputs, weights, backend) for backend in ("cpu", "reference")
+        )
         assert torch.equal(y, exact)
 
 
@@ -199,7 +176,7 @@ def low_logits(model: FastSCNN, x: Tensor, backend: str) -> Tensor:
     made: list[Tensor] = []
     for layer, weights in zip(program.layers[:-1], quantise(folded)):
         inputs = tuple(x if at < 0 else made[at] for at in layer.inputs)
-        made.append(run(layer.alone, inputs, weights, backend))
+        made.append(run_integers(layer.alone, inputs, weights, backend))
     return made[-1]
 
 
@@ -284,7 +261,7 @@ def test_what_is_refused(model: FastSCNN) -> None:
 
 def test_weights_that_could_overflow_are_refused() -> None:
     layer = Layer("dsconv", "", 16, 16)
-    weights = random_weights(layer)
+    weights = random_integers(layer)
     check_sums(layer, weights)
     for name, value in (("pointwise_bias", 2**31 - 1), ("pointwise_multiplier", 1e6)):
         worse = {**weights, name: torch.full_like(weights[name], value)}
