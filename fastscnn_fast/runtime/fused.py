@@ -76,11 +76,17 @@ class FusedFastSCNN(Named, nn.Module):
         return self._run(x, "logits", out)
 
     def probabilities(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`."""
+        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`.
+
+        Of one class alone it is the sigmoid, (N, 1, H, W).
+        """
         return self._run(x, "probabilities", out)
 
     def labels(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The largest logit's class, uint8 (N, H, W), without full-size logits.
+
+        Of equal logits it is the first, NaN is the largest of all. One class alone has label 1 where its logit
+        is above 0; all else is background, label 0, so is NaN.
 
         Raises:
             ValueError: more than 256 classes, and as :meth:`forward`.

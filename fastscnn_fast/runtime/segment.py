@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..arch.config import SMALLEST_SIDE, Config
 from ..data.pictures import Picture, read_picture, resized
+from ..program.labels import labels_of
 from .forked import serial
 from .fused import FusedFastSCNN
 from .model import FastSCNN
@@ -26,6 +27,8 @@ def segment(
     bits: int | None = None,
 ) -> NDArray[np.uint8]:
     """The class of every pixel of one picture, uint8 (H, W) at the picture's own size.
+
+    A network of one class gives 1 where that is, and 0 for the background.
 
     Args:
         fast: the network; a :class:`FastSCNN` must be in eval mode and is fused at its first picture.
@@ -87,4 +90,4 @@ def _labels(fast: FusedFastSCNN | FastSCNN, x: Tensor) -> Tensor:
     if fused is not None:
         return fused.labels(x)
     logits: Tensor = fast.reference(x)
-    return logits.argmax(1).to(torch.uint8)
+    return labels_of(logits).to(torch.uint8)
