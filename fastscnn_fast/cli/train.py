@@ -159,9 +159,9 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
 
 def _announce(trainer: Trainer) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    crop = trainer.batches.augmentation.crop
+    crop, classes = trainer.batches.augmentation.crop, len(trainer.train.classes)
     print(
-        f"{len(trainer.train)} examples, {len(trainer.train.classes)} classes, crops {crop[0]}x{crop[1]};"
+        f"{len(trainer.train)} examples, {classes} class{'es' * (classes > 1)}, crops {crop[0]}x{crop[1]};"
         f" {parameters} parameters, {trainer.recipe.dtype}, {trainer.group.world} x {trainer.device};"
         f" step {trainer.step} of {trainer.steps}"
     )

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
 
 from ..backends.registry import logger
 from ..writing import write_whole
-from .classes import Colour
+from .classes import Colour, label_colours, label_count
 
 Picture = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
 
@@ -262,9 +262,12 @@ def save_png(image: Image.Image, path: Path, compress_level: int = 6) -> None:
 
 
 def label_image(labels: NDArray[np.uint8], palette: Sequence[Colour]) -> Image.Image:
-    """Labels (H, W) as a palette image: the pixel values are the class ids, the colours show them."""
+    """Labels (H, W) as a palette image: the pixel values are the class ids, the colours show them.
+
+    ``palette`` has the classes' colours; of one class alone, label 1 is the class and 0 the background, in black.
+    """
     image = Image.fromarray(np.ascontiguousarray(labels))
-    image.putpalette([channel for colour in palette for channel in colour])
+    image.putpalette([channel for colour in label_colours(palette) for channel in colour])
     return image
 
 
@@ -277,7 +280,8 @@ def overlay(
 ) -> Image.Image:
     """The picture tinted by class, above a legend of the classes that occur, in RGB.
 
-    ``labels`` (H, W) has the picture's size; labels without a name in ``classes`` are not tinted.
+    ``labels`` (H, W) has the picture's size. Labels without a name in ``classes`` are not tinted, nor is the
+    background, label 0, of one class alone.
 
     Raises:
         ValueError: the sizes differ, or the picture cannot be read.
@@ -287,8 +291,9 @@ def overlay(
         raise ValueError(f"labels must be {pixels.shape[:2]} like the picture, got {labels.shape}")
     plain = Image.fromarray(pixels)
     tinted = Image.blend(plain, label_image(labels, palette).convert("RGB"), strength)
-    tinted.paste(plain, mask=Image.fromarray(labels >= len(classes)))
-    present = [k for k in np.unique(labels).tolist() if k < len(classes)]
+    first = label_count(len(classes)) - len(classes)  # label of the first class
+    tinted.paste(plain, mask=Image.fromarray((labels < first) | (labels >= first + len(classes))))
+    present = [k - first for k in np.unique(labels).tolist() if 0 <= k - first < len(classes)]
     return _with_legend(tinted, [(classes[k], palette[k]) for k in present])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .loss import Targets, in_chunks
+from .loss import Targets, in_chunks, of_labels
 
 
 def upsampled_dice(
@@ -25,8 +25,7 @@ def upsampled_dice(
         logits: (N, K, h, w), any floating dtype.
         labels: uint8 (N, H, W).
     """
-    if targets.num_classes == 1:  # the background's logit is 0
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    logits = of_labels(logits, targets)
     return cast(Tensor, _UpsampledDice.apply(logits, labels, targets.ignore, align_corners))  # type: ignore[no-untyped-call]
 
 

@@ -327,6 +327,36 @@ def test_an_overlay_tints_by_class_and_names_what_is_there(size):
         )
 
 
+def test_one_class_is_shown_on_an_untouched_background():
+    pixels = np.full((60, 80, 3), 100, np.uint8)
+    labels = np.zeros((60, 80), np.uint8)
+    labels[:, 40:60], labels[:, 60:] = 1, 255
+    colours = ((250, 10, 20),)
+    image = label_image(labels[:, :60], colours)
+    assert np.array_equal(np.asarray(image), labels[:, :60])
+    shown = np.asarray(image.convert("RGB"))
+    assert (shown[:, :40] == 0).all() and (shown[:, 40:] == colours[0]).all()
+    tinted = np.asarray(overlay(pixels, labels, ["road"], colours, 0.5))
+    assert (tinted[:60, :40] == 100).all() and (tinted[:60, 60:80] == 100).all()
+    assert (tinted[:60, 40:60] == (175, 55, 60)).all()
+    assert (tinted[60:] == colours[0]).all(-1).any()  # in the legend
+    nothing = np.asarray(overlay(pixels, np.zeros_like(labels), ["road"], colours, 0.5))
+    assert (nothing[:60, :80] == 100).all() and (nothing[60:] == 255).all()
+
+
+@pytest.mark.parametrize("unfused", [False, True])
+def test_one_class_is_segmented(unfused, pixels):
+    model = bench.untrained_model(num_classes=1)
+    if unfused:
+        model.classifier.conv.register_forward_hook(lambda *_: None)
+    labels = segment(model, pixels)
+    assert labels.shape == pixels.shape[:2] and set(np.unique(labels)) == {0, 1}
+    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = model.double().reference(x)[0, 0] > 0
+    assert (torch.from_numpy(labels) == expected).double().mean() > 0.999
+
+
 def test_an_overlay_needs_labels_of_the_pictures_size(pixels):
     with pytest.raises(ValueError, match=r"labels must be \(75, 101\)"):
         overlay(pixels, np.zeros((3, 3), np.uint8), data.CAMVID_CLASSES, data.CAMVID_PALETTE)
