@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
@@ -46,7 +45,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="torch device for all of them (auto: GPU, else CPU)"
     )
     command.add_argument(
-        "-o", "--out", type=Path, help="folder for confusion.csv and confusion.png"
+        "-o", "--out", type=options.path, help="folder for confusion.csv and confusion.png"
     )
 
 

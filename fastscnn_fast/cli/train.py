@@ -6,7 +6,6 @@ import argparse
 import os
 from contextlib import nullcontext
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -40,7 +39,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         " batch is shared by all processes."
     )
     options.add_data(command)
-    command.add_argument("-o", "--out", type=Path, required=True, help="the run's folder")
+    command.add_argument("-o", "--out", type=options.path, required=True, help="the run's folder")
     command.add_argument(
         "--resume",
         action="store_true",
