@@ -39,7 +39,8 @@ _CITYSCAPES_LAST = 33
 
 
 class Example(NamedTuple):
-    """A picture, uint8 (H, W, C), and its labels, uint8 (H, W), as :func:`~.classes.label_count` has them."""
+    """A picture, uint8 (H, W, C), three channels RGB, and its labels, uint8 (H, W), as
+    :func:`~.classes.label_count` has them."""
 
     picture: Pixels
     labels: Pixels

@@ -26,8 +26,8 @@ class FusedFastSCNN(Named, nn.Module):
     """Fast-SCNN for inference: folded, packed and run by one fused op. Made by :func:`fuse`.
 
     Input is (N, C, H, W) with any strides: normalised floats of :attr:`dtype` or, where that has 16 bits, of
-    torch.float32, which the first kernel rounds, or raw uint8 pixels, which are normalised by ``config.mean`` and
-    ``config.std`` inside the first kernel. It has no parameters and no gradients. Its dtype is that of its packed
+    torch.float32, which the first kernel rounds, or raw uint8 pixels in RGB, which are normalised by ``config.mean``
+    and ``config.std`` inside the first kernel. It has no parameters and no gradients. Its dtype is that of its packed
     weights: ``half()``, ``to(torch.bfloat16)`` and their like raise, :func:`fuse` takes a dtype. Works under
     ``torch.compile(fullgraph=True)`` and ``torch.export``.
 

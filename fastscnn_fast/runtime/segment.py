@@ -123,7 +123,7 @@ class Prepared(NamedTuple):
     """A picture as the network takes it.
 
     Attributes:
-        pixels: uint8 (H, W, C), the picture upright.
+        pixels: uint8 (H, W, C), RGB, the picture upright.
         x: uint8 (1, C, h, w), the same at the size to run at.
     """
 
