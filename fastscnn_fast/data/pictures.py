@@ -28,7 +28,7 @@ from .classes import Colour, label_colours, label_count
 
 
 class BinaryFile(Protocol):
-    """What :func:`open` gives in mode "rb", :class:`io.BytesIO`, an upload, an answer of a server."""
+    """What ``open`` gives in mode "rb", ``io.BytesIO``, an upload, an answer of a server."""
 
     def read(self) -> bytes: ...
 
@@ -254,9 +254,14 @@ class _Bits(NamedTuple):
 
 def _rewound(file: Any, name: str) -> io.BytesIO:
     """All of a binary file, from its beginning where there is a way back."""
-    with suppress(AttributeError, OSError):  # io.UnsupportedOperation is one of these
-        file.seek(0)
-    content = file.read()
+    try:
+        with suppress(AttributeError, OSError):
+            file.seek(0)
+        content = file.read()
+    except UnicodeDecodeError:
+        content = ""
+    except (OSError, ValueError) as error:  # closed, or not open for reading
+        raise ValueError(f"{name}: cannot be read: {error}") from error
     if not isinstance(content, bytes):
         kind = type(content).__name__
         raise TypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -21,7 +21,6 @@ from .model import FastSCNN
 
 Labels = NDArray[np.uint8]
 Confidence = NDArray[np.float32]
-Pictures = list[Picture] | tuple[Picture, ...]
 
 
 @overload
@@ -48,7 +47,7 @@ def segment(
 @overload
 def segment(
     fast: FusedFastSCNN | FastSCNN,
-    picture: Pictures,
+    picture: Sequence[Picture],
     size: tuple[int, int] | None = None,
     bits: int | None = None,
     confidence: Literal[False] = False,
@@ -58,7 +57,7 @@ def segment(
 @overload
 def segment(
     fast: FusedFastSCNN | FastSCNN,
-    picture: Pictures,
+    picture: Sequence[Picture],
     size: tuple[int, int] | None = None,
     bits: int | None = None,
     *,
@@ -68,7 +67,7 @@ def segment(
 
 def segment(
     fast: FusedFastSCNN | FastSCNN,
-    picture: Picture | Pictures,
+    picture: Picture | Sequence[Picture],
     size: tuple[int, int] | None = None,
     bits: int | None = None,
     confidence: bool = False,

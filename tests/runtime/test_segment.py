@@ -388,9 +388,21 @@ def test_what_is_nothing_like_a_picture_is_called_by_its_type(fast, picture, got
         segment(fast, picture)
 
 
-def test_a_file_in_text_mode_says_so(fast):
-    with pytest.raises(TypeError, match=r'binary mode \("rb"\), its read\(\) gave str'):
-        segment(fast, io.StringIO(""))
+def test_a_file_that_gives_no_bytes_says_so(fast, pixels, tmp_path):
+    path = tmp_path / "street.png"
+    Image.fromarray(pixels).save(path)
+    with (
+        open(path, encoding="utf-8") as text,
+        open(path, "ab") as written,
+        open(path, "rb") as file,
+    ):
+        for opened in (text, io.StringIO("")):
+            with pytest.raises(TypeError, match=r'binary mode \("rb"\), its read\(\) gave str'):
+                segment(fast, opened)
+        with pytest.raises(ValueError, match="^picture: cannot be read: .*read"):
+            segment(fast, written)
+    with pytest.raises(ValueError, match="^picture: cannot be read: .*closed file"):
+        segment(fast, file)
 
 
 def test_what_is_wrong_in_a_list_is_named_by_its_place(fast, pixels):
