@@ -19,7 +19,7 @@ from ..writing import folder
 from . import options, results
 from .jobs import Found, Job, find
 
-#: Pixels of pictures in memory at a time, besides those of a single larger one; 20 to 40 bytes each.
+#: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
 _MOST_PIXELS = 2**26
 #: What is wrong with one picture's results alone, unlike a full disk.
 _OF_ONE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
