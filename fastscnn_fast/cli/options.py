@@ -106,7 +106,7 @@ def add_data(command: Parser) -> None:
     )
     command.add_argument(
         "--label-map",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="what the values of label files mean, a line each: an id, a colour (R G B or #RRGGBB) or * for all others,"
         " then a class's id or name or 'ignore', as in '255 1', '0 ignore', '128 64 128 road'",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -21,6 +21,8 @@ from .model import FastSCNN
 
 Labels = NDArray[np.uint8]
 Confidence = NDArray[np.float32]
+#: Lists of pictures of one kind, or of several, are no ``list[Picture]`` to type checkers.
+Several = list[Any] | tuple[Picture, ...]
 
 
 @overload
@@ -47,7 +49,7 @@ def segment(
 @overload
 def segment(
     fast: FusedFastSCNN | FastSCNN,
-    picture: Sequence[Picture],
+    picture: Several,
     size: tuple[int, int] | None = None,
     bits: int | None = None,
     confidence: Literal[False] = False,
@@ -57,7 +59,7 @@ def segment(
 @overload
 def segment(
     fast: FusedFastSCNN | FastSCNN,
-    picture: Sequence[Picture],
+    picture: Several,
     size: tuple[int, int] | None = None,
     bits: int | None = None,
     *,
@@ -67,7 +69,7 @@ def segment(
 
 def segment(
     fast: FusedFastSCNN | FastSCNN,
-    picture: Picture | Sequence[Picture],
+    picture: Picture | Several,
     size: tuple[int, int] | None = None,
     bits: int | None = None,
     confidence: bool = False,
