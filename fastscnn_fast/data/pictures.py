@@ -165,10 +165,9 @@ def pixels_of(
     if isinstance(picture, Image.Image):
         try:
             return _image_pixels(picture, channels, to_eight)
-        except ValueError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{to_eight.of(picture).name}: cannot be read: {error}") from error
+        except Exception as error:  # as of files
+            said = "" if type(error) is ValueError else "cannot be read: "
+            raise ValueError(f"{to_eight.of(picture).name}: {said}{error}") from error
     if isinstance(picture, (bytes, bytearray, memoryview)):
         return _content_pixels(io.BytesIO(picture), channels, to_eight)
     if isinstance(picture, (str, os.PathLike)):
@@ -237,7 +236,7 @@ class _Bits(NamedTuple):
     def __call__(self, values: NDArray[Any]) -> NDArray[np.uint8]:
         """The upper eight of grey (H, W) or colours (H, W, C), as :func:`read_picture` has it."""
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("picture must have at most 16 bits a channel")
+            raise ValueError("must have at most 16 bits a channel")
         colours = values if values.ndim == 2 else values[..., : (values.shape[2] - 1) // 2 * 2 + 1]
         largest, bits = int(colours.max()), self.bits
         if bits is None:
@@ -287,7 +286,7 @@ def _content_pixels(file: IO[bytes], channels: int, to_eight: _Bits) -> NDArray[
 
 def _image_pixels(image: Image.Image, channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
     if 0 in image.size:
-        raise ValueError(f"picture must have pixels, got {image.size[1]}x{image.size[0]}")
+        raise ValueError(f"must have pixels, got {image.size[1]}x{image.size[0]}")
     to_eight = to_eight.of(image)
     file = load_whole(image)
     image = ImageOps.exif_transpose(image)
@@ -300,7 +299,7 @@ def _image_pixels(image: Image.Image, channels: int, to_eight: _Bits) -> NDArray
         if to_eight.bits is not None or high[..., :3].max() < 1 << max(_FEWER_BITS) - 8:
             image = Image.fromarray(to_eight(high.astype(np.uint16) << 8 | _low_bytes(file)))
     if image.mode == "F":
-        raise ValueError("picture must hold integers, got floating-point pixels of unknown range")
+        raise ValueError("must hold integers, got floating-point pixels of unknown range")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     pixels = np.array(image.convert(_MODES[channels]))

@@ -118,6 +118,8 @@ def test_where_the_caller_stops_what_runs_ends_and_nothing_else_begins(how: str)
 
     def after(item: int, made: int) -> int:
         begun.append(item)
+        if item == 0:
+            assert holds.wait(WAIT)
         if item == 1:
             holds.set()
             threading.Event().wait(0.05)

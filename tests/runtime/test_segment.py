@@ -368,8 +368,8 @@ def test_small_pictures(fast, size):
         (np.zeros((8, 8, 5), np.uint8), r"got shape \(8, 8, 5\)"),
         (np.zeros((0, 8, 3), np.uint8), "must have pixels"),
         (np.zeros(8, np.uint8), r"got shape \(8,\)"),
-        (Image.new("RGB", (0, 5)), "must have pixels, got 5x0"),
-        (Image.new("F", (5, 5)), "floating-point"),
+        (Image.new("RGB", (0, 5)), "^picture: must have pixels, got 5x0"),
+        (Image.new("F", (5, 5)), "^picture: must hold integers, got floating-point"),
         ("nowhere.jpg", "nowhere.jpg: does not exist"),
         (".", ".: is a folder"),
     ],
@@ -409,6 +409,7 @@ def test_what_is_wrong_in_a_list_is_named_by_its_place(fast, pixels):
     """Files have names of their own."""
     for bad, message in (
         (b"no", r"^picture\[1\]: cannot be read"),
+        (Image.new("F", (5, 5)), r"^picture\[1\]: must hold integers"),
         (pixels.astype(np.float32), r"^picture\[1\] must be a uint8"),
         ("nowhere.jpg", "^nowhere.jpg: does not exist"),
     ):
