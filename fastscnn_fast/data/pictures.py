@@ -169,7 +169,7 @@ def pixels_of(
             said = "" if type(error) is ValueError else "cannot be read: "
             raise ValueError(f"{to_eight.of(picture).name}: {said}{error}") from error
     if isinstance(picture, (bytes, bytearray, memoryview)):
-        return _content_pixels(io.BytesIO(picture), channels, to_eight)
+        return _content_pixels(io.BytesIO(bytes(picture)), channels, to_eight)
     if isinstance(picture, (str, os.PathLike)):
         path = os.fspath(picture)
         if not isinstance(path, str) or path == "":

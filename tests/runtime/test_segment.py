@@ -82,6 +82,7 @@ def test_every_feed_is_the_same_picture(fast, pixels, tmp_path):
     """Contents, open files wherever they stand, tensors of any strides, and all of them in a list."""
     expected = segment(fast, pixels)
     content = as_file(Image.fromarray(pixels))
+    twice = bytes(byte for byte in content for _ in range(2))
     path = tmp_path / "street.png"
     path.write_bytes(content)
     x = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -89,7 +90,7 @@ def test_every_feed_is_the_same_picture(fast, pixels, tmp_path):
     at_its_end.read()
     with open(path, "rb") as file:
         feeds = [
-            *(content, bytearray(content), memoryview(content)),
+            *(content, bytearray(content), memoryview(content), memoryview(twice)[::2]),
             *(io.BytesIO(content), at_its_end, file),
             *(x, x.contiguous(), x.flip(2).flip(2), torch.cat([x, x])[:3]),
             *(pixels, Image.fromarray(pixels), path),
