@@ -607,3 +607,17 @@ def test_one_class_is_segmented(unfused, pixels):
 def test_an_overlay_needs_labels_of_the_pictures_size(pixels):
     with pytest.raises(ValueError, match=r"labels must be \(75, 101\)"):
         overlay(pixels, np.zeros((3, 3), np.uint8), data.CAMVID_CLASSES, data.CAMVID_PALETTE)
+
+
+def test_confidence_of_one_class_is_that_of_the_label(pixels, monkeypatch):
+    """Of the class where it is, else of the background: never below a half."""
+    model = bench.untrained_model(num_classes=1)
+    fast = fuse(model, "reference")
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    labels, confidence = segment(fast, pixels, confidence=True)
+    probable = fast.probabilities(x)[0, 0].numpy()
+    assert set(np.unique(labels)) == {0, 1} and confidence.min() >= 0.5
+    assert np.array_equal(confidence, np.where(labels == 1, probable, 1 - probable))
+    monkeypatch.setattr(FastSCNN, "fused_for", lambda self, x: None)
+    plain = segment(model, pixels, confidence=True)
+    assert np.array_equal(plain[0], labels) and np.abs(plain[1] - confidence).max() < 1e-4
