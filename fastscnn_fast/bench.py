@@ -22,6 +22,7 @@ from .backends import registry
 from .data.scenes import street
 from .plots import figure
 from .program.arithmetic import ARITHMETICS
+from .program.labels import labels_of
 from .program.parity import Bounds, Parity
 from .runtime.fused import FusedFastSCNN
 from .runtime.model import FastSCNN
@@ -165,7 +166,7 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network.reference(x)
-        return logits.argmax(1).to(torch.uint8) if self.labels else logits
+        return labels_of(logits).to(torch.uint8) if self.labels else logits
 
 
 def exact_logits(model: FastSCNN, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .arch.network import PyramidPooling
+from .program.labels import labels_of
 from .runtime.model import FastSCNN
 from .writing import write_whole
 
@@ -53,7 +54,7 @@ class _Exportable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network.reference(x)
-        return logits.argmax(1).to(torch.uint8) if self.labels else logits
+        return labels_of(logits).to(torch.uint8) if self.labels else logits
 
 
 def export_onnx(
@@ -67,7 +68,7 @@ def export_onnx(
     Its input ``x`` is float32 (n, C, h, w), normalised by the mean and std that the file's metadata names
     ("fastscnn_fast": the config, "classes" and "palette": names and colours, in JSON);
     n, h and w are free, h and w from 32. Its output is ``logits`` float32 (n, K, h, w) or ``labels`` uint8
-    (n, h, w).
+    (n, h, w), which are as those of :meth:`FusedFastSCNN.labels`.
 
     Args:
         size: (height, width) to trace at. The file does not depend on it.

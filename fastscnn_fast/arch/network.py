@@ -18,7 +18,7 @@ _ACTIVATIONS: dict[Activation, Any] = {"none": nn.Identity, "relu": nn.ReLU, "re
 
 
 def normalise(x: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
-    """Raw pixels (N, C, H, W) as floats of ``dtype``: (x / 255 - config.mean) / config.std."""
+    """Raw pixels (N, C, H, W), RGB, as floats of ``dtype``: (x / 255 - config.mean) / config.std."""
     mean, std = (
         torch.tensor(v, dtype=dtype, device=x.device)[:, None, None]
         for v in (config.mean, config.std)
@@ -250,7 +250,7 @@ class PlainFastSCNN(nn.Module):
 
     Any batch and any size from 32x32 up, odd sizes included. In training with ``aux=True`` the result
     is ``(logits, auxiliary)`` with one full-size tensor per entry of ``config.aux_taps``. uint8 input is raw
-    pixels 0..255 and is normalised by ``config.mean`` and ``config.std`` first.
+    pixels 0..255, RGB, and is normalised by ``config.mean`` and ``config.std`` first.
 
     Args:
         num_classes: number of classes K.

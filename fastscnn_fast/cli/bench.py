@@ -37,12 +37,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--plot",
-        type=Path,
+        type=options.path,
         metavar="FILE",
         default=Path("bench.png"),
         help="the bars as PNG (%(default)s); needs the extra [plot]",
     )
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    command.add_argument("--csv", type=options.path, metavar="FILE", help="write the table as CSV")
 
 
 def run(args: argparse.Namespace) -> int:

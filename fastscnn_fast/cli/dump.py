@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -70,7 +69,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--raw", action="store_true", help="stem_conv takes uint8 pixels instead of floats"
     )
-    command.add_argument("-o", "--out", type=Path, required=True, help="folder for the files")
+    command.add_argument(
+        "-o", "--out", type=options.path, required=True, help="folder for the files"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

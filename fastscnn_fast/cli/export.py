@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..checkpoints import load_checkpoint
 from ..export import export_onnx
@@ -16,7 +15,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         " every size. The input is float32 (n, C, h, w), normalised. Needs the extra [export]."
     )
     command.add_argument(
-        "--onnx", type=Path, required=True, metavar="OUT", help="the file to write"
+        "--onnx", type=options.path, required=True, metavar="OUT", help="the file to write"
     )
     options.add_weights(command)
     command.add_argument(

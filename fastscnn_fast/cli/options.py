@@ -28,7 +28,7 @@ DTYPES = {
 def add_weights(command: Parser) -> None:
     command.add_argument(
         "--weights",
-        type=Path,
+        type=path,
         metavar="F",
         default=CAMVID11,
         help="checkpoint, .safetensors or .pth (the package's own, CamVid's 11 classes)",
@@ -91,6 +91,7 @@ def add_data(command: Parser) -> None:
     """Where labelled pictures are."""
     command.add_argument(
         "data",
+        type=filled,
         metavar="DATA",
         help="folder with SPLIT/images and SPLIT/labels, or Cityscapes' own, or streets[:COUNT]",
     )
@@ -105,7 +106,7 @@ def add_data(command: Parser) -> None:
     )
     command.add_argument(
         "--label-map",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="what the values of label files mean, a line each: an id, a colour (R G B or #RRGGBB) or * for all others,"
         " then a class's id or name or 'ignore', as in '255 1', '0 ignore', '128 64 128 road'",
@@ -137,6 +138,18 @@ def device(name: str) -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def filled(text: str) -> str:
+    """A name that is not empty: as a path, that would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty, got ''")
+    return text
+
+
+def path(text: str) -> Path:
+    """The path of a file or folder."""
+    return Path(filled(text))
 
 
 def size(text: str) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import argparse
 import os
 from contextlib import nullcontext
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -40,7 +39,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         " batch is shared by all processes."
     )
     options.add_data(command)
-    command.add_argument("-o", "--out", type=Path, required=True, help="the run's folder")
+    command.add_argument("-o", "--out", type=options.path, required=True, help="the run's folder")
     command.add_argument(
         "--resume",
         action="store_true",
@@ -159,9 +158,9 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
 
 def _announce(trainer: Trainer) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    crop = trainer.batches.augmentation.crop
+    crop, classes = trainer.batches.augmentation.crop, len(trainer.train.classes)
     print(
-        f"{len(trainer.train)} examples, {len(trainer.train.classes)} classes, crops {crop[0]}x{crop[1]};"
+        f"{len(trainer.train)} examples, {classes} class{'es' * (classes > 1)}, crops {crop[0]}x{crop[1]};"
         f" {parameters} parameters, {trainer.recipe.dtype}, {trainer.group.world} x {trainer.device};"
         f" step {trainer.step} of {trainer.steps}"
     )

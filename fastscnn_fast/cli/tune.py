@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -25,7 +24,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     network = command.add_mutually_exclusive_group()
     options.add_preset(network)
-    network.add_argument("--weights", type=Path, metavar="F", help="that of a checkpoint instead")
+    network.add_argument(
+        "--weights", type=options.path, metavar="F", help="that of a checkpoint instead"
+    )
     options.add_sizes(command)
     command.add_argument(
         "--batch", type=options.count, metavar="N", default=1, help="pictures a call (%(default)s)"

@@ -26,8 +26,8 @@ class FusedFastSCNN(Named, nn.Module):
     """Fast-SCNN for inference: folded, packed and run by one fused op. Made by :func:`fuse`.
 
     Input is (N, C, H, W) with any strides: normalised floats of :attr:`dtype` or, where that has 16 bits, of
-    torch.float32, which the first kernel rounds, or raw uint8 pixels, which are normalised by ``config.mean`` and
-    ``config.std`` inside the first kernel. It has no parameters and no gradients. Its dtype is that of its packed
+    torch.float32, which the first kernel rounds, or raw uint8 pixels in RGB, which are normalised by ``config.mean``
+    and ``config.std`` inside the first kernel. It has no parameters and no gradients. Its dtype is that of its packed
     weights: ``half()``, ``to(torch.bfloat16)`` and their like raise, :func:`fuse` takes a dtype. Works under
     ``torch.compile(fullgraph=True)`` and ``torch.export``.
 
@@ -76,11 +76,17 @@ class FusedFastSCNN(Named, nn.Module):
         return self._run(x, "logits", out)
 
     def probabilities(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`."""
+        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`.
+
+        Of one class alone it is the sigmoid, (N, 1, H, W).
+        """
         return self._run(x, "probabilities", out)
 
     def labels(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The largest logit's class, uint8 (N, H, W), without full-size logits.
+
+        Of equal logits it is the first, NaN is the largest of all. One class alone has label 1 where its logit
+        is above 0; all else is background, label 0, so is NaN.
 
         Raises:
             ValueError: more than 256 classes, and as :meth:`forward`.

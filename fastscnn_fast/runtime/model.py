@@ -164,8 +164,8 @@ class FastSCNN(Named, PlainFastSCNN):
     is ``(logits, auxiliary)`` with one full-size tensor per entry of ``config.aux_taps``. In eval mode,
     where no gradient is wanted (under ``torch.no_grad()``, or where neither the input nor a parameter
     requires one), the fused kernels run by themselves (see :func:`fastscnn_fast.fuse`); what cannot be
-    fused runs in plain torch, with the reason logged once. uint8 input is raw pixels 0..255 and is
-    normalised by ``config.mean`` and ``config.std`` first.
+    fused runs in plain torch, with the reason logged once. uint8 input is raw pixels 0..255, RGB, and
+    is normalised by ``config.mean`` and ``config.std`` first.
 
     Args:
         num_classes: number of classes K.

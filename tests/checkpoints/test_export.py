@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from helpers import assert_parity, randomise
+from helpers import assert_labels, assert_parity, lifelike, noise, randomise
 from layouts import free_widths
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastscnn_fast import FastSCNN, checkpoints, cli, export, fuse
-from fastscnn_fast.arch.config import PRESETS, Config
+from fastscnn_fast.arch.config import PRESETS, Config, preset as config_preset
 
 # None of these is the traced one; 32x32 and 33x49 have 1x1 and 2x2 features where the pooling happens.
 SIZES = [(1, 32, 32), (3, 33, 49), (1, 97, 131), (2, 160, 224), (1, 375, 242)]
@@ -137,6 +137,28 @@ def test_the_command_line_exports_labels_of_a_grey_network(tmp_path, capsys):
         expected = model.reference(x).argmax(1)
     assert labels.dtype == torch.uint8 and labels.shape == (2, 65, 70)
     assert (labels == expected).double().mean() > 0.999
+
+
+@pytest.mark.slow
+def test_labels_of_one_class(tmp_path):
+    """1 where the logit is above 0, else 0."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model = lifelike(config_preset("paper", num_classes=1, bottleneck_repeats=(1, 1, 1)))
+    model.classes = ["road"]
+    export.export_onnx(model, tmp_path / "net.onnx", "labels", size=(64, 96))
+    session = onnx_session(tmp_path / "net.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == ["road"]
+    for n, height, width in SIZES[:3]:
+        x = noise(n, 3, height, width)
+        labels = run(session, x)
+        with torch.no_grad():
+            logits = model.double().reference(x.double())
+        assert labels.dtype == torch.uint8 and 0 < labels.sum() < labels.numel()
+        assert_labels(labels, logits, 1e-4)
+    x[0, 0, 20, 20] = float("nan")  # reaches every pixel
+    assert (run(session, x)[0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

@@ -104,18 +104,6 @@ def test_a_picture_given_twice_is_segmented_once(pictures, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("4 segmented")
 
 
-def test_the_same_name_in_two_folders_does_not_overwrite(pictures, tmp_path):
-    out = tmp_path / "out"
-    assert (
-        cli.main(["segment", *(str(pictures / n) for n in ("a.png", "sub/a.png")), "-o", str(out)])
-        == 0
-    )
-    assert sorted(path.name for path in out.glob("*_labels.png")) == [
-        "a_labels.png",
-        "a_png_labels.png",
-    ]
-
-
 def test_unreadable_pictures_are_reported_and_skipped(pictures, tmp_path, capsys):
     (pictures / "broken.jpg").write_bytes((pictures / "a.jpg").read_bytes()[:200])
     (tmp_path / "empty").mkdir()

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, Kernels, assert_labels, err, in_layout, small_network, threads
+from helpers import (
+    LAYOUTS,
+    Kernels,
+    assert_labels,
+    err,
+    in_layout,
+    lifelike,
+    noise,
+    small_network,
+    threads,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -18,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse, ops
-from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
 
 pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
@@ -72,6 +82,25 @@ def test_the_three_results(backend, model, x):
     assert labels.shape == (2, 64, 80)
     assert_labels(labels, expected, 1e-5 * expected.abs().max().item())
     assert not logits.requires_grad and fast.backend == backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_one_class_is_the_sigmoids(backend, dtype, no_grad):
+    model = lifelike(Config(num_classes=1)).to(dtype)
+    fast, x = fuse(model, backend), noise(2, 3, 65, 81).to(dtype)
+    logits, probabilities, labels = (getattr(fast, output)(x) for output in OUTPUTS)
+    assert logits.shape == probabilities.shape == (2, 1, 65, 81)
+    close = torch.finfo(dtype).eps * max(4, logits.abs().max().item())
+    torch.testing.assert_close(probabilities, logits.sigmoid(), atol=close, rtol=close)
+    assert (labels.shape, labels.dtype) == ((2, 65, 81), torch.uint8)
+    assert_labels(labels, logits.double(), close)
+    assert 0.02 < labels.double().mean() < 0.98
+    for output, eager in zip(OUTPUTS, (logits, probabilities, labels)):
+        run = torch.compile(getattr(fast, output), fullgraph=True, backend="aot_eager")
+        assert torch.equal(run(x), eager)
+        out = torch.empty_like(eager)
+        assert getattr(fast, output)(x, out=out) is out and torch.equal(out, eager)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
