@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from .. import bench
 from ..runtime.fused import fuse
+from ..writing import folder_of
 from . import options, results
 
 
@@ -46,6 +48,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with ExitStack() as folders:  # which cannot be made shows before anything is measured
+        for file in filter(None, (args.csv, args.plot)):
+            folders.enter_context(folder_of(file))
+        return _bench(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = bench.untrained_model(args.preset)

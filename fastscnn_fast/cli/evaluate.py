@@ -29,16 +29,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", default="val", help="part of DATA (%(default)s)")
     command.add_argument(
         "--size",
-        type=options.size,
-        metavar="HxW",
+        **options.SIZE,
         help="size the network runs at (as in segment); scores are on labels of full size",
     )
     command.add_argument(
         "--dtype",
         nargs="+",
+        type=options.dtype,
         choices=options.DTYPES,
         default=list(options.DTYPES),
-        help="dtypes to compare on the fused path (all)",
+        help=f"dtypes to compare on the fused path (all){options.SHORT}",
     )
     options.add_precision(command)
     command.add_argument(

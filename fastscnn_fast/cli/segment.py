@@ -55,8 +55,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_bits(command)
     command.add_argument(
         "--size",
-        type=options.size,
-        metavar="HxW",
+        **options.SIZE,
         help="size the network runs at (as many pixels as the weights were trained at, else the picture's"
         " own size); the labels keep the picture's own size",
     )

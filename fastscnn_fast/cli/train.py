@@ -27,8 +27,10 @@ _WRITTEN: dict[Any, dict[str, Any]] = {
     str | None: {"metavar": "F"},
     float | tuple[float, ...]: {"type": float, "nargs": "+", "metavar": "X"},
     tuple[float, float]: {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")},
-    tuple[int, int] | None: {"type": options.size, "metavar": "HxW"},
+    tuple[int, int] | None: options.SIZE,
 }
+#: The same by its name, where that says more.
+_NAMED: dict[str, dict[str, Any]] = {"dtype": {"type": options.dtype}}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -88,6 +90,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for field in fields(Recipe):
         among = field.metadata["among"]
         written = {"action": argparse._StoreAction} | _WRITTEN[types[field.name]]
+        written |= _NAMED.get(field.name, {})
         recipe.add_argument(
             "--" + field.name.replace("_", "-"),
             default=field.default,

@@ -37,7 +37,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        raise registry.CannotRun("tune measures on a GPU, and torch finds none on this machine")
+        raise registry.CannotRun(f"tune measures on a GPU: {registry.NO_GPU}")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), options.DTYPES[args.dtype]
     if args.weights is None:
         model = bench.untrained_model(args.preset)

@@ -248,7 +248,8 @@ def _refused_input(x: Tensor, network: FusedFastSCNN) -> str | None:
     if x.device != device or x.dtype not in (dtype, torch.uint8):
         return f"x must be {dtype} or torch.uint8 on {device}, got {x.dtype} on {x.device}"
     if torch.is_autocast_enabled(device.type):
-        return "autocast is enabled"
+        wanted = torch.get_autocast_dtype(device.type)
+        return f"autocast is enabled: fuse(model, dtype={wanted}) computes in that dtype, fused"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "a global forward hook is set"
     return None

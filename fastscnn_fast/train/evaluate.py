@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.datasets import Examples
-from ..plots import figure
+from ..plots import figure, png
 from ..program.labels import labels_of
 from ..runtime.fused import fuse
 from ..runtime.model import FastSCNN
@@ -147,9 +147,7 @@ def save_picture(confusion: Confusion, classes: Sequence[str], path: Path) -> No
                 colour = "white" if shares[y, x] > 0.5 else "black"
                 text = f"{100 * shares[y, x]:.0f}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
-    content = io.BytesIO()
-    chart.savefig(content, format="png", dpi=120)
-    write_whole(path, content.getvalue())
+    write_whole(path, png(chart, dpi=120))
 
 
 def save_csv(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
