@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from .arch.network import normalise
 from .backends import registry
 from .data.scenes import street
-from .plots import figure
+from .plots import figure, png
 from .program.arithmetic import ARITHMETICS
+from .program.labels import labels_of
 from .program.parity import Bounds, Parity
 from .runtime.fused import FusedFastSCNN
 from .runtime.model import FastSCNN
+from .writing import write_whole
 
 EAGER, EAGER_LAST, COMPILED = "eager", "eager, channels-last", "torch.compile, freezing"
 LOGITS, LABELS = "fastscnn_fast logits", "fastscnn_fast labels"
@@ -165,7 +168,7 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network.reference(x)
-        return logits.argmax(1).to(torch.uint8) if self.labels else logits
+        return labels_of(logits).to(torch.uint8) if self.labels else logits
 
 
 def exact_logits(model: FastSCNN, x: Tensor) -> Tensor:
@@ -360,10 +363,11 @@ LEGEND = (
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], about: dict[str, str]) -> None:
     """One line per row, with the machine in every line, unless the row says more exactly."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys([*rows[0], *about])))
-        writer.writeheader()
-        writer.writerows({**about, **row} for row in rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(dict.fromkeys([*rows[0], *about])))
+    writer.writeheader()
+    writer.writerows({**about, **row} for row in rows)
+    write_whole(path, table.getvalue().encode())
 
 
 #: Of bars, by how the name starts.
@@ -411,7 +415,7 @@ def plot(path: str | Path, results: Sequence[Result], title: str, columns: int =
     for axes in places:  # what is left of the last line
         axes.remove()
     chart.suptitle(title, fontsize=9)
-    chart.savefig(path, dpi=130, format="png")
+    write_whole(path, png(chart, dpi=130))
 
 
 def chart_title(about: Mapping[str, str]) -> str:

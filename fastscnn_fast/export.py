@@ -8,19 +8,23 @@ import io
 import json
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .arch.network import PyramidPooling
+from .arch.network import PyramidPooling, normalise
+from .program.labels import labels_of
 from .runtime.model import FastSCNN
-from .writing import write_whole
+from .writing import folder_of, write_whole
 
-_OPSET = 18
+_LEAST_OPSET = 11  # before it a resize has its corners elsewhere
+_EXPORTER = 18  # the least opset that torch's exporter writes
 _LARGEST_SIDE = 1 << 14
 
 
@@ -45,15 +49,21 @@ class _ExactPooling(PyramidPooling):
 
 
 class _Exportable(nn.Module):
-    def __init__(self, model: FastSCNN, output: str) -> None:
+    """``model`` from ``x``, normalised or as pixels, to ``output``."""
+
+    def __init__(self, model: FastSCNN, output: str, pixels: bool) -> None:
         super().__init__()
         self.network = copy.deepcopy(model).cpu().float().eval()
         self.network.global_features.pyramid.__class__ = _ExactPooling
+        self.network.classifier.dropout = nn.Identity()  # a node of its own in some files
         self.labels = output == "labels"
+        self.pixels = pixels
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pixels:
+            x = normalise(x, self.network.config, torch.float32)
         logits: Tensor = self.network.reference(x)
-        return logits.argmax(1).to(torch.uint8) if self.labels else logits
+        return labels_of(logits).to(torch.uint8) if self.labels else logits
 
 
 def export_onnx(
@@ -61,48 +71,102 @@ def export_onnx(
     path: str | os.PathLike[str],
     output: Literal["logits", "labels"] = "logits",
     size: tuple[int, int] = (512, 1024),
+    opset: int = 18,
+    fixed_size: bool = False,
+    pixels: torch.dtype | None = None,
 ) -> None:
-    """Write ``model`` in eval mode as an ONNX file of opset 18.
+    """Write ``model`` in eval mode as an ONNX file; the folder is made where there is none.
 
-    Its input ``x`` is float32 (n, C, h, w), normalised by the mean and std that the file's metadata names
-    ("fastscnn_fast": the config, "classes" and "palette": names and colours, in JSON);
-    n, h and w are free, h and w from 32. Its output is ``logits`` float32 (n, K, h, w) or ``labels`` uint8
-    (n, h, w).
+    Its input ``x`` is (n, C, h, w), where n, h and w are free, h and w from 32: float32, normalised by the mean
+    and std that the file's metadata names, or RGB pixels. Its output is ``logits`` float32 (n, K, h, w) or
+    ``labels`` uint8 (n, h, w), which are as those of :meth:`FusedFastSCNN.labels`. The metadata are
+    "fastscnn_fast", the config, "classes" and "palette", names and colours, in JSON, and "input", which is
+    "normalised" or "pixels".
 
     Args:
-        size: (height, width) to trace at. The file does not depend on it.
+        size: (height, width) to trace at. The file does not depend on it, unless ``fixed_size``.
+        opset: from 11 on, the first whose resize is torch's. Those below 18 are written by torch's older exporter.
+        fixed_size: x is (1, C, *size) and nothing else, for runtimes that plan ahead; no node computes a shape.
+        pixels: x is raw pixels 0 to 255 of this dtype, torch.uint8 or torch.float32, normalised in the graph.
 
     Raises:
         ImportError: onnx or onnxscript is missing (the extra ``export``).
-        RuntimeError: torch is older than 2.6, whose exporter cannot do this.
-        ValueError: unknown output, a size below 32, or labels of more than 256 classes.
+        RuntimeError: torch is older than 2.6, whose exporter cannot do this, or cannot write this opset.
+        ValueError: unknown output, opset or dtype of pixels, a size below 32, or labels of more than 256 classes.
         OSError: the file cannot be written; what was there before still is.
     """
-    _check(model, output, size)
+    _check(model, output, size, opset, pixels)
+    with folder_of(Path(path)):
+        network = _Exportable(model, output, pixels is not None)
+        x = torch.zeros(
+            1 if fixed_size else 2, model.config.in_channels, *size, dtype=pixels or torch.float32
+        )
+        export = _export if opset >= _EXPORTER else _export_older
+        with _quiet():
+            file = export(network, x, output, opset, fixed_size)
+        (made,) = [one.version for one in file.opset_import if not one.domain]
+        if made != opset:
+            raise RuntimeError(f"torch {torch.__version__} cannot write opset {opset}, got {made}")
+        metadata = {name: json.dumps(getattr(model, name)) for name in ("classes", "palette")}
+        metadata["fastscnn_fast"] = json.dumps(model.config.to_dict())
+        metadata["input"] = "normalised" if pixels is None else "pixels"
+        for name, value in metadata.items():
+            file.metadata_props.add(key=name, value=value)
+        write_whole(path, file.SerializeToString())
+
+
+def _export(network: _Exportable, x: Tensor, output: str, opset: int, fixed_size: bool) -> Any:
+    """The file's content, a ModelProto."""
     from torch.export import Dim
 
-    network = _Exportable(model, output)
-    x = torch.zeros(2, model.config.in_channels, *size)
     sides = {axis: Dim(name, min=32, max=_LARGEST_SIDE) for axis, name in ((2, "h"), (3, "w"))}
-    with _quiet():
-        program = torch.onnx.export(
+    free = {"x": {0: Dim("n", min=1, max=1 << 16), **sides}}
+    program = torch.onnx.export(
+        network,
+        (x,),
+        dynamo=True,
+        dynamic_shapes=None if fixed_size else free,
+        input_names=["x"],
+        output_names=[output],
+        opset_version=opset,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def _export_older(
+    network: _Exportable, x: Tensor, output: str, opset: int, fixed_size: bool
+) -> Any:
+    """The same by tracing, which writes opsets that the newer exporter cannot, and more nodes than are needed."""
+    import onnx
+    from onnxscript import optimizer
+
+    planes = {0: "n", 2: "h", 3: "w"}
+    free = {"x": planes, output: {0: "n", 1: "h", 2: "w"} if network.labels else planes}
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "network.onnx"
+        torch.onnx.export(
             network,
             (x,),
-            dynamo=True,
-            dynamic_shapes={"x": {0: Dim("n", min=1, max=1 << 16), **sides}},
+            written,
+            dynamo=False,
+            dynamic_axes=None if fixed_size else free,
             input_names=["x"],
             output_names=[output],
-            opset_version=_OPSET,
+            opset_version=opset,
             verbose=False,
         )
-    assert program is not None
-    program.model.metadata_props["fastscnn_fast"] = json.dumps(model.config.to_dict())
-    for name in ("classes", "palette"):
-        program.model.metadata_props[name] = json.dumps(getattr(model, name))
-    write_whole(path, program.model_proto.SerializeToString())
+        file = optimizer.optimize(onnx.load(written))
+    if not network.labels:
+        shape = file.graph.output[0].type.tensor_type.shape
+        shape.dim[1].dim_value = network.network.config.num_classes
+    return file
 
 
-def _check(model: FastSCNN, output: str, size: tuple[int, int]) -> None:
+def _check(
+    model: FastSCNN, output: str, size: tuple[int, int], opset: int, pixels: torch.dtype | None
+) -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -119,6 +183,13 @@ def _check(model: FastSCNN, output: str, size: tuple[int, int]) -> None:
         )
     if min(size) < 32:
         raise ValueError(f"size must be at least 32x32, got {size[0]}x{size[1]}")
+    if pixels not in (None, torch.uint8, torch.float32):
+        raise ValueError(f"pixels must be torch.uint8 or torch.float32, got {pixels}")
+    from onnx.defs import onnx_opset_version
+
+    if not _LEAST_OPSET <= opset <= onnx_opset_version():
+        rule = f"opset must be {_LEAST_OPSET} to {onnx_opset_version()}"
+        raise ValueError(f"{rule}, which the package onnx knows, got {opset}")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 
@@ -16,3 +17,10 @@ def figure(inches: tuple[float, float]) -> Any:
     except ImportError as error:
         raise ImportError("charts need matplotlib: pip install 'fastscnn_fast[plot]'") from error
     return Figure(inches, layout="constrained")
+
+
+def png(chart: Any, dpi: int) -> bytes:
+    """A figure as a PNG file's content."""
+    content = io.BytesIO()
+    chart.savefig(content, format="png", dpi=dpi)
+    return content.getvalue()

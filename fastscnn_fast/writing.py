@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -62,6 +62,19 @@ def folder(path: Path) -> Iterator[None]:
         yield
     finally:
         _unmake(made)
+
+
+@contextmanager
+def folder_of(file: Path) -> Iterator[None]:
+    """:func:`folder` that a file is to be written to whole; nothing where that is a device or a pipe.
+
+    Raises:
+        OSError: as :func:`folder`, or the file is a folder.
+    """
+    if file.is_dir():
+        raise _error(errno.EISDIR, file)
+    with nullcontext() if file.exists() and not file.is_file() else folder(file.parent):
+        yield
 
 
 @contextmanager

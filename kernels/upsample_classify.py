@@ -2,7 +2,8 @@
 
 A program owns the columns of a tile in all rows that lie between the same two low rows: it blends each
 class's two rows along the columns once, and every output row is one blend more. Labels and softmax keep
-their maximum and sum in registers; full-size logits exist only where they are asked for.
+their maximum and sum in registers; full-size logits exist only where they are asked for. One class alone
+has the sigmoid in place of the softmax, and label 1 where its logit is above 0, else 0, also where it is NaN.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ def blended(x, top, bottom, left, right, weight, by_row):
     above = lerp(tl.load(x + top + left), tl.load(x + top + right), weight)
     below = lerp(tl.load(x + bottom + left), tl.load(x + bottom + right), weight)
     return lerp(above[None, :], below[None, :], by_row)
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.div_rn(tl.where(x > 0, 1.0, e), 1.0 + e)
 
 
 @triton.jit
@@ -103,6 +110,12 @@ def upsample_classify_kernel(
                 )
                 plane = plane_of(k, out_class, WIDE)
                 tl.store(to + plane, cast(value, out, PRECISION), mask=mask)
+        elif CLASSES == 1:
+            value = blended(x, top, bottom, left, right, weight, by_row)
+            if OUTPUT == "labels":
+                tl.store(to, (value > 0).to(tl.uint8), mask=mask)
+            else:
+                tl.store(to, cast(sigmoid(value), out, PRECISION), mask=mask)
         else:
             largest = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
             label = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)

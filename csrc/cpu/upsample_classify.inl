@@ -1,5 +1,6 @@
 // upsample_classify: bilinear resize of low-resolution logits to full size, as logits, softmax or
-// labels. Labels and softmax never see full-size logits.
+// labels. Labels and softmax never see full-size logits. One class alone has the sigmoid in place
+// of the softmax, and label 1 where its logit is above 0, else 0, also where it is NaN.
 
 // Where each block of kLanes output columns reads: columns low and high, relative to the block's
 // base.
@@ -58,6 +59,10 @@ struct LowLogits {
     labels = shared.take<uint8_t>(size_t(h) * pitch);
     finite = shared.take<uint8_t>(h);
   }
+  bool alone() const { return classes == 1; }
+  // What a logit must be above to have a label at all, and the label of the first class.
+  FASTSCNN_INLINE vf floor() const { return splat(alone() ? 0 : -__builtin_inff()); }
+  int first() const { return alone(); }
   const float* row(int y, int c) const { return rows + (size_t(y) * classes + c) * pitch; }
   // Takes row y from (w, channels) logits, kLanes pixels at a time; the last pixel fills the last
   // vector.
@@ -68,14 +73,14 @@ struct LowLogits {
     for (int x = 0; x < w; x += kLanes) {
       const T* pixel[kLanes];
       for (int i = 0; i < kLanes; i++) pixel[i] = in + min_of(x + i, w - 1) * channels;
-      vf best = splat(-__builtin_inff());
+      vf best = floor();
       vi label{};
       for (int c = 0; c < classes; c++) {
         vf v;
         for (int i = 0; i < kLanes; i++) v[i] = to_float(pixel[i][c]);
         store(planes + c * pitch + x, v);
         sum += v * splat(2.0f) * splat(0.0f);
-        keep_larger<false>(v, vi{} + c, best, label);
+        keep_larger<false>(v, vi{} + (c + first()), best, label);
       }
       store_bytes(labels + size_t(y) * pitch + x, label);
     }
@@ -208,7 +213,10 @@ struct Upsample {
         for (int row = g.begin; row < g.end; row++) {
           const Sample s = sample(row, low->h, h, layer->align_corners);
           blend(upper, lower, s.low_weight, s.high_weight, size_t(classes) * kLanes, value);
-          softmax(value, classes);
+          if (low->alone())
+            store(value, sigmoid(load(value)));
+          else
+            softmax(value, classes);
           for (int c = 0; c < classes; c++)
             stream_some(out + (size_t(c) * h + row) * w + x, load(value + c * kLanes), count);
         }
@@ -216,6 +224,10 @@ struct Upsample {
       y = g.end;
     }
     stream_fence();
+  }
+  static vf sigmoid(vf v) {
+    const vf zero = splat(0), one = splat(1.0f), e = exp_negative(v > zero ? zero - v : v);
+    return (v > zero ? one : e) / (one + e);
   }
   static void softmax(float* value, int classes) {
     vf largest = load(value), sum = splat(0);
@@ -236,12 +248,12 @@ struct Upsample {
     vf best[ROWS];
     vi label[ROWS];
 #pragma GCC unroll 9
-    for (int i = 0; i < ROWS; i++) best[i] = splat(-__builtin_inff()), label[i] = vi{};
+    for (int i = 0; i < ROWS; i++) best[i] = low->floor(), label[i] = vi{};
     for (int c = 0; c < low->classes; c++) {
       const vf a = columns.at<WINDOWED>(low->row(g.low, c), block);
       const vf b = columns.at<WINDOWED>(low->row(g.high, c), block);
       const vf slope = b - a;
-      const vi candidate = vi{} + c;
+      const vi candidate = vi{} + (c + low->first());
 #pragma GCC unroll 9
       for (int i = 0; i < ROWS; i++) {
         const Sample& s = samples_of_rows[i];
@@ -254,6 +266,7 @@ struct Upsample {
 #pragma GCC unroll 9
     for (int i = 0; i < ROWS; i++) {
       uint8_t bytes[kLanes];
+      if (NONFINITE && low->alone()) label[i] &= best[i] == best[i];
       store_bytes(bytes, label[i]);
       __builtin_memcpy(out + size_t(i) * w + x, bytes, count);
     }

@@ -3,7 +3,9 @@
 //
 // A block owns a tile of output columns in all rows that lie between the same two low rows. For
 // each class a thread blends the two low rows along its columns once; every output row is one blend
-// more. Maxima, sums and labels stay in registers: full-size logits exist only where asked for.
+// more. Maxima, sums and labels stay in registers: full-size logits exist only where asked for. One
+// class alone has the sigmoid in place of the softmax, and label 1 where its logit is above 0, else
+// 0, also where it is NaN.
 #include <cfloat>
 
 #include "arguments.cuh"
@@ -100,6 +102,11 @@ __device__ __forceinline__ int first_row(int64_t low, const Resize& resize, int 
 // As torch.argmax: the first of equal ones, and NaN is the largest of all.
 __device__ __forceinline__ bool is_larger(float v, float largest) {
   return v > largest || (v != v && largest == largest);
+}
+
+__device__ __forceinline__ float sigmoid(float v) {
+  const float e = expf(-fabsf(v));
+  return (v > 0 ? 1 : e) / (1 + e);
 }
 
 // The label of one low pixel; kNone where a logit is infinite or NaN.
@@ -233,35 +240,43 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlock
         if (first + r < end) store(k, first + r, values);
       });
     } else if constexpr (Output == FASTSCNN_PROBABILITIES) {
-      // The sums of exp(value - the largest so far), with one exponential a value.
-      Values largest[kRows], sums[kRows];
+      if (classes == 1) {
+        pixels.for_each([&](int k, int r, Values values) {
 #pragma unroll
-      for (int i = 0; i < kRows * kAcross; ++i) {
-        largest[i / kAcross].v[i % kAcross] = -FLT_MAX;
-        sums[i / kAcross].v[i % kAcross] = 0;
-      }
-      pixels.for_each([&](int, int r, const Values& values) {
+          for (int j = 0; j < kAcross; ++j) values.v[j] = sigmoid(values.v[j]);
+          if (first + r < end) store(k, first + r, values);
+        });
+      } else {
+        // The sums of exp(value - the largest so far), with one exponential a value.
+        Values largest[kRows], sums[kRows];
 #pragma unroll
-        for (int j = 0; j < kAcross; ++j) {
-          float &most = largest[r].v[j], &sum = sums[r].v[j];
-          const float more = values.v[j] - most, share = expf(-fabsf(more));
-          sum = more > 0 ? fmaf(sum, share, 1) : sum + share;
-          most = fmaxf(most, values.v[j]);
+        for (int i = 0; i < kRows * kAcross; ++i) {
+          largest[i / kAcross].v[i % kAcross] = -FLT_MAX;
+          sums[i / kAcross].v[i % kAcross] = 0;
         }
-      });
+        pixels.for_each([&](int, int r, const Values& values) {
 #pragma unroll
-      for (int i = 0; i < kRows * kAcross; ++i) {
-        const float most = largest[i / kAcross].v[i % kAcross];
-        float& sum = sums[i / kAcross].v[i % kAcross];
-        sum = 1 / (sum + (most - most));  // an infinite logit makes its pixel NaN, as in torch
-      }
-      pixels.for_each([&](int k, int r, Values values) {
+          for (int j = 0; j < kAcross; ++j) {
+            float &most = largest[r].v[j], &sum = sums[r].v[j];
+            const float more = values.v[j] - most, share = expf(-fabsf(more));
+            sum = more > 0 ? fmaf(sum, share, 1) : sum + share;
+            most = fmaxf(most, values.v[j]);
+          }
+        });
 #pragma unroll
-        for (int j = 0; j < kAcross; ++j) {
-          values.v[j] = expf(values.v[j] - largest[r].v[j]) * sums[r].v[j];
+        for (int i = 0; i < kRows * kAcross; ++i) {
+          const float most = largest[i / kAcross].v[i % kAcross];
+          float& sum = sums[i / kAcross].v[i % kAcross];
+          sum = 1 / (sum + (most - most));  // an infinite logit makes its pixel NaN, as in torch
         }
-        if (first + r < end) store(k, first + r, values);
-      });
+        pixels.for_each([&](int k, int r, Values values) {
+#pragma unroll
+          for (int j = 0; j < kAcross; ++j) {
+            values.v[j] = expf(values.v[j] - largest[r].v[j]) * sums[r].v[j];
+          }
+          if (first + r < end) store(k, first + r, values);
+        });
+      }
     } else {
       int label[kRows];
       float largest[kRows];
@@ -270,7 +285,9 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlock
         label[r] = around.finite ? around.label : 0;
         largest[r] = -INFINITY;
       }
-      if (!around.finite) {
+      if (classes == 1) {
+        pixels.for_each([&](int, int r, const Values& value) { label[r] = value.v[0] > 0; });
+      } else if (!around.finite) {
         pixels.for_each([&](int k, int r, const Values& value) {
           if (is_larger(value.v[0], largest[r])) largest[r] = value.v[0], label[r] = k;
         });

@@ -44,7 +44,7 @@ class Config:
     Sizes are channel counts unless said otherwise. ``bottlenecks`` holds the blocks of each of the three
     stages as (expanded, output, stride); :func:`preset` also takes the short way to write them, stages of
     ``bottleneck_channels`` channels, ``bottleneck_repeats`` blocks and an ``expansion``. More than 8 pooling bins run unfused. ``mean`` and
-    ``std`` normalise pictures scaled to [0, 1], one value per input channel. ``size`` (height, width) is that
+    ``std`` normalise pictures scaled to [0, 1], one value per input channel; three are RGB. ``size`` (height, width) is that
     of the whole pictures that the weights were trained on: ``segment`` runs every picture at that many
     pixels; None: at its own size.
 

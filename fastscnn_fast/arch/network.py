@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ _ACTIVATIONS: dict[Activation, Any] = {"none": nn.Identity, "relu": nn.ReLU, "re
 
 
 def normalise(x: Tensor, config: Config, dtype: torch.dtype) -> Tensor:
-    """Raw pixels (N, C, H, W) as floats of ``dtype``: (x / 255 - config.mean) / config.std."""
+    """Raw pixels (N, C, H, W), RGB, as floats of ``dtype``: (x / 255 - config.mean) / config.std."""
     mean, std = (
         torch.tensor(v, dtype=dtype, device=x.device)[:, None, None]
         for v in (config.mean, config.std)
@@ -35,9 +36,11 @@ def batch_norm(bn: nn.Module, x: Tensor) -> Tensor:
     """bn(x) for x (N, C, H, W).
 
     In training at batch 1 the norm may see one value per channel (the 1x1 pooling bin; every layer at 1/32
-    of a 32x32 picture). Batch statistics of one value are undefined: the running statistics stand in.
+    of a 32x32 picture). Batch statistics of one value are undefined: the running statistics stand in, but in
+    what torch.fx traces, which knows no sizes.
     """
-    if bn.training and x.numel() == x.shape[1] and isinstance(bn, nn.BatchNorm2d):
+    known = not isinstance(x, torch.fx.Proxy)
+    if known and bn.training and x.numel() == x.shape[1] and isinstance(bn, nn.BatchNorm2d):
         return F.batch_norm(
             x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps
         )
@@ -254,7 +257,8 @@ class PlainFastSCNN(nn.Module):
 
     Any batch and any size from 32x32 up, odd sizes included. In training with ``aux=True`` the result
     is ``(logits, auxiliary)`` with one full-size tensor per entry of ``config.aux_taps``. uint8 input is raw
-    pixels 0..255 and is normalised by ``config.mean`` and ``config.std`` first.
+    pixels 0..255, RGB, and is normalised by ``config.mean`` and ``config.std`` first. What torch.fx makes of it, such
+    as torchvision's feature extractors, takes normalised floats and has no auxiliary heads where one is "global".
 
     Args:
         num_classes: number of classes K.
@@ -309,6 +313,11 @@ class PlainFastSCNN(nn.Module):
         fused = self.feature_fusion(features["downsample"], features["global"])
         logits = self._full_size(self.classifier(fused), size)
         if not (self.training and self.auxiliary):
+            return logits
+        if isinstance(x, torch.fx.Proxy) and "global" in self.auxiliary:
+            # It writes Python, where that is a keyword.
+            what = "torch.fx cannot trace the auxiliary heads: the result is logits alone"
+            warnings.warn(what, stacklevel=2)
             return logits
         return logits, self._heads(features, size)
 

@@ -24,6 +24,8 @@ CPU_ARITHMETICS = arithmetic.of("cpu")
 #: Which share plans and packed weights.
 GPU_BACKENDS = ("cuda", "triton")
 
+NO_GPU = "there is no GPU, torch finds none"
+
 logger = logging.getLogger("fastscnn_fast")
 
 
@@ -45,10 +47,14 @@ class CannotRun(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """``why_not(config, device, dtype)`` is None where the backend can run, else the reason."""
+    """``why_not(config, device, dtype)`` is None where the backend can run, else the reason.
+
+    ``lacking()`` is what it would need to be installed for that, on any device, None where nothing.
+    """
 
     name: str
     why_not: Callable[[Config, torch.device, torch.dtype], str | None]
+    lacking: Callable[[], str | None] = lambda: None
 
 
 def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -79,9 +85,13 @@ def _unknown(backend: str, dtype: torch.dtype) -> str | None:
     return None if known else f"{arithmetic.dtype_rule(backend)}, got {dtype}"
 
 
+def _triton_lacking() -> str | None:
+    return "the package triton is not installed" if find_spec("triton") is None else None
+
+
 def _triton_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
+    if (lacking := _triton_lacking()) is not None:
+        return lacking
     if (unknown := _unknown("triton", dtype)) is not None:
         return unknown
     if device.type == "cpu":
@@ -119,6 +129,10 @@ def _architecture(device: torch.device) -> gpus.Architecture:
         return name.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _cuda_lacking() -> str | None:
+    return _cuda_missing if _cuda_module is None else None
 
 
 def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -165,9 +179,9 @@ def cuda_code() -> str:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", _cuda_why_not),
+        Backend("cuda", _cuda_why_not, _cuda_lacking),
         Backend("cpu", _cpu_why_not),
-        Backend("triton", _triton_why_not),
+        Backend("triton", _triton_why_not, _triton_lacking),
         Backend("reference", _reference_why_not),
     )
 }
@@ -277,9 +291,11 @@ def report() -> dict[str, str | None]:
 
     def reason(backend: Backend) -> str | None:
         why_not = backend.why_not(Config(), torch.device("cpu"), torch.float32)
-        if why_not is not None and backend.name != "cpu" and torch.cuda.is_available():
-            why_not = backend.why_not(Config(), torch.device("cuda"), torch.float32)
-        return why_not
+        if why_not is None or backend.name not in GPU_BACKENDS:
+            return why_not
+        if torch.cuda.is_available():
+            return backend.why_not(Config(), torch.device("cuda"), torch.float32)
+        return backend.lacking() or NO_GPU
 
     return {name: reason(backend) for name, backend in BACKENDS.items()}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from .. import bench
 from ..runtime.fused import fuse
+from ..writing import folder_of
 from . import options, results
 
 
@@ -37,15 +39,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--plot",
-        type=Path,
+        type=options.path,
         metavar="FILE",
         default=Path("bench.png"),
         help="the bars as PNG (%(default)s); needs the extra [plot]",
     )
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    command.add_argument("--csv", type=options.path, metavar="FILE", help="write the table as CSV")
 
 
 def run(args: argparse.Namespace) -> int:
+    with ExitStack() as folders:  # which cannot be made shows before anything is measured
+        for file in filter(None, (args.csv, args.plot)):
+            folders.enter_context(folder_of(file))
+        return _bench(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = bench.untrained_model(args.preset)

@@ -27,11 +27,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "Segment a picture with the fused kernels, then compare speed and results with plain"
         " torch. Without IMAGE the package draws a street itself."
     )
-    command.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="a picture of yours")
+    command.add_argument(
+        "image", nargs="?", type=options.path, metavar="IMAGE", help="a picture of yours"
+    )
     command.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=options.path,
         default=Path("demo_out"),
         help="folder for the results (%(default)s)",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -13,8 +12,6 @@ from ..backends import registry
 from ..backends.gpu import dump
 from ..program.layers import OPS
 from . import options
-
-_SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -39,17 +36,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--arch", type=options.count, required=True, metavar="N", help="80 for sm_80 and so on"
     )
-    command.add_argument(
-        "--dtype",
-        choices=(*options.DTYPES, *_SHORT_DTYPES),
-        default="float16",
-        help="dtype to compute in (%(default)s)",
-    )
+    options.add_dtype(command, "float16")
     options.add_preset(command)
     command.add_argument(
         "--size",
-        type=options.size,
-        metavar="HxW",
+        **options.SIZE,
         default=(1024, 2048),
         help="of the network's picture (1024x2048)",
     )
@@ -70,7 +61,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--raw", action="store_true", help="stem_conv takes uint8 pixels instead of floats"
     )
-    command.add_argument("-o", "--out", type=Path, required=True, help="folder for the files")
+    command.add_argument(
+        "-o", "--out", type=options.path, required=True, help="folder for the files"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.arch not in dump.ARCHITECTURES:
         known = ", ".join(map(str, dump.ARCHITECTURES))
         raise ValueError(f"arch must be one of {known}, got {args.arch}")
-    dtype = options.DTYPES[_SHORT_DTYPES.get(args.dtype, args.dtype)]
+    dtype = options.DTYPES[args.dtype]
     if args.arch < 80 and dtype == torch.bfloat16:
         raise ValueError(
             f"dtype must be float16 or float32 for sm_{args.arch}, which has no bfloat16"

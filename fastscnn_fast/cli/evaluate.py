@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
 from ..backends import registry
 from ..checkpoints import load_checkpoint
-from ..data.classes import numbered
+from ..data.classes import label_names, numbered
 from ..data.datasets import load
 from ..train.evaluate import compare, labeller, save_csv, save_picture
 from ..writing import folder
@@ -22,30 +21,31 @@ _MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
 def add_options(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Print IoU per class, mIoU and pixel accuracy of plain torch on full-size labels, and how"
-        " the fused network in each dtype differs from it."
+        " the fused network in each dtype differs from it. One class alone is scored beside its background: mIoU is"
+        " the mean of both."
     )
     options.add_data(command)
     options.add_weights(command)
     command.add_argument("--split", default="val", help="part of DATA (%(default)s)")
     command.add_argument(
         "--size",
-        type=options.size,
-        metavar="HxW",
+        **options.SIZE,
         help="size the network runs at (as in segment); scores are on labels of full size",
     )
     command.add_argument(
         "--dtype",
         nargs="+",
+        type=options.dtype,
         choices=options.DTYPES,
         default=list(options.DTYPES),
-        help="dtypes to compare on the fused path (all)",
+        help=f"dtypes to compare on the fused path (all){options.SHORT}",
     )
     options.add_precision(command)
     command.add_argument(
         "--device", default="auto", help="torch device for all of them (auto: GPU, else CPU)"
     )
     command.add_argument(
-        "-o", "--out", type=Path, help="folder for confusion.csv and confusion.png"
+        "-o", "--out", type=options.path, help="folder for confusion.csv and confusion.png"
     )
 
 
@@ -72,6 +72,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"{args.weights}: has classes {', '.join(model.classes)}; {args.data} has"
             f" {', '.join(examples.classes)}"
         )
+    names = label_names(classes)
     if examples.absent:
         registry.logger.warning("nothing is said of what is not there: %s", examples.absent)
     runs = {"plain torch, float32": labeller(model, "plain", torch.float32, args.size)}
@@ -85,7 +86,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     scores, equal, seconds = compare(runs, examples)
 
     reference, *_ = runs
-    print(scores[reference].table(classes))
+    print(scores[reference].table(names))
     print(f"\n{len(examples)} pictures{_where(args.size, model.config.size)}")
     print(
         f"{'network':<26}  {'mIoU':>7}  {'change':>9}  {'accuracy':>8}  {'equal pixels':>12}  {'ms':>7}"
@@ -97,10 +98,10 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"  {1000 * seconds[name] / len(examples):7.1f}"
         )
     if args.out:
-        save_csv(scores[reference], classes, args.out / "confusion.csv")
+        save_csv(scores[reference], names, args.out / "confusion.csv")
         print(f"wrote {args.out}/confusion.csv")
         try:
-            save_picture(scores[reference], classes, args.out / "confusion.png")
+            save_picture(scores[reference], names, args.out / "confusion.png")
         except ImportError as error:
             print(f"no picture: {error}")
         else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+import torch
 
 from ..checkpoints import load_checkpoint
 from ..export import export_onnx
 from . import options
+
+_PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -16,15 +19,28 @@ def add_options(command: argparse.ArgumentParser) -> None:
         " every size. The input is float32 (n, C, h, w), normalised. Needs the extra [export]."
     )
     command.add_argument(
-        "--onnx", type=Path, required=True, metavar="OUT", help="the file to write"
+        "--onnx", type=options.path, required=True, metavar="OUT", help="the file to write"
     )
     options.add_weights(command)
     command.add_argument(
         "--size",
-        type=options.size,
-        metavar="HxW",
+        **options.SIZE,
         default=(512, 1024),
-        help="size to trace at, without influence on the result (512x1024)",
+        help="size to trace at, without influence on the result but for --fixed-size (512x1024)",
+    )
+    command.add_argument(
+        "--fixed-size",
+        action="store_true",
+        help="x is (1, C, *SIZE) and nothing else, for runtimes that plan ahead",
+    )
+    command.add_argument(
+        "--pixels",
+        type=options.dtype,
+        choices=_PIXELS,
+        help="x is raw RGB pixels, 0 to 255, of this dtype, and is normalised in the graph",
+    )
+    command.add_argument(
+        "--opset", type=options.count, metavar="N", default=18, help="11 or later (%(default)s)"
     )
     command.add_argument(
         "--output",
@@ -36,11 +52,20 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
-    export_onnx(model, args.onnx, args.output, args.size)
+    pixels = _PIXELS.get(args.pixels)
+    export_onnx(model, args.onnx, args.output, args.size, args.opset, args.fixed_size, pixels)
     config = model.config
+    n, height, width = (1, *args.size) if args.fixed_size else ("n", "h", "w")
     print(
-        f"wrote {args.onnx}: x float32 (n, {config.in_channels}, h, w) -> {args.output};"
-        f" n free, h and w free from 32\n"
-        f"x = (pixels / 255 - mean) / std with mean {config.mean}, std {config.std}"
+        f"wrote {args.onnx}: x {args.pixels or 'float32'} ({n}, {config.in_channels}, {height}, {width})"
+        f" -> {args.output}; opset {args.opset}"
     )
+    if not args.fixed_size:
+        print("n free, h and w free from 32")
+    if args.pixels:
+        print(f"x = {'RGB ' * (config.in_channels == 3)}pixels, 0 to 255")
+    else:
+        print(
+            f"x = (pixels / 255 - mean) / std with mean {config.mean}, std {config.std}; --pixels has that in the graph"
+        )
     return 0

@@ -40,12 +40,18 @@ def run(args: argparse.Namespace) -> int:
             print("int8 is slower than float32 here: it pays from AVX2 on")
     else:
         print("C++ kernels: not built")
+    print(f"GPU: {_gpus()}")
     for name, reason in registry.report().items():
         print(f"backend {name}: {'can run' if reason is None else f'cannot run: {reason}'}")
     for dtype in dtypes("cpu"):
         choose = partial(registry.choose, "auto", Config(), torch.device("cpu"), dtype)
         print(f"backend in use for {dtype} on the CPU: {_or_error(choose)}")
     return 0
+
+
+def _gpus() -> str:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names) or registry.NO_GPU
 
 
 def _or_error(name: Callable[[], str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +24,13 @@ DTYPES = {
     for name, one in ARITHMETICS.items()
     if one.precision == "highest" and set(one.needs) != {"reference"}
 }
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_weights(command: Parser) -> None:
     command.add_argument(
         "--weights",
-        type=Path,
+        type=path,
         metavar="F",
         default=CAMVID11,
         help="checkpoint, .safetensors or .pth (the package's own, CamVid's 11 classes)",
@@ -53,17 +55,20 @@ def add_preset(command: Parser) -> None:
 def add_sizes(command: Parser) -> None:
     command.add_argument(
         "--size",
-        type=size,
         nargs="+",
-        metavar="HxW",
         default=[(512, 1024)],
         help="picture sizes (512x1024)",
+        **SIZE,
     )
 
 
 def add_dtype(command: Parser, default: str) -> None:
     command.add_argument(
-        "--dtype", choices=DTYPES, default=default, help="dtype to compute in (%(default)s)"
+        "--dtype",
+        type=dtype,
+        choices=DTYPES,
+        default=default,
+        help=f"dtype to compute in (%(default)s){SHORT}",
     )
 
 
@@ -91,6 +96,7 @@ def add_data(command: Parser) -> None:
     """Where labelled pictures are."""
     command.add_argument(
         "data",
+        type=filled,
         metavar="DATA",
         help="folder with SPLIT/images and SPLIT/labels, or Cityscapes' own, or streets[:COUNT]",
     )
@@ -105,7 +111,7 @@ def add_data(command: Parser) -> None:
     )
     command.add_argument(
         "--label-map",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="what the values of label files mean, a line each: an id, a colour (R G B or #RRGGBB) or * for all others,"
         " then a class's id or name or 'ignore', as in '255 1', '0 ignore', '128 64 128 road'",
@@ -128,26 +134,53 @@ def source(args: argparse.Namespace, split: str, channels: int) -> Source:
 
 
 def device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one. Under torchrun each process has its own."""
+    """The device of that name; "auto" is a GPU where there is one. Under torchrun each process has its own.
+
+    Raises:
+        CannotRun: it is a GPU, and there is none.
+        RuntimeError: torch knows no device of that name.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = torch.device(name)
     if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise registry.CannotRun(f"device {name} cannot be used: {registry.NO_GPU}")
         torch.cuda.set_device(chosen)
     return chosen
 
 
+def filled(text: str) -> str:
+    """A name that is not empty: as a path, that would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty, got ''")
+    return text
+
+
+def path(text: str) -> Path:
+    """The path of a file or folder."""
+    return Path(filled(text))
+
+
+def dtype(text: str) -> str:
+    """A dtype's name, however it is written: float16, torch.float16 or fp16."""
+    name = text.lower().removeprefix("torch.")
+    return _SHORT_DTYPES.get(name, name)
+
+
 def size(text: str) -> tuple[int, int]:
-    """HEIGHTxWIDTH"""
+    """HEIGHTxWIDTH, or the side of a square."""
     sides = text.lower().split("x")
-    if not (len(sides) == 2 and all(side.isdecimal() for side in sides)) or (
-        min(map(int, sides)) < SMALLEST_SIDE
+    if (
+        len(sides) > 2
+        or not all(side.isdecimal() for side in sides)
+        or min(map(int, sides)) < SMALLEST_SIDE
     ):
-        rule = f"must be HEIGHTxWIDTH, each at least {SMALLEST_SIDE}"
+        rule = f"must be HEIGHTxWIDTH or the side of a square, each at least {SMALLEST_SIDE}"
         raise argparse.ArgumentTypeError(f"{rule}, got {text!r}")
-    return int(sides[0]), int(sides[1])
+    return int(sides[0]), int(sides[-1])
 
 
 def count(text: str) -> int:
@@ -155,3 +188,8 @@ def count(text: str) -> int:
     if not (text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+#: Of an option that is a size, and what follows the help of one that is a dtype.
+SIZE: dict[str, Any] = {"type": size, "metavar": "HxW|N"}
+SHORT = f"; {', '.join(_SHORT_DTYPES)} for short"

@@ -7,24 +7,56 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from .. import bench
-from ..data.pictures import label_image, overlay, save_png
+from ..data.pictures import encoded, label_image, overlay
 from ..runtime.fused import FusedFastSCNN
+from ..writing import write_whole
 
-#: Endings of the two results of a picture.
-LABELS, OVERLAY = "_labels.png", "_overlay.png"
+#: What the results of a picture are called, after its name.
+LABELS, CONFIDENCE, OVERLAY = "_labels.png", "_confidence.png", "_overlay"
+#: How overlays are stored.
+OVERLAY_FORMATS = ("png", "jpg")
+#: Endings by which files are known to be results.
+ENDINGS = (LABELS, CONFIDENCE, *(f"{OVERLAY}.{kind}" for kind in OVERLAY_FORMATS))
+
+
+def endings(overlay_format: str | None = "png", confidence: bool = False) -> list[str]:
+    """Those that :func:`write` writes."""
+    sure = [CONFIDENCE] if confidence else []
+    shown = [] if overlay_format is None else [f"{OVERLAY}.{overlay_format}"]
+    return [LABELS, *sure, *shown]
 
 
 def write(
-    name: Path, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], fast: FusedFastSCNN
+    name: Path,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    fast: FusedFastSCNN,
+    overlay_format: str | None = "png",
+    confidence: NDArray[np.float32] | None = None,
 ) -> list[Path]:
-    """Both results of one picture, each whole or not there; returns their paths."""
-    files = [name.with_name(name.name + ending) for ending in (LABELS, OVERLAY)]
+    """The results of one picture, each whole or not there; returns their paths.
+
+    Nothing is written before all of them are encoded. Confidence becomes a grey value, 255 for 1.
+
+    Raises:
+        ValueError: the picture is too large for ``overlay_format``.
+        OSError: a file cannot be written.
+    """
+    contents = {LABELS: encoded(label_image(labels, fast.palette))}
+    if confidence is not None:
+        grey = Image.fromarray(np.rint(255 * confidence).astype(np.uint8))
+        contents[CONFIDENCE] = encoded(grey, compress_level=3)
+    if overlay_format is not None:
+        shown = overlay(pixels, labels, fast.classes, fast.palette)
+        contents[f"{OVERLAY}.{overlay_format}"] = encoded(shown, overlay_format, compress_level=3)
     name.parent.mkdir(parents=True, exist_ok=True)
-    save_png(label_image(labels, fast.palette), files[0])
-    save_png(overlay(pixels, labels, fast.classes, fast.palette), files[1], compress_level=3)
-    return files
+    files = {name.with_name(name.name + ending): content for ending, content in contents.items()}
+    for path, content in files.items():
+        write_whole(path, content, durable=False)
+    return list(files)
 
 
 def about(fast: FusedFastSCNN, command: str) -> dict[str, str]:

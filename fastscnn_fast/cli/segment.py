@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from contextlib import closing
 
+import torch
 from tqdm import tqdm
 
 from ..checkpoints import load_checkpoint
-from ..data.pictures import PICTURE_SUFFIXES, read_picture
-from ..runtime.fused import fuse
-from ..runtime.segment import segment
+from ..data.pictures import Guess, size_of
+from ..runtime.fused import FusedFastSCNN, fuse
+from ..runtime.overlapped import overlapped
+from ..runtime.segment import Classified, Prepared, classify, prepare
+from ..writing import folder
 from . import options, results
-from .results import LABELS, OVERLAY
+from .jobs import Found, Job, find
+
+#: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
+_MOST_PIXELS = 2**26
+#: What is wrong with one picture's results alone, unlike a full disk.
+_OF_ONE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Write, for each picture NAME.*, its class ids as a palette PNG of the picture's own"
-        f" size (NAME{LABELS}) and the picture tinted by class with a legend (NAME{OVERLAY}). Pictures that"
-        " cannot be read are reported and skipped; the exit code is then 1."
+        f" size (NAME{results.LABELS}) and the picture tinted by class with a legend"
+        f" (NAME{results.OVERLAY}.png). Pictures that cannot be read are reported and skipped, as are links in"
+        " circles, pipes, devices and videos; the exit code is then 1."
     )
     command.epilog = (
-        "Folders are searched with their subfolders, which reappear in OUT. Earlier results"
-        f" (*{LABELS}, *{OVERLAY}) in them are no pictures. Where two pictures have one name, the second"
-        " gets its ending added: NAME_png."
+        "Folders are searched with their subfolders, which reappear in OUT, and links are followed. A picture"
+        f" that is met again is left out, and said. Earlier results (*{', *'.join(results.ENDINGS)}) in"
+        " folders are no pictures. Equal names from two folders keep their folders; where two pictures in one"
+        " have one name, the second gets its ending added: NAME_png."
     )
     command.add_argument(
-        "pictures", nargs="+", type=Path, metavar="PICTURE_OR_FOLDER", help="what to segment"
+        "pictures",
+        nargs="+",
+        type=options.filled,
+        metavar="PICTURE_OR_FOLDER",
+        help="what to segment: files, no URLs and no videos",
     )
-    command.add_argument("-o", "--out", type=Path, required=True, help="folder for the results")
+    command.add_argument(
+        "-o", "--out", type=options.path, required=True, help="folder for the results"
+    )
     options.add_weights(command)
     options.add_backend(command)
     options.add_dtype(command, "float32")
@@ -39,69 +55,103 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_bits(command)
     command.add_argument(
         "--size",
-        type=options.size,
-        metavar="HxW",
+        **options.SIZE,
         help="size the network runs at (as many pixels as the weights were trained at, else the picture's"
         " own size); the labels keep the picture's own size",
+    )
+    command.add_argument(
+        "--confidence",
+        action="store_true",
+        help="also write how probable the network takes each pixel's label to be, as a grey PNG in which"
+        f" 255 is certain (NAME{results.CONFIDENCE}); the network then runs twice",
+    )
+    overlays = command.add_mutually_exclusive_group()
+    overlays.add_argument(
+        "--overlay-format",
+        choices=results.OVERLAY_FORMATS,
+        default="png",
+        help="of the tinted picture (%(default)s); jpg is smaller and several times faster to write",
+    )
+    overlays.add_argument(
+        "--no-overlay",
+        dest="overlay_format",
+        action="store_const",
+        const=None,
+        help="write no tinted picture",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
-    args.out.mkdir(parents=True, exist_ok=True)
-    jobs, problems = _jobs(args.pictures)
-    for problem in problems:
-        print(f"skipped {problem}", file=sys.stderr)
-    skipped = len(problems)
-    for path, name in tqdm(jobs, unit="picture", disable=True if len(jobs) == 1 else None):
+    with folder(args.out):
+        return _segment(args, fast, find(args.pictures))
+
+
+def _segment(args: argparse.Namespace, fast: FusedFastSCNN, found: Found) -> int:
+    for said in found.problems:
+        print(f"skipped {said}", file=sys.stderr)
+    for said in found.repeats:
+        print(f"left out {said}", file=sys.stderr)
+
+    def read(job: Job) -> tuple[Prepared, list[Guess]]:
+        guesses: list[Guess] = []  # told in the order of the pictures
+        return prepare(job.path, fast.config, args.size, args.bits, tell=guesses.append), guesses
+
+    def label(
+        read: tuple[Prepared, list[Guess]], busy: int
+    ) -> tuple[Prepared, list[Guess], Classified]:
+        prepared, guesses = read
+        # Threads of the network wait for each other: one whose processor encodes holds up all.
+        torch.set_num_threads(max(1, threads - busy))
+        return prepared, guesses, classify(fast, prepared.x, args.confidence)
+
+    def write(job: Job, made: tuple[Prepared, list[Guess], Classified]) -> list[Guess]:
+        (pixels, _), guesses, classified = made
+        labels, confidence = classified.at(pixels)
         try:
-            pixels = read_picture(path, fast.config.in_channels, args.bits)
-            labels = segment(fast, pixels, args.size)
+            results.write(
+                args.out / job.name, pixels, labels, fast, args.overlay_format, confidence
+            )
         except ValueError as error:
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-            skipped += 1
-        else:
-            results.write(args.out / name, pixels, labels, fast)
-    done = len(jobs) + len(problems) - skipped
-    print(f"{done} segmented, {skipped} skipped; results: {args.out}/*{LABELS}, *{OVERLAY}")
+            raise ValueError(f"{job.path}: {error}") from error
+        except OSError as error:
+            if error.errno not in _OF_ONE:
+                raise
+            said = f"{job.path}: {error.filename} cannot be written: {error.strerror}"
+            raise ValueError(said) from error
+        return guesses
+
+    threads = torch.get_num_threads()
+    done, jobs = 0, found.jobs
+    steps = overlapped(
+        jobs,
+        read,
+        label,
+        write,
+        size=lambda job: size_of(job.path),
+        most=_MOST_PIXELS,
+        workers=threads,
+    )
+    bar = tqdm(total=len(jobs), unit="picture", disable=True if len(jobs) == 1 else None)
+    try:
+        with closing(steps), bar:
+            for _, outcome in steps:
+                try:
+                    guesses = outcome.result()
+                except ValueError as error:
+                    tqdm.write(f"skipped {error}", file=sys.stderr)
+                else:
+                    done += 1
+                    for guess in guesses:
+                        guess.tell()
+                bar.update()
+    finally:
+        torch.set_num_threads(threads)
+    skipped = len(jobs) - done + len(found.problems)
+    left_out = (
+        f", {found.repeated} left out (links to others, or given twice)" if found.repeated else ""
+    )
+    written = ", *".join(results.endings(args.overlay_format, args.confidence))
+    print(f"{done} segmented, {skipped} skipped{left_out}; results: {args.out}/*{written}")
     return 1 if skipped or not done else 0
-
-
-def _jobs(arguments: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """The pictures, each once, with distinct names for their results; and what is wrong with the rest."""
-    jobs: dict[Path, tuple[Path, Path]] = {}
-    problems, taken = [], set()
-    for argument in arguments:
-        if argument.is_dir():
-            pictures = list(_pictures_in(argument))
-            if not pictures:
-                problems.append(f"{argument}: no pictures in this folder")
-        else:
-            pictures = [(argument, Path(argument.name))]
-        for path, relative in pictures:
-            if path.resolve() in jobs:
-                continue
-            name = next(name for name in _names(relative) if str(name).casefold() not in taken)
-            taken.add(str(name).casefold())
-            jobs[path.resolve()] = path, name
-    return list(jobs.values()), problems
-
-
-def _pictures_in(folder: Path) -> Iterator[tuple[Path, Path]]:
-    for path in sorted(folder.rglob("*")):
-        known = path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
-        if known and not path.name.endswith((LABELS, OVERLAY)) and path.is_file():
-            yield path, path.relative_to(folder)
-
-
-def _names(picture: Path) -> Iterator[Path]:
-    """Names for the results of ``picture``, the plainest first."""
-    plain = picture.with_suffix("")
-    yield plain
-    full = plain.with_name(f"{plain.name}_{picture.suffix[1:]}")
-    yield full
-    number = 2
-    while True:
-        yield full.with_name(f"{full.name}_{number}")
-        number += 1

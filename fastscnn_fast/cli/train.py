@@ -6,7 +6,6 @@ import argparse
 import os
 from contextlib import nullcontext
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -28,8 +27,10 @@ _WRITTEN: dict[Any, dict[str, Any]] = {
     str | None: {"metavar": "F"},
     float | tuple[float, ...]: {"type": float, "nargs": "+", "metavar": "X"},
     tuple[float, float]: {"type": float, "nargs": 2, "metavar": ("MIN", "MAX")},
-    tuple[int, int] | None: {"type": options.size, "metavar": "HxW"},
+    tuple[int, int] | None: options.SIZE,
 }
+#: The same by its name, where that says more.
+_NAMED: dict[str, dict[str, Any]] = {"dtype": {"type": options.dtype}}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         " batch is shared by all processes."
     )
     options.add_data(command)
-    command.add_argument("-o", "--out", type=Path, required=True, help="the run's folder")
+    command.add_argument("-o", "--out", type=options.path, required=True, help="the run's folder")
     command.add_argument(
         "--resume",
         action="store_true",
@@ -89,6 +90,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for field in fields(Recipe):
         among = field.metadata["among"]
         written = {"action": argparse._StoreAction} | _WRITTEN[types[field.name]]
+        written |= _NAMED.get(field.name, {})
         recipe.add_argument(
             "--" + field.name.replace("_", "-"),
             default=field.default,
@@ -159,9 +161,9 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
 
 def _announce(trainer: Trainer) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    crop = trainer.batches.augmentation.crop
+    crop, classes = trainer.batches.augmentation.crop, len(trainer.train.classes)
     print(
-        f"{len(trainer.train)} examples, {len(trainer.train.classes)} classes, crops {crop[0]}x{crop[1]};"
+        f"{len(trainer.train)} examples, {classes} class{'es' * (classes > 1)}, crops {crop[0]}x{crop[1]};"
         f" {parameters} parameters, {trainer.recipe.dtype}, {trainer.group.world} x {trainer.device};"
         f" step {trainer.step} of {trainer.steps}"
     )

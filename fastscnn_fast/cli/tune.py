@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -25,7 +24,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     network = command.add_mutually_exclusive_group()
     options.add_preset(network)
-    network.add_argument("--weights", type=Path, metavar="F", help="that of a checkpoint instead")
+    network.add_argument(
+        "--weights", type=options.path, metavar="F", help="that of a checkpoint instead"
+    )
     options.add_sizes(command)
     command.add_argument(
         "--batch", type=options.count, metavar="N", default=1, help="pictures a call (%(default)s)"
@@ -36,7 +37,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        raise registry.CannotRun("tune measures on a GPU, and torch finds none on this machine")
+        raise registry.CannotRun(f"tune measures on a GPU: {registry.NO_GPU}")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), options.DTYPES[args.dtype]
     if args.weights is None:
         model = bench.untrained_model(args.preset)

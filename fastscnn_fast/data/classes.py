@@ -95,6 +95,21 @@ def colours_of(classes: Sequence[str]) -> tuple[Colour, ...]:
     return _PALETTES.get(tuple(classes)) or _spread_colours(len(classes))
 
 
+def label_count(num_classes: int) -> int:
+    """How many labels so many classes have: one class alone has two, 0 for the background and 1 for itself."""
+    return max(2, num_classes)
+
+
+def label_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """What those labels are called: as the classes are, and "background"."""
+    return ("background",) * (label_count(len(classes)) - len(classes)) + tuple(classes)
+
+
+def label_colours(palette: Sequence[Colour]) -> tuple[Colour, ...]:
+    """Their colours; the background's is black."""
+    return ((0, 0, 0),) * (label_count(len(palette)) - len(palette)) + tuple(palette)
+
+
 class Named:
     """What the classes of a network are called and how they are shown: by the data that it learnt, else numbers."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .augmentation import Augmentation
+from .classes import label_names
 from .labelmap import DataError
 from .scenery import Scenery
 from .sources import Example, Source, raise_problems
@@ -23,7 +24,8 @@ class Examples:
     """Every example of a source, read and checked once and kept in memory as far as it fits.
 
     Attributes:
-        pixels: labelled pixels per class, (K,) int64.
+        label_names: what the labels are called, :func:`~.classes.label_names`.
+        pixels: labelled pixels of each of them, int64.
         ignored: pixels that belong to no class.
         channels: of the pictures.
         sizes: (height, width) of each example.
@@ -42,6 +44,7 @@ class Examples:
         """Keeps at most ``memory`` bytes; ``progress(iterator, total)`` may show how far it is."""
         self.source, self.classes, self.ignore = source, source.classes, source.ignore
         self.channels = source.channels
+        self.label_names = label_names(source.classes)
         self._kept: list[Example | None] = [None] * len(source)
         self.sizes: list[tuple[int, int]] = []
         counts, problems, left = np.zeros(256, np.int64), [], memory
@@ -70,15 +73,15 @@ class Examples:
         for _ in read_all() if progress is None else progress(read_all(), len(source)):
             pass
         raise_problems(problems)
-        self.pixels: NDArray[np.int64] = counts[: len(self.classes)]
-        self.ignored = int(counts[len(self.classes) :].sum())
+        self.pixels: NDArray[np.int64] = counts[: len(self.label_names)]
+        self.ignored = int(counts[len(self.label_names) :].sum())
         if not self.pixels.any():
             raise DataError(f"{source.name(0)} and all others: no pixel has a class")
 
     @property
     def absent(self) -> str | None:
         """Which classes no labelled pixel has, and what that may mean, in a sentence; None where each occurs."""
-        names = [name for name, pixels in zip(self.classes, self.pixels) if not pixels]
+        names = [name for name, pixels in zip(self.label_names, self.pixels) if not pixels]
         if not names:
             return None
         where = f"{len(self)} examples, {self.name(0)} the first"
@@ -86,7 +89,7 @@ class Examples:
         if not self.pixels[1:].any() and self.ignored:  # as in masks of 0 and 255
             said += (
                 f"; they hold 0 and {self.ignore}, which is the id that is ignored: where it is meant as a class,"
-                " write that class's id, 1 in masks of two classes, or say by --label-map what they mean"
+                " write that class's id, 1 in masks of one or two classes, or say by --label-map what they mean"
             )
         return said
 

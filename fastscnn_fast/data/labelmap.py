@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .classes import Colour
+from .classes import Colour, label_names
 
 #: The word for what belongs to no class, and the value that stands for all that have no line.
 IGNORED, REST = "ignore", "*"
@@ -108,14 +108,15 @@ class LabelMap:
             DataError: a line that means none of them.
         """
         known = {IGNORED: ignore, str(ignore): ignore}
-        known |= {str(k): k for k in range(len(classes))}
-        known |= {name: k for k, name in enumerate(classes)}
+        names = label_names(classes)
+        known |= {str(k): k for k in range(len(names))}
+        known |= {name: k for k, name in enumerate(names)}
         means: dict[int | None, int] = {}
         for place, value, said in self.lines:
             if said not in known:
                 raise DataError(
-                    f"{place}: a class must be 0 to {len(classes) - 1}, {IGNORED!r} or one of"
-                    f" {', '.join(classes)}, got {said!r}"
+                    f"{place}: a class must be 0 to {len(names) - 1}, {IGNORED!r} or one of"
+                    f" {', '.join(names)}, got {said!r}"
                 )
             means[_code(value) if isinstance(value, tuple) else value] = known[said]
         rest = means.pop(None, None)

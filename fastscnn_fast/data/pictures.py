@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import re
+import stat
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from ..backends.registry import logger
+from ..program.memory import check_memory
 from ..writing import write_whole
-from .classes import Colour
+from .classes import Colour, label_colours, label_count
 
-Picture = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
+
+class BinaryFile(Protocol):
+    """What ``open`` gives in mode "rb", ``io.BytesIO``, an upload, an answer of a server."""
+
+    def read(self) -> bytes: ...
+
+
+#: What is read as one picture; pixels are RGB.
+Picture = (
+    Image.Image
+    | str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryFile
+    | NDArray[np.uint8]
+    | NDArray[np.uint16]
+    | Tensor
+)
 
 #: Endings by which files in a folder are taken for pictures.
 PICTURE_SUFFIXES = (
@@ -35,6 +61,23 @@ PICTURE_SUFFIXES = (
     ".tiff",
     ".webp",
 )
+_TAKEN = "a path, a PIL image, the bytes of a file, a binary file, uint8 or uint16 pixels"
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)  # C:/ is none
+_VIDEO = "is a video, and only pictures are read: take frames out first (ffmpeg -i VIDEO FOLDER/%06d.png)"
+_HEIC = "is HEIC, which is not read: convert it to JPEG or PNG first"
+_VIDEO_SUFFIXES = (
+    *(".3gp", ".asf", ".avi", ".flv", ".h264", ".h265", ".hevc", ".m2ts", ".m4v", ".mkv", ".mov"),
+    *(".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".vob", ".webm", ".wmv", ".y4m"),
+)
+#: Endings of files that people take for pictures, and what is wrong with them.
+_OTHER_SUFFIXES = dict.fromkeys(_VIDEO_SUFFIXES, _VIDEO) | dict.fromkeys((".heic", ".heif"), _HEIC)
+#: How such files begin.
+_OTHER_STARTS = {
+    rb"....ftyp(hei|hev|mif1|msf1)": _HEIC,
+    rb"....(ftyp(?!avi)|moov|mdat|wide|skip)": _VIDEO,  # MPEG-4, QuickTime; avif and avis are AVIF
+    rb"\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS|0&\xb2u|\0\0\x01[\xba\xb3]|YUV4MPEG2": _VIDEO,
+    rb"G.{187}G.{187}G": _VIDEO,  # MPEG-TS
+}
 #: The passes of an interlaced PNG: first column and row, distance of columns and of rows.
 _ADAM7 = (
     (0, 0, 8, 8),
@@ -49,15 +92,46 @@ _ADAM7 = (
 _FEWER_BITS = (8, 10, 12, 14)
 #: Folders, and bits guessed there, that a warning told of.
 _TOLD: set[tuple[str, int]] = set()
+#: Pixels a side that libjpeg takes.
+_JPEG_MOST = 65500
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
+class Guess(NamedTuple):
+    """That a picture of 16 bits a channel, whose largest value is ``largest``, was taken for one of ``bits``."""
+
+    name: str
+    folder: str | None
+    largest: int
+    bits: int
+
+    def tell(self) -> None:
+        """Warns, of files once a folder and number of bits."""
+        if self.folder is not None:
+            if (self.folder, self.bits) in _TOLD:
+                return
+            _TOLD.add((self.folder, self.bits))
+        logger.warning(
+            "%s: has 16 bits a channel and no value above %d, so it is taken for one of %d bits; say how many it has"
+            " by bits= or --bits: a dark picture of more would come out too bright",
+            self.name,
+            self.largest,
+            self.bits,
+        )
+
+
 def read_picture(picture: Picture, channels: int = 3, bits: int | None = None) -> NDArray[np.uint8]:
-    """The upright pixels of a picture, uint8 (H, W, channels).
+    """The upright pixels of a picture, uint8 (H, W, channels), RGB.
 
     Args:
-        picture: a path, a PIL image, or uint8 pixels (H, W) or (H, W, C). Files and PIL images are turned
-            upright as their EXIF orientation says.
+        picture: one of
+
+            - a path, the bytes of a picture's file, or a file opened in binary mode (which is read from its
+              beginning where it can be rewound, as Pillow does) or a PIL image; of several frames the one that
+              it stands at. They are turned upright as their EXIF orientation says.
+            - an array of uint8 or uint16 pixels, grey (H, W) or (H, W, C), or a tensor of them (C, H, W) on
+              any device. The colours of 3 and 4 channels are RGB: OpenCV's frames, which are BGR, are
+              ``frame[:, :, ::-1]``.
         channels: 1 to 4: grey, grey + alpha, RGB or RGBA, to which pictures of other modes are converted;
             an alpha channel that is not asked for is ignored.
         bits: 8 to 16, how many bits a channel a picture stored in more than 8 uses: the upper eight of them
@@ -65,78 +139,171 @@ def read_picture(picture: Picture, channels: int = 3, bits: int | None = None) -
             warning where it is not 16 (a dark picture may use more); PGM files say it themselves.
 
     Raises:
-        ValueError: it cannot be read, has no pixels, or values of more than ``bits``; the message names the
-            file where there is one.
+        TypeError: it is nothing of these.
+        ValueError: it cannot be read, has no pixels, values of more than ``bits``, or another dtype or shape;
+            the message names the file where there is one.
+        RuntimeError: a tensor has lost its memory.
     """
+    return pixels_of(picture, channels, bits)
+
+
+def pixels_of(
+    picture: Picture,
+    channels: int,
+    bits: int | None,
+    name: str = "picture",
+    tell: Callable[[Guess], None] = Guess.tell,
+) -> NDArray[np.uint8]:
+    """As :func:`read_picture`; errors call what has no name of its own ``name``, and ``tell`` hears of guesses."""
     if bits is not None and not 8 <= bits <= 16:
         raise ValueError(f"bits must be 8 to 16, got {bits}")
+    to_eight = _Bits(bits, name, tell)
+    if isinstance(picture, Tensor):
+        return _array_pixels(_tensor_array(picture, name), channels, to_eight)
     if isinstance(picture, np.ndarray):
-        return _array_pixels(picture, channels)
+        return _array_pixels(np.asarray(picture), channels, to_eight)
     if isinstance(picture, Image.Image):
-        return _image_pixels(picture, channels, bits)
-    if not Path(picture).is_file():
-        what = "is a folder" if Path(picture).is_dir() else "does not exist"
-        raise ValueError(f"{os.fspath(picture)}: {what}")
+        try:
+            return _image_pixels(picture, channels, to_eight)
+        except Exception as error:  # as of files
+            said = "" if type(error) is ValueError else "cannot be read: "
+            raise ValueError(f"{to_eight.of(picture).name}: {said}{error}") from error
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return _content_pixels(io.BytesIO(bytes(picture)), channels, to_eight)
+    if isinstance(picture, (str, os.PathLike)):
+        path = os.fspath(picture)
+        if not isinstance(path, str) or path == "":
+            raise ValueError(f"{name} must be {_TAKEN}, got the path {path!r}")
+        if (why_not := no_file(path)) is not None:
+            raise ValueError(f"{path}: {why_not}")
+        try:
+            with open(path, "rb") as file:
+                return _content_pixels(file, channels, to_eight.of(file))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    if callable(getattr(picture, "read", None)):
+        return _content_pixels(_rewound(picture, name), channels, to_eight.of(picture))
+    raise TypeError(f"{name} must be {_TAKEN}, got {type(picture).__name__}")
+
+
+def no_file(path: str) -> str | None:
+    """What ``path`` is where it is no regular file, in words that follow it; None where it is one."""
     try:
-        with Image.open(picture) as image:
-            return _image_pixels(image, channels, bits)
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a character that no path has
+        link = os.path.islink(path)
+        if _URL.match(path):
+            return "is a URL, and only files are read: download it first"
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return "is a link in a circle" if link else "is behind a link in a circle"
+        if isinstance(error, (FileNotFoundError, ValueError)):
+            return (
+                f"is a link to {os.readlink(path)}, which does not exist"
+                if link
+                else "does not exist"
+            )
+        return f"cannot be read: {error.strerror}"
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return f"is a {kinds.get(stat.S_IFMT(mode), 'device')}"
+
+
+def no_picture(name: str, start: bytes = b"") -> str | None:
+    """What a file is that is taken for a picture and is none, by how it is called and begins."""
+    for pattern, said in _OTHER_STARTS.items():
+        if re.match(pattern, start, re.DOTALL):
+            return said
+    return _OTHER_SUFFIXES.get(os.path.splitext(name)[1].lower())
+
+
+class _Bits(NamedTuple):
+    """How values of 16 bits become eight, and who hears of a guess."""
+
+    bits: int | None
+    name: str
+    tell: Callable[[Guess], None]
+    folder: str | None = None
+
+    def of(self, source: object) -> _Bits:
+        """The same for a file or image that may have a name of its own."""
+        found = getattr(source, "filename", None) or getattr(source, "name", None)
+        if not isinstance(found, (str, os.PathLike)) or not os.fspath(found):
+            return self
+        name = os.fsdecode(found)
+        return self._replace(name=name, folder=os.path.dirname(name))
+
+    def __call__(self, values: NDArray[Any]) -> NDArray[np.uint8]:
+        """The upper eight of grey (H, W) or colours (H, W, C), as :func:`read_picture` has it."""
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("must have at most 16 bits a channel")
+        colours = values if values.ndim == 2 else values[..., : (values.shape[2] - 1) // 2 * 2 + 1]
+        largest, bits = int(colours.max()), self.bits
+        if bits is None:
+            bits = next((b for b in _FEWER_BITS if largest < 1 << b), 16)
+            if bits < 16 and largest:
+                self.tell(Guess(self.name, self.folder, largest, bits))
+        elif largest >= 1 << bits:
+            raise ValueError(
+                f"bits must be enough for the picture's largest value, {largest}, got {bits}"
+            )
+        eight: NDArray[np.uint8] = np.minimum(values >> (bits - 8), 255).astype(np.uint8)
+        return eight
+
+
+def _rewound(file: Any, name: str) -> io.BytesIO:
+    """All of a binary file, from its beginning where there is a way back."""
+    try:
+        with suppress(AttributeError, OSError):
+            file.seek(0)
+        content = file.read()
+    except UnicodeDecodeError:
+        content = ""
+    except (OSError, ValueError) as error:  # closed, or not open for reading
+        raise ValueError(f"{name}: cannot be read: {error}") from error
+    if not isinstance(content, bytes):
+        kind = type(content).__name__
+        raise TypeError(
+            f'{name} must be a file opened in binary mode ("rb"), its read() gave {kind}'
+        )
+    return io.BytesIO(content)
+
+
+def _content_pixels(file: IO[bytes], channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
+    """The pixels of a picture's file."""
+    try:
+        with Image.open(file) as image:
+            return _image_pixels(image, channels, to_eight)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise ValueError(f"{os.fspath(picture)}: cannot be read: {error}") from error
+        why_not = f"cannot be read: {error}"
+        if isinstance(error, UnidentifiedImageError):
+            file.seek(0)
+            start = file.read(1024)
+            reason = "is of no known picture format" if start else "is empty"
+            why_not = no_picture(to_eight.name, start) or f"cannot be read: it {reason}"
+        raise ValueError(f"{to_eight.name}: {why_not}") from error
 
 
-def _image_pixels(image: Image.Image, channels: int, bits: int | None = None) -> NDArray[np.uint8]:
+def _image_pixels(image: Image.Image, channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
     if 0 in image.size:
-        raise ValueError(f"picture must have pixels, got {image.size[1]}x{image.size[0]}")
-    name = os.fspath(getattr(image, "filename", "")) or "picture"
+        raise ValueError(f"must have pixels, got {image.size[1]}x{image.size[0]}")
+    to_eight = to_eight.of(image)
     file = load_whole(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow may keep it in 32 bits
-        bits = 16 if file.decoder == "ppm" else bits  # which brings what the file says to 16 bits
-        image = Image.fromarray(_eight_bits(np.asarray(image), bits, name))
-    elif file.deep_colour and (bits or 0) < 16:
+        if file.decoder == "ppm":  # which brings what the file says to 16 bits
+            to_eight = to_eight._replace(bits=16)
+        image = Image.fromarray(to_eight(np.asarray(image)))
+    elif file.deep_colour and (to_eight.bits or 0) < 16:
         high = np.asarray(image.convert("RGBA") if image.mode == "LA" else image)
-        if bits is not None or high[..., :3].max() < 1 << max(_FEWER_BITS) - 8:
-            values = high.astype(np.uint16) << 8 | _low_bytes(file)
-            image = Image.fromarray(_eight_bits(values, bits, name))
+        if to_eight.bits is not None or high[..., :3].max() < 1 << max(_FEWER_BITS) - 8:
+            image = Image.fromarray(to_eight(high.astype(np.uint16) << 8 | _low_bytes(file)))
     if image.mode == "F":
-        raise ValueError("picture must hold integers, got floating-point pixels of unknown range")
+        raise ValueError("must hold integers, got floating-point pixels of unknown range")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     pixels = np.array(image.convert(_MODES[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _eight_bits(values: NDArray[Any], bits: int | None, name: str) -> NDArray[np.uint8]:
-    """The upper eight of ``bits`` of grey (H, W) or colours (H, W, 3 or 4), as :func:`read_picture` has it."""
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("picture must have at most 16 bits a channel")
-    largest = int((values if values.ndim == 2 else values[..., :3]).max())
-    if bits is None:
-        bits = next((b for b in _FEWER_BITS if largest < 1 << b), 16)
-        if bits < 16 and largest:
-            _tell_of_guess(name, largest, bits)
-    elif largest >= 1 << bits:
-        raise ValueError(
-            f"bits must be enough for the picture's largest value, {largest}, got {bits}"
-        )
-    eight: NDArray[np.uint8] = np.minimum(values >> (bits - 8), 255).astype(np.uint8)
-    return eight
-
-
-def _tell_of_guess(name: str, largest: int, bits: int) -> None:
-    """Warns, of files once a folder and number of bits."""
-    place = os.path.dirname(name), bits
-    if place in _TOLD:
-        return
-    if name != "picture":
-        _TOLD.add(place)
-    logger.warning(
-        "%s: has 16 bits a channel and no value above %d, so it is taken for one of %d bits; say how many it has"
-        " by bits= or --bits: a dark picture of more would come out too bright",
-        name,
-        largest,
-        bits,
-    )
 
 
 class _File(NamedTuple):
@@ -223,18 +390,39 @@ def _png_missing(content: bytes) -> int:
     return size - len(zlib.decompressobj().decompress(b"".join(data), size))
 
 
-def _array_pixels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
+def _tensor_array(x: Tensor, name: str) -> NDArray[Any]:
+    """A tensor of pixels (C, H, W) as an array (H, W, C), in the tensor's memory where that is the CPU's."""
+    if x.dtype not in (torch.uint8, torch.uint16):
+        hint = "; the network itself takes normalised floats" if x.is_floating_point() else ""
+        raise ValueError(f"{name} must be a uint8 or uint16 tensor, got {x.dtype}{hint}")
+    if x.ndim != 3 or x.shape[0] not in _MODES:
+        hint = "; a list holds several pictures" if x.ndim == 4 else ""
+        raise ValueError(
+            f"{name} must be a tensor (C, H, W) of 1 to 4 channels, got shape {tuple(x.shape)}{hint}"
+        )
+    if x.layout != torch.strided or x.device.type == "meta":
+        raise ValueError(f"{name} must be a tensor with pixels, got {x.layout} on {x.device}")
+    check_memory(name, x)
+    return x.detach().cpu().permute(1, 2, 0).numpy()
+
+
+def _array_pixels(pixels: NDArray[Any], channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
     """The array itself, where torch can take it as it is."""
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"picture must be a uint8 array, got {pixels.dtype}")
+    name, shape = to_eight.name, pixels.shape
+    if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
+        hint = "; the network itself takes normalised floats" if pixels.dtype.kind == "f" else ""
+        raise ValueError(f"{name} must be a uint8 or uint16 array, got {pixels.dtype}{hint}")
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] not in _MODES:
-        raise ValueError(f"picture must be (H, W) or (H, W, 1 to 4), got shape {pixels.shape}")
-    if 0 in pixels.shape:
-        raise ValueError(f"picture must have pixels, got shape {pixels.shape}")
+        hint = "; a list holds several pictures" if pixels.ndim == 4 else ""
+        raise ValueError(f"{name} must be (H, W) or (H, W, 1 to 4), got shape {shape}{hint}")
+    if 0 in shape:
+        raise ValueError(f"{name} must have pixels, got shape {shape}")
+    if pixels.dtype.itemsize == 2:
+        pixels = to_eight(pixels)
     if pixels.shape[2] != channels:
-        return _image_pixels(_to_image(pixels), channels)
+        return _image_pixels(_to_image(pixels), channels, to_eight)
     writable: NDArray[np.uint8] = np.require(pixels, requirements=["C", "W"])
     return writable
 
@@ -254,17 +442,44 @@ def resized(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
     return np.stack(channels, -1)
 
 
-def save_png(image: Image.Image, path: Path, compress_level: int = 6) -> None:
-    """Writes a PNG that is whole or not there, but for power cuts; OSError names the file and the cause."""
+def size_of(path: str | os.PathLike[str]) -> int:
+    """How many pixels a picture's file says that it has; 0 where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.width * image.height
+    except Exception:  # as in reading it, which says what is wrong
+        return 0
+
+
+def encoded(image: Image.Image, kind: str = "png", compress_level: int = 6) -> memoryview:
+    """The bytes of a PNG file, or, for ``kind`` "jpg", of a JPEG file of quality 90.
+
+    Raises:
+        ValueError: the image is too large for JPEG.
+    """
     content = io.BytesIO()
-    image.save(content, "PNG", compress_level=compress_level)
-    write_whole(path, content.getbuffer(), durable=False)
+    if kind == "png":
+        image.save(content, "PNG", compress_level=compress_level)
+    else:
+        if max(image.size) > _JPEG_MOST:
+            size = f"{image.height}x{image.width}"
+            raise ValueError(f"a JPEG must have at most {_JPEG_MOST} pixels a side, got {size}")
+        image.save(content, "JPEG", quality=90)
+    return content.getbuffer()
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG that is whole or not there, but for power cuts; OSError names the file and the cause."""
+    write_whole(path, encoded(image), durable=False)
 
 
 def label_image(labels: NDArray[np.uint8], palette: Sequence[Colour]) -> Image.Image:
-    """Labels (H, W) as a palette image: the pixel values are the class ids, the colours show them."""
+    """Labels (H, W) as a palette image: the pixel values are the class ids, the colours show them.
+
+    ``palette`` has the classes' colours; of one class alone, label 1 is the class and 0 the background, in black.
+    """
     image = Image.fromarray(np.ascontiguousarray(labels))
-    image.putpalette([channel for colour in palette for channel in colour])
+    image.putpalette([channel for colour in label_colours(palette) for channel in colour])
     return image
 
 
@@ -277,7 +492,8 @@ def overlay(
 ) -> Image.Image:
     """The picture tinted by class, above a legend of the classes that occur, in RGB.
 
-    ``labels`` (H, W) has the picture's size; labels without a name in ``classes`` are not tinted.
+    ``labels`` (H, W) has the picture's size. Labels without a name in ``classes`` are not tinted, nor is the
+    background, label 0, of one class alone.
 
     Raises:
         ValueError: the sizes differ, or the picture cannot be read.
@@ -287,8 +503,9 @@ def overlay(
         raise ValueError(f"labels must be {pixels.shape[:2]} like the picture, got {labels.shape}")
     plain = Image.fromarray(pixels)
     tinted = Image.blend(plain, label_image(labels, palette).convert("RGB"), strength)
-    tinted.paste(plain, mask=Image.fromarray(labels >= len(classes)))
-    present = [k for k in np.unique(labels).tolist() if k < len(classes)]
+    first = label_count(len(classes)) - len(classes)  # label of the first class
+    tinted.paste(plain, mask=Image.fromarray((labels < first) | (labels >= first + len(classes))))
+    present = [k - first for k in np.unique(labels).tolist() if 0 <= k - first < len(classes)]
     return _with_legend(tinted, [(classes[k], palette[k]) for k in present])
 
 

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from .classes import CAMVID_CLASSES, CAMVID_IGNORE, CITYSCAPES_CLASSES, numbered
+from .classes import (
+    CAMVID_CLASSES,
+    CAMVID_IGNORE,
+    CITYSCAPES_CLASSES,
+    label_count,
+    label_names,
+    numbered,
+)
 from .labelmap import IGNORED, DataError, LabelMap, Table
 from .pictures import PICTURE_SUFFIXES, load_whole, read_picture
 from .scenes import street
@@ -32,7 +39,8 @@ _CITYSCAPES_LAST = 33
 
 
 class Example(NamedTuple):
-    """A picture, uint8 (H, W, C), and its labels, uint8 (H, W)."""
+    """A picture, uint8 (H, W, C), three channels RGB, and its labels, uint8 (H, W), as
+    :func:`~.classes.label_count` has them."""
 
     picture: Pixels
     labels: Pixels
@@ -84,7 +92,7 @@ class Files:
                 f"{labels}: is {ids.shape[0]}x{ids.shape[1]}, its picture {picture} is "
                 f"{pixels.shape[0]}x{pixels.shape[1]}"
             )
-        _check_ids(ids, range(len(self.classes)), self.ignore, str(labels))
+        _check_ids(ids, range(label_count(len(self.classes))), self.ignore, str(labels))
         return Example(pixels, ids)
 
 
@@ -165,7 +173,7 @@ def _check_ids(labels: Pixels, known: range, ignore: int, name: str) -> None:
     if counts.any():
         label = int(counts.argmax())
         y, x = np.argwhere(labels == label)[0]
-        hint = "; masks of two classes must hold 0 and 1" if len(known) == 2 else ""
+        hint = "; masks of one or two classes must hold 0 and 1" if len(known) == 2 else ""
         raise ValueError(
             f"{name}: label id {label} (row {y}, column {x}) is neither a class, "
             f"0 to {known.stop - 1}, nor the ignored id {ignore}{hint}"
@@ -185,7 +193,8 @@ def open_source(
     """The examples of one split of a data set.
 
     ``root`` is a folder with ``<split>/images`` and ``<split>/labels`` (the same names, any suffix) whose
-    class names are the lines of ``classes.txt`` or numbers 0 to ``num_classes - 1``; or Cityscapes' own
+    class names are the lines of ``classes.txt`` or numbers 0 to ``num_classes - 1`` (of one class, its pixels are
+    1 and the background 0); or Cityscapes' own
     folder (``leftImg8bit`` and ``gtFine``); or "streets", the procedural ones ("streets:500" for 500).
 
     ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`, for pictures stored in more than 8.
@@ -231,8 +240,9 @@ def open_source(
     table = None if label_map is None else LabelMap.of(label_map)
     classes = _classes(root, num_classes, table)
     ignore = IGNORE if ignore is None else ignore
-    if not len(classes) <= ignore <= 255:
-        rule = f"--ignore must be {len(classes)} to 255, beyond the classes"
+    least = label_count(len(classes))
+    if not least <= ignore <= 255:
+        rule = f"--ignore must be {least} to 255, beyond the classes"
         raise DataError(f"{rule} (--label-map may ignore others), got {ignore}")
     folder = root / split
     pictures, labels = (
@@ -254,6 +264,8 @@ def _classes(root: Path, num_classes: int | None, table: LabelMap | None) -> tup
         classes, where = numbered(num_classes), "--classes"
     else:
         raise DataError(f"{names}: missing; name the classes there, one a line, or give --classes")
+    if num_classes == 1 and classes == label_names(classes[1:]):
+        classes = classes[1:]  # told from the background, which is none then
     if num_classes not in (None, len(classes)):
         raise DataError(f"{where}: names {len(classes)} classes, --classes says {num_classes}")
     if not 1 <= len(classes) <= 255:

@@ -29,6 +29,7 @@ from .checks import (
     layer_of,
     require,
 )
+from .flops import register as register_flops
 
 # Each pair below makes the result (the fake kernel) and fills it.
 
@@ -234,3 +235,5 @@ def network_out(x: Tensor, *args: Any, out: Tensor) -> None:
 _library.define(f"network.out({_NETWORK}, *, Tensor(a!) out) -> ()", tags=_TAGS)
 _library.impl("network.out", network_out, "CompositeExplicitAutograd")
 torch.library.register_fake("fastscnn::network.out", _network_check_out, lib=_library)
+
+register_flops(DEFINITIONS)

@@ -282,6 +282,19 @@ class SizedLayer:
         return 2 * macs
 
     @property
+    def plain_flops(self) -> int:
+        """Of the plain network's convolutions, which is what torch.utils.flop_counter counts of it."""
+        layer = self.layer
+        pixels = prod(self.output[1:])
+        c, o, m = layer.in_channels, layer.out_channels, layer.mid_channels
+        if layer.op == "pyramid_pooling":
+            cells, branches = sum(b * b for b in layer.bins), len(layer.bins)
+            return 2 * (cells * m * c + pixels * layer.kernel**2 * (c + branches * m) * o)
+        if layer.op == "feature_fusion":
+            return 2 * pixels * ((c if layer.dense else 9) * c + (c + m) * o)
+        return 0 if layer.op == "upsample_classify" else self.flops
+
+    @property
     def elements(self) -> int:
         """Elements that must move: each input, each weight and each output once."""
         weights = sum(prod(shape) for shape in self.layer.weights().values())

@@ -8,6 +8,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from .labels import labels_of
+
 
 def relative_error(y: Tensor, exact: Tensor) -> float:
     """``||y - exact|| / ||exact - its mean per channel||`` over (N, C, H, W): no offset can hide an error.
@@ -30,9 +32,9 @@ class Parity:
     @staticmethod
     def of(y: Tensor, exact: Tensor) -> Parity:
         """Of logits (N, K, H, W), or of uint8 labels (N, H, W), whose error is None."""
-        labels = y if y.dtype == torch.uint8 else y.argmax(1)
+        labels = y if y.dtype == torch.uint8 else labels_of(y)
         error = None if y.dtype == torch.uint8 else relative_error(y, exact)
-        return Parity(error, float((labels != exact.argmax(1)).double().mean()))
+        return Parity(error, float((labels != labels_of(exact)).double().mean()))
 
 
 @dataclass(frozen=True)

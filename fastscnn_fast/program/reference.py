@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..arch.config import Activation
+from .labels import labels_of, probabilities_of
 from .layers import PICTURE, Layer
 from .program import Program
 
@@ -112,11 +113,11 @@ def feature_fusion(
 
 
 def upsample_classify(x: Tensor, layer: Layer, size: Sequence[int], output: str) -> Tensor:
-    """Logits resized to ``size``: as they are, softmax over classes, or uint8 labels (N, H, W)."""
+    """Logits resized to ``size``: as they are, their probabilities, or uint8 labels (N, H, W)."""
     y = _resize(x, size, layer.align_corners)
     if output == "probabilities":
-        return y.softmax(1)
-    return y.argmax(1).to(torch.uint8) if output == "labels" else y
+        return probabilities_of(y)
+    return labels_of(y).to(torch.uint8) if output == "labels" else y
 
 
 OPS: dict[str, Callable[..., Tensor]] = {

@@ -23,14 +23,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # of the type checker
 
 
+_AUTOCAST = (torch.bfloat16, torch.float16)
+
+
 class FusedFastSCNN(Named, nn.Module):
     """Fast-SCNN for inference: folded, packed and run by one fused op. Made by :func:`fuse`.
 
     Input is (N, C, H, W) with any strides: normalised floats of :attr:`dtype` or, where that has 16 bits, of
-    torch.float32, which the first kernel rounds, or raw uint8 pixels, which are normalised by ``config.mean`` and
-    ``config.std`` inside the first kernel. It has no parameters and no gradients. Its dtype is that of its packed
-    weights: ``half()``, ``to(torch.bfloat16)`` and their like raise, :func:`fuse` takes a dtype. Works under
-    ``torch.compile(fullgraph=True)`` and ``torch.export``.
+    torch.float32, which the first kernel rounds, or raw uint8 pixels in RGB, which are normalised by ``config.mean``
+    and ``config.std`` inside the first kernel. It has no parameters and no gradients. Its dtype is that of its packed
+    weights: ``half()``, ``to(torch.bfloat16)`` and their like raise, :func:`fuse` takes a dtype, and under
+    ``torch.autocast`` it computes in and returns its own all the same; 16-bit floats of an x that autocast made are
+    cast to it. Works under ``torch.compile(fullgraph=True)`` and ``torch.export``; to torch.fx it is one node, so
+    that features inside it can be had from the model alone.
 
     Each method takes ``out``, a contiguous tensor of the result's shape and dtype, to be filled and returned
     instead of a new one.
@@ -79,11 +84,17 @@ class FusedFastSCNN(Named, nn.Module):
         return self._run(x, "logits", out)
 
     def probabilities(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`."""
+        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`.
+
+        Of one class alone it is the sigmoid, (N, 1, H, W).
+        """
         return self._run(x, "probabilities", out)
 
     def labels(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The largest logit's class, uint8 (N, H, W), without full-size logits.
+
+        Of equal logits it is the first, NaN is the largest of all. One class alone has label 1 where its logit
+        is above 0; all else is background, label 0, so is NaN.
 
         Raises:
             ValueError: more than 256 classes, and as :meth:`forward`.
@@ -91,16 +102,22 @@ class FusedFastSCNN(Named, nn.Module):
         return self._run(x, "labels", out)
 
     def _run(self, x: Tensor, output: str, out: Tensor | None) -> Tensor:
+        weights = self._buffers["weights"]  # as self.weights, which takes its time
+        assert weights is not None
+        if isinstance(x, torch.fx.Proxy):
+            arguments = (x, weights, self.program, output, self.backend, self.dtype, out)
+            node: Tensor = x.tracer.create_proxy("call_function", ops.network, arguments, {})
+            return node
         if ops.is_differentiated(x):
             raise RuntimeError(
                 "x must not require grad or have a tangent: the fused network has no gradient (use"
                 " torch.no_grad(), or FastSCNN.reference(x) to differentiate)"
             )
         if x.dtype not in self._pictures:
-            allowed = " or ".join(map(str, self._pictures))
-            raise TypeError(f"x must be of dtype {allowed}, got {x.dtype}")
-        weights = self._buffers["weights"]  # as self.weights, which takes its time
-        assert weights is not None
+            if x.dtype not in _AUTOCAST or not torch.is_autocast_enabled(x.device.type):
+                allowed = " or ".join(map(str, self._pictures))
+                raise TypeError(f"x must be of dtype {allowed}, got {x.dtype}")
+            x = x.to(self._pictures[0])
         return self._graphs.network(x, weights, self.program, output, self.backend, self.dtype, out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

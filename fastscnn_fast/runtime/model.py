@@ -164,8 +164,8 @@ class FastSCNN(Named, PlainFastSCNN):
     is ``(logits, auxiliary)`` with one full-size tensor per entry of ``config.aux_taps``. In eval mode,
     where no gradient is wanted (under ``torch.no_grad()``, or where neither the input nor a parameter
     requires one), the fused kernels run by themselves (see :func:`fastscnn_fast.fuse`); what cannot be
-    fused runs in plain torch, with the reason logged once. uint8 input is raw pixels 0..255 and is
-    normalised by ``config.mean`` and ``config.std`` first.
+    fused runs in plain torch, with the reason logged once. uint8 input is raw pixels 0..255, RGB, and
+    is normalised by ``config.mean`` and ``config.std`` first.
 
     Args:
         num_classes: number of classes K.
@@ -248,7 +248,8 @@ def _refused_input(x: Tensor, network: FusedFastSCNN) -> str | None:
     if x.device != device or x.dtype not in (dtype, torch.uint8):
         return f"x must be {dtype} or torch.uint8 on {device}, got {x.dtype} on {x.device}"
     if torch.is_autocast_enabled(device.type):
-        return "autocast is enabled"
+        wanted = torch.get_autocast_dtype(device.type)
+        return f"autocast is enabled: fuse(model, dtype={wanted}) computes in that dtype, fused"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "a global forward hook is set"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -13,38 +13,201 @@ from PIL import Image
 from torch import Tensor
 
 from ..arch.config import SMALLEST_SIDE, Config
-from ..data.pictures import Picture, read_picture, resized
+from ..data.pictures import Guess, Picture, pixels_of, resized
+from ..program.labels import labels_of, probabilities_of
 from .forked import serial
 from .fused import FusedFastSCNN
 from .model import FastSCNN
 
+Labels = NDArray[np.uint8]
+Confidence = NDArray[np.float32]
+#: Lists of pictures of one kind, or of several, are no ``list[Picture]`` to type checkers.
+Several = list[Any] | tuple[Picture, ...]
 
+
+@overload
 def segment(
     fast: FusedFastSCNN | FastSCNN,
     picture: Picture,
     size: tuple[int, int] | None = None,
     bits: int | None = None,
-) -> NDArray[np.uint8]:
-    """The class of every pixel of one picture, uint8 (H, W) at the picture's own size.
+    confidence: Literal[False] = False,
+) -> Labels: ...
+
+
+@overload
+def segment(
+    fast: FusedFastSCNN | FastSCNN,
+    picture: Picture,
+    size: tuple[int, int] | None = None,
+    bits: int | None = None,
+    *,
+    confidence: Literal[True],
+) -> tuple[Labels, Confidence]: ...
+
+
+@overload
+def segment(
+    fast: FusedFastSCNN | FastSCNN,
+    picture: Several,
+    size: tuple[int, int] | None = None,
+    bits: int | None = None,
+    confidence: Literal[False] = False,
+) -> list[Labels]: ...
+
+
+@overload
+def segment(
+    fast: FusedFastSCNN | FastSCNN,
+    picture: Several,
+    size: tuple[int, int] | None = None,
+    bits: int | None = None,
+    *,
+    confidence: Literal[True],
+) -> list[tuple[Labels, Confidence]]: ...
+
+
+def segment(
+    fast: FusedFastSCNN | FastSCNN,
+    picture: Picture | Several,
+    size: tuple[int, int] | None = None,
+    bits: int | None = None,
+    confidence: bool = False,
+) -> Any:
+    """The class of every pixel of a picture, uint8 (H, W) at the picture's own size; of several, a list of these.
+
+    A network of one class gives 1 where that is, and 0 for the background.
 
     Args:
         fast: the network; a :class:`FastSCNN` must be in eval mode and is fused at its first picture.
-        picture: a path, a PIL image, or uint8 pixels (H, W) or (H, W, C), turned upright and brought to the
-            network's channels as :func:`~fastscnn_fast.data.pictures.read_picture` says.
+        picture: a path, a PIL image, the bytes of a picture's file, a file opened in binary mode, an array of
+            uint8 or uint16 pixels (H, W) or (H, W, C), a tensor of them (C, H, W), or a list or tuple of all
+            these, turned upright and brought to the network's channels as
+            :func:`~fastscnn_fast.data.pictures.read_picture` says. Colours are RGB: OpenCV's frames, which
+            are BGR, are ``frame[:, :, ::-1]``.
         size: (height, width) to run the network at, by default :func:`run_size`; the labels come back by
             nearest neighbour.
         bits: how many bits a channel a picture stored in more than 8 uses, by default a guess by
             :func:`~fastscnn_fast.data.pictures.read_picture`, which warns of it.
+        confidence: also return how probable the network takes each pixel's label to be, float32 (H, W) from 0
+            to 1: a pair of labels and confidence for each picture. The network runs twice for it.
 
     Raises:
-        ValueError: the picture cannot be read or has no pixels, ``size`` is below 32 a side, the model is in
+        TypeError: a picture is nothing of these.
+        ValueError: a picture cannot be read or has no pixels, ``size`` is below 32 a side, the model is in
             training mode or has more than 256 classes.
+        RuntimeError: a tensor has lost its memory.
     """
-    pixels = read_picture(picture, fast.config.in_channels, bits)
+    if isinstance(picture, (list, tuple)):
+        names = (f"picture[{index}]" for index in range(len(picture)))
+        pairs = [
+            _segmented(fast, one, size, bits, confidence, name) for one, name in zip(picture, names)
+        ]
+        return pairs if confidence else [labels for labels, _ in pairs]
+    pair = _segmented(fast, picture, size, bits, confidence)
+    return pair if confidence else pair[0]
+
+
+def _segmented(
+    fast: FusedFastSCNN | FastSCNN,
+    picture: Picture,
+    size: tuple[int, int] | None,
+    bits: int | None,
+    confidence: bool,
+    name: str = "picture",
+) -> tuple[Labels, Confidence | None]:
+    prepared = prepare(picture, fast.config, size, bits, name)
+    return classify(fast, prepared.x, confidence).at(prepared.pixels)
+
+
+class Prepared(NamedTuple):
+    """A picture as the network takes it.
+
+    Attributes:
+        pixels: uint8 (H, W, C), RGB, the picture upright.
+        x: uint8 (1, C, h, w), the same at the size to run at.
+    """
+
+    pixels: NDArray[np.uint8]
+    x: Tensor
+
+
+class Classified(NamedTuple):
+    """What the network says of a picture, at the size that it ran at.
+
+    Attributes:
+        labels: uint8 (h, w).
+        confidence: float32 (h, w), where it was asked for.
+    """
+
+    labels: Labels
+    confidence: Confidence | None
+
+    def at(self, pixels: NDArray[np.uint8]) -> tuple[Labels, Confidence | None]:
+        """Labels and confidence (H, W) at the size of ``pixels`` (H, W, C), by nearest neighbour."""
+        labels = _nearest(self.labels, pixels)
+        return labels, None if self.confidence is None else _nearest(self.confidence, pixels)
+
+
+# The three steps of a picture. The first and the last may run in any thread, beside the network: most of their
+# time is spent without Python's lock.
+
+
+def prepare(
+    picture: Picture,
+    config: Config,
+    size: tuple[int, int] | None = None,
+    bits: int | None = None,
+    name: str = "picture",
+    tell: Callable[[Guess], None] = Guess.tell,
+) -> Prepared:
+    """Reads a picture for :func:`classify`; arguments and errors are those of :func:`segment`.
+
+    Errors call a picture without a name of its own ``name``, and ``tell`` hears of guessed bits.
+    """
     if size is not None and min(size) < SMALLEST_SIDE:
         rule = f"size must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
         raise ValueError(f"{rule}, got {size[0]}x{size[1]}")
-    return labelled(partial(_labels, fast), fast.config, pixels, size)
+    pixels = pixels_of(picture, config.in_channels, bits, name, tell)
+    return Prepared(pixels, _tensor_of(pixels, config, size))
+
+
+@serial()
+@torch.no_grad()
+def classify(fast: FusedFastSCNN | FastSCNN, x: Tensor, confidence: bool = False) -> Classified:
+    """The network's labels of uint8 pixels (1, C, h, w), and how probable it takes them to be."""
+    fused, x = _fused_for(fast, x)
+    if fused is not None:
+        labels = fused.labels(x)
+        probabilities = fused.probabilities(x) if confidence else None
+    else:
+        assert isinstance(fast, FastSCNN)
+        logits = fast.reference(x)
+        labels = labels_of(logits).to(torch.uint8)
+        probabilities = probabilities_of(logits) if confidence else None
+    probable = None if probabilities is None else _of_labels(probabilities.float(), labels)
+    return Classified(
+        labels[0].cpu().numpy(), None if probable is None else probable[0].cpu().numpy()
+    )
+
+
+def _fused_for(fast: FusedFastSCNN | FastSCNN, x: Tensor) -> tuple[FusedFastSCNN | None, Tensor]:
+    """The fused network of ``fast``, None where plain torch must run, and x on its device."""
+    if isinstance(fast, FusedFastSCNN):
+        return fast, x.to(fast.weights.device)
+    if fast.training:
+        raise ValueError("the model must be in eval mode (model.eval()), got one in training mode")
+    if fast.config.num_classes > 256:
+        raise ValueError(f"num_classes must be at most 256, got {fast.config.num_classes}")
+    x = x.to(fast.classifier.conv.weight.device)
+    return fast.fused_for(x), x
+
+
+def _of_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """(N, K, h, w) at ``labels`` (N, h, w): (N, h, w). Of one class alone, label 0 is what is not that class."""
+    if probabilities.shape[1] == 1:
+        probabilities = torch.cat((1 - probabilities, probabilities), 1)
+    return probabilities.gather(1, labels[:, None].long())[:, 0]
 
 
 def labelled(
@@ -52,11 +215,9 @@ def labelled(
     config: Config,
     pixels: NDArray[np.uint8],
     size: tuple[int, int] | None = None,
-) -> NDArray[np.uint8]:
+) -> Labels:
     """``labels``, uint8 (1, C, h, w) -> (1, h, w), of pixels (H, W, C) as :func:`segment` has them."""
-    x = torch.from_numpy(np.require(resized(pixels, size or run_size(pixels, config)), None, "W"))
-    image = Image.fromarray(labels(x.permute(2, 0, 1)[None])[0].cpu().numpy())
-    return np.array(image.resize(pixels.shape[1::-1], Image.Resampling.NEAREST))
+    return _nearest(labels(_tensor_of(pixels, config, size))[0].cpu().numpy(), pixels)
 
 
 def run_size(pixels: NDArray[np.uint8], config: Config) -> tuple[int, int]:
@@ -72,19 +233,13 @@ def run_size(pixels: NDArray[np.uint8], config: Config) -> tuple[int, int]:
     return max(round(height * scale), SMALLEST_SIDE), max(round(width * scale), SMALLEST_SIDE)
 
 
-@serial()
-@torch.no_grad()
-def _labels(fast: FusedFastSCNN | FastSCNN, x: Tensor) -> Tensor:
-    """uint8 pixels (1, C, H, W) -> uint8 labels (1, H, W)."""
-    if isinstance(fast, FusedFastSCNN):
-        return fast.labels(x.to(fast.weights.device))
-    if fast.training:
-        raise ValueError("the model must be in eval mode (model.eval()), got one in training mode")
-    if fast.config.num_classes > 256:
-        raise ValueError(f"num_classes must be at most 256, got {fast.config.num_classes}")
-    x = x.to(fast.classifier.conv.weight.device)
-    fused = fast.fused_for(x)
-    if fused is not None:
-        return fused.labels(x)
-    logits: Tensor = fast.reference(x)
-    return logits.argmax(1).to(torch.uint8)
+def _tensor_of(pixels: NDArray[np.uint8], config: Config, size: tuple[int, int] | None) -> Tensor:
+    """Pixels (H, W, C) as the network takes them, (1, C, *size)."""
+    x = torch.from_numpy(np.require(resized(pixels, size or run_size(pixels, config)), None, "W"))
+    return x.permute(2, 0, 1)[None]
+
+
+def _nearest(values: NDArray[Any], pixels: NDArray[np.uint8]) -> NDArray[Any]:
+    """(h, w) at the size of pixels (H, W, C)."""
+    resize = Image.fromarray(values).resize(pixels.shape[1::-1], Image.Resampling.NEAREST)
+    return np.array(resize)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..backends import registry
-from .loss import Targets, in_chunks
+from .loss import Targets, in_chunks, of_labels
 
 
 def upsampled_dice(
@@ -26,8 +26,7 @@ def upsampled_dice(
         logits: (N, K, h, w), any floating dtype.
         labels: uint8 (N, H, W).
     """
-    if targets.num_classes == 1:  # the background's logit is 0
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    logits = of_labels(logits, targets)
     confusion: Tensor = _SoftConfusion.apply(logits, labels, targets, align_corners)  # type: ignore[no-untyped-call]
     both, found, there = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
     occurs = there > 0

@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.datasets import Examples
-from ..plots import figure
+from ..plots import figure, png
+from ..program.labels import labels_of
 from ..runtime.fused import fuse
 from ..runtime.model import FastSCNN
 from ..runtime.segment import labelled, segment
@@ -31,11 +32,13 @@ class Confusion:
     """How often each class was taken for each.
 
     Attributes:
-        matrix: (K, K) int64; row = true class, column = predicted class. Ignored pixels are not in it.
+        matrix: (K, K) int64; row = true class, column = predicted class. Ignored pixels are not in it. One class
+            alone has a background to be told from: K is 2.
     """
 
-    def __init__(self, num_classes: int) -> None:
-        self.matrix: NDArray[np.int64] = np.zeros((num_classes, num_classes), np.int64)
+    def __init__(self, labels: int) -> None:
+        """``labels`` is K."""
+        self.matrix: NDArray[np.int64] = np.zeros((labels, labels), np.int64)
 
     def add(self, labels: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> None:
         """Counts pixels; labels that are no class are left out."""
@@ -106,14 +109,14 @@ def labeller(
     @torch.no_grad()
     def plain(x: Tensor) -> Tensor:
         logits: Tensor = model.reference(x.to(device))
-        return logits.argmax(1).to(torch.uint8)
+        return labels_of(logits).to(torch.uint8)
 
     return partial(labelled, plain, model.config, size=size)
 
 
 def score(run: Labeller, examples: Examples, indices: Iterable[int] | None = None) -> Confusion:
     """The confusion of the predictions for ``examples``, or for those at ``indices``."""
-    confusion = Confusion(len(examples.classes))
+    confusion = Confusion(len(examples.label_names))
     for index in range(len(examples)) if indices is None else indices:
         picture, labels = examples[index]
         confusion.add(labels, run(picture))
@@ -144,9 +147,7 @@ def save_picture(confusion: Confusion, classes: Sequence[str], path: Path) -> No
                 colour = "white" if shares[y, x] > 0.5 else "black"
                 text = f"{100 * shares[y, x]:.0f}"
                 axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
-    content = io.BytesIO()
-    chart.savefig(content, format="png", dpi=120)
-    write_whole(path, content.getvalue())
+    write_whole(path, png(chart, dpi=120))
 
 
 def save_csv(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
@@ -163,7 +164,7 @@ def compare(
     runs: dict[str, Labeller], examples: Examples
 ) -> tuple[dict[str, Confusion], dict[str, float], dict[str, float]]:
     """Confusion, share of pixels labelled as by the first, and seconds, by run."""
-    scores = {name: Confusion(len(examples.classes)) for name in runs}
+    scores = {name: Confusion(len(examples.label_names)) for name in runs}
     equal, seconds, pixels = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0.0), 0
     for index in tqdm(range(len(examples)), unit="picture", leave=False, delay=2):
         picture, labels = examples[index]

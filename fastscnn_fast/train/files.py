@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..backends import registry
-from ..plots import figure
+from ..plots import figure, png
 from ..writing import write_whole
 
 #: The file that a run goes on from, and the weights that it keeps.
@@ -98,6 +98,4 @@ def _curves(history: list[dict[str, float]]) -> bytes:
     right.set_ylim(0, 1)
     right.grid(alpha=0.3)
     right.legend()
-    content = io.BytesIO()
-    chart.savefig(content, format="png", dpi=120)
-    return content.getvalue()
+    return png(chart, dpi=120)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..backends import registry
+from ..data.classes import label_count
 
 # Full-size logits that plain torch holds at a time: what caches hold on a CPU, 1 GiB of float32 on a GPU.
 _CHUNK, _GPU_CHUNK = 1 << 22, 1 << 28
@@ -24,9 +25,13 @@ class Targets:
     ``ignore`` and everything else that is no class have zeros. :attr:`weight` (256,) is what each pixel
     adds to the mean's denominator.
 
+    One class alone is learnt by binary cross-entropy, as ``binary_cross_entropy_with_logits`` has it: its labels
+    are 0, the background, and 1, the class. That is the cross-entropy of two classes of which the background's
+    logit is 0, and so it is computed.
+
     Args:
         num_classes: K, at most 256.
-        class_weights: one per class; 1 by default.
+        class_weights: one per label, K or, of one class, 2; 1 by default.
         smoothing: label smoothing in [0, 1).
 
     Raises:
@@ -45,19 +50,19 @@ class Targets:
             raise ValueError(f"num_classes must be 1 to {_LABELS}, got {num_classes}")
         if not 0 <= ignore < _LABELS:
             raise ValueError(f"ignore must be 0 to {_LABELS - 1}, got {ignore}")
-        if class_weights is not None and len(class_weights) != num_classes:
+        self.num_classes, self.ignore, self.labels = num_classes, ignore, label_count(num_classes)
+        if class_weights is not None and len(class_weights) != self.labels:
             raise ValueError(
-                f"class_weights must be one per class ({num_classes}), got {len(class_weights)}"
+                f"class_weights must be one per label ({self.labels}), got {len(class_weights)}"
             )
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
-        self.num_classes, self.ignore = num_classes, ignore
-        weights = torch.tensor(class_weights or [1.0] * num_classes, dtype=torch.float32)
+        weights = torch.tensor(class_weights or [1.0] * self.labels, dtype=torch.float32)
         self.weight = torch.zeros(_LABELS, dtype=torch.float32)
-        self.weight[:num_classes] = weights
-        self.table = torch.zeros(_LABELS, -(-num_classes // 16) * 16, dtype=torch.float32)
-        self.table[:num_classes, :num_classes] = (1 - smoothing) * torch.diag(weights)
-        self.table[:num_classes, :num_classes] += smoothing / num_classes * weights
+        self.weight[: self.labels] = weights
+        self.table = torch.zeros(_LABELS, -(-self.labels // 16) * 16, dtype=torch.float32)
+        self.table[: self.labels, : self.labels] = (1 - smoothing) * torch.diag(weights)
+        self.table[: self.labels, : self.labels] += smoothing / self.labels * weights
         self.weight[ignore], self.table[ignore] = 0, 0
         self.sums = self.table.sum(1)
         self.weight, self.table, self.sums = (
@@ -76,20 +81,36 @@ def upsampled_cross_entropy(
     """The *sum* over pixels of the cross-entropy of ``logits`` resized to the labels' size; a scalar.
 
     Divided by ``targets.denominator(labels)`` it equals ``cross_entropy(interpolate(logits), labels)``
-    with the class weights, label smoothing and ignored label of ``targets``, computed in float32.
+    with the class weights, label smoothing and ignored label of ``targets``, computed in float32; of one class,
+    the binary cross-entropy (:class:`Targets`).
 
     Args:
         logits: (N, K, h, w), any floating dtype.
         labels: uint8 (N, H, W).
     """
+    logits = of_labels(logits, targets)
     return cast(Tensor, _UpsampledCrossEntropy.apply(logits, labels, targets, align_corners))  # type: ignore[no-untyped-call]
 
 
 def surprise(logits: Tensor, labels: Tensor, targets: Targets, align_corners: bool) -> Tensor:
     """-log of the probability of each pixel's label (N, H, W), 0 where it is ignored. No gradient."""
     out = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-    _evaluate(logits.detach(), labels, targets, align_corners, None, out)
+    logits = of_labels(logits.detach(), targets)
+    _evaluate(logits, labels, targets, align_corners, None, out)
     return out
+
+
+def of_labels(logits: Tensor, targets: Targets) -> Tensor:
+    """Logits (N, K, h, w) of classes as logits of labels: one class alone gets its background's, 0.
+
+    Raises:
+        ValueError: other classes than those of ``targets``.
+    """
+    if logits.shape[1] != targets.num_classes:
+        raise ValueError(f"logits must have {targets.num_classes} classes, got {logits.shape[1]}")
+    if targets.labels == targets.num_classes:
+        return logits
+    return torch.cat([torch.zeros_like(logits), logits], 1)
 
 
 def hard_examples(
@@ -151,8 +172,6 @@ def _evaluate(
         raise ValueError(
             f"labels must be uint8 ({n}, H, W), got {labels.dtype} {tuple(labels.shape)}"
         )
-    if k != targets.num_classes:
-        raise ValueError(f"logits must have {targets.num_classes} classes, got {k}")
     if labels.device != logits.device or targets.table.device != logits.device:
         devices = f"{labels.device} and {targets.table.device}"
         raise ValueError(f"labels and targets must be on {logits.device}, got {devices}")

@@ -27,6 +27,7 @@ from ..data.classes import CAMVID_CLASSES
 from ..data.datasets import Batch, Batches, Examples, load
 from ..data.scenery import Pieces, Scenery, Styles
 from ..data.sources import Streets
+from ..program.labels import labels_of
 from ..runtime.model import FastSCNN
 from ..writing import claimed
 from . import evaluate, files
@@ -85,10 +86,12 @@ def _check_channels(recipe: Recipe, train: Examples, val: Examples | None) -> No
 
 
 def _check_classes(recipe: Recipe, train: Examples, val: Examples | None, warn: bool) -> None:
-    """Warns of classes that do not occur; ValueError where a single one does, so that nothing is to be learnt."""
+    """Warns of classes that do not occur; ValueError where a single label does, so that nothing is to be learnt."""
     if train.absent and not recipe.streets:
         if (train.pixels > 0).sum() == 1:
-            raise ValueError(f"there is one class only, and nothing to learn: {train.absent}")
+            raise ValueError(
+                f"all labels are the same, so that there is nothing to learn: {train.absent}"
+            )
         if warn:
             logger.warning("training cannot teach what is not there: %s", train.absent)
     if val is not None and val.absent and warn:
@@ -251,7 +254,7 @@ class Trainer:
     # What has been seen since the last row of the metrics.
 
     def _clear_window(self) -> None:
-        k = len(self.train.classes)
+        k = len(self.train.label_names)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.seen = torch.zeros(k, k, dtype=torch.int64, device=self.device)
         self.window = 0
@@ -265,7 +268,7 @@ class Trainer:
             for n, full in ((h, labels.shape[1]), (w, labels.shape[2]))
         )
         true = labels[:, rows][:, :, columns].long()
-        pairs = torch.where(true < k, true * k + logits.argmax(1), k * k).flatten()
+        pairs = torch.where(true < k, true * k + labels_of(logits), k * k).flatten()
         self.seen += torch.bincount(pairs, minlength=k * k + 1)[: k * k].view(k, k)
         self.loss_sum += loss
 
@@ -354,7 +357,7 @@ class Trainer:
         )
 
     def _show(self, bar: Any) -> None:
-        confusion = evaluate.Confusion(len(self.train.classes))
+        confusion = evaluate.Confusion(len(self.train.label_names))
         confusion.matrix = self.seen.cpu().numpy()
         bar.set_postfix(
             loss=f"{float(self.loss_sum) / max(1, self.window):.3f}",
@@ -386,7 +389,7 @@ class Trainer:
             for net in filter(None, (self.model, self.average)):
                 for buffer in net.buffers():
                     distributed.broadcast(buffer, 0)
-        train = evaluate.Confusion(len(self.train.classes))
+        train = evaluate.Confusion(len(self.train.label_names))
         train.matrix = total[1:].view_as(self.seen).long().cpu().numpy()
         row = {
             "step": self.step,
@@ -406,7 +409,9 @@ class Trainer:
             matrix = torch.from_numpy(scores.matrix).to(self.device)
             scores.matrix = self.group.sum(matrix).cpu().numpy()
             row |= {"miou": scores.miou, "accuracy": scores.accuracy}
-            row |= {f"iou_{name}": iou for name, iou in zip(self.val.classes, scores.iou.tolist())}
+            row |= {
+                f"iou_{name}": iou for name, iou in zip(self.val.label_names, scores.iou.tolist())
+            }
         self.history.append(row)
         if self.group.rank == 0:
             self._report(row, kept)

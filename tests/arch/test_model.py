@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN
 from fastscnn_fast.arch.config import PRESETS, preset
+from fastscnn_fast.compat import tramac
 
 PUBLISHED_PARAMETERS = {  # of the key lists, with all auxiliary heads; of the paper's Table 1
     "paper": 1_137_795,
@@ -239,3 +240,43 @@ def test_a_few_steps_of_training_learn_something() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0], losses
+
+
+def features(traced: torch.fx.GraphModule, node: str) -> torch.fx.GraphModule:
+    """What torchvision's create_feature_extractor makes of a traced network."""
+    graph = copy.deepcopy(traced.graph)
+    (old,) = (n for n in graph.nodes if n.op == "output")
+    graph.erase_node(old)
+    graph.output(next(n for n in graph.nodes if n.name == node))
+    extract = torch.fx.GraphModule(traced, graph)
+    graph.eliminate_dead_code()
+    extract.recompile()
+    extract.delete_all_unused_submodules()
+    return extract
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", PRESETS)
+def test_features_by_torch_fx(name: str, training: bool) -> None:
+    model, x = randomise(small(name)).train(training), torch.randn(2, 3, 65, 90)
+    for net in (copy.deepcopy(model), tramac.FastSCNN(5)) if name == "tramac" else (model,):
+        net.train(training)
+        traced = torch.fx.symbolic_trace(net)
+        extract = features(traced, "global_features_pyramid_out_act")
+        with torch.no_grad():
+            wanted = net.global_features(net.learning_to_downsample(x))
+            assert torch.equal(extract(x), wanted)
+            if not training:  # or dropout would draw twice
+                (y,) = traced(x) if isinstance(net, tramac.FastSCNN) else [traced(x)]
+                assert torch.equal(y, net.reference(x))
+        assert len(list(extract.parameters())) < len(list(net.parameters()))
+
+
+def test_torch_fx_traces_auxiliary_heads_or_says_that_it_cannot() -> None:
+    """What it writes is Python: an attribute that is a keyword ends in a syntax error of its own."""
+    x = torch.randn(2, 3, 64, 64)
+    with pytest.warns(UserWarning, match="the result is logits alone"):
+        traced = torch.fx.symbolic_trace(small(aux=True).train())
+    assert traced(x).shape == (2, 5, 64, 64)
+    logits, auxiliary = torch.fx.symbolic_trace(small("tramac", aux=True).train())(x)
+    assert logits.shape == auxiliary[0].shape == (2, 5, 64, 64)

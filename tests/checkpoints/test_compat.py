@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import third_party
 import torch
-from helpers import randomise
+from helpers import assert_labels, randomise
 from layouts import key_lists
 from torch import Tensor, nn
 
@@ -92,6 +92,21 @@ def test_accelerate(name: str) -> None:
             y = third_party.up(y, x.shape[2:], corners=False)
     torch.testing.assert_close(first(fast(x)), y, rtol=1e-3, atol=1e-3 * y.std().item())
     assert fast.config.num_classes == 7
+
+
+@pytest.mark.parametrize("name", ["tramac", "segmentron"])
+def test_accelerate_takes_one_class(name: str) -> None:
+    theirs = lively(THEIRS[name](classes=1)).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        logits = first(theirs(x))
+        *_, bias = theirs.classifier.parameters()
+        bias -= logits.median()
+        logits -= logits.median()
+    fast, close = accelerate(theirs), 1e-3 * logits.std().item()
+    torch.testing.assert_close(fast.probabilities(x), logits.sigmoid(), rtol=1e-3, atol=close)
+    assert_labels(fast.labels(x), logits.double(), close)
+    assert 0.3 < fast.labels(x).double().mean() < 0.7
 
 
 class Pair(NamedTuple):

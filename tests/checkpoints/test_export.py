@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from helpers import assert_parity, randomise
+from helpers import assert_labels, assert_parity, lifelike, noise, randomise
 from layouts import free_widths
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastscnn_fast import FastSCNN, checkpoints, cli, export, fuse
-from fastscnn_fast.arch.config import PRESETS, Config
+from fastscnn_fast.arch.config import PRESETS, Config, preset as config_preset
 
 # None of these is the traced one; 32x32 and 33x49 have 1x1 and 2x2 features where the pooling happens.
 SIZES = [(1, 32, 32), (3, 33, 49), (1, 97, 131), (2, 160, 224), (1, 375, 242)]
@@ -98,6 +98,7 @@ def test_every_preset_as_published(preset, tmp_path):
 
 
 def test_what_cannot_be_exported(monkeypatch, tmp_path):
+    onnx = pytest.importorskip("onnx")
     model = FastSCNN(257).eval()
     with pytest.raises(ValueError, match="at most 256 classes, the model has 257"):
         export.export_onnx(model, tmp_path / "x.onnx", "labels")
@@ -105,6 +106,16 @@ def test_what_cannot_be_exported(monkeypatch, tmp_path):
         export.export_onnx(model, tmp_path / "x.onnx", "mask")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="size must be at least 32x32, got 31x64"):
         export.export_onnx(model, tmp_path / "x.onnx", size=(31, 64))
+    newest = onnx.defs.onnx_opset_version()
+    for opset in (10, newest + 1):
+        with pytest.raises(ValueError, match=f"opset must be 11 to {newest}.*, got {opset}"):
+            export.export_onnx(model, tmp_path / "x.onnx", opset=opset)
+    for dtype in (torch.float16, torch.int8):
+        rule = f"pixels must be torch.uint8 or torch.float32, got {dtype}"
+        with pytest.raises(ValueError, match=rule):
+            export.export_onnx(model, tmp_path / "x.onnx", pixels=dtype)
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        export.export_onnx(model, tmp_path)
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
     with pytest.raises(RuntimeError, match=r"needs torch 2\.6 or newer, got 2\.4\.1"):
         export.export_onnx(model, tmp_path / "x.onnx")
@@ -114,17 +125,84 @@ def test_what_cannot_be_exported(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def normalised(model: FastSCNN, pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.mean, model.config.std))
+    return (pixels.float() / 255 - mean) / std
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("opset", "pixels", "fixed"),
+    [
+        (11, None, False),
+        (11, torch.uint8, True),
+        (13, torch.float32, False),
+        (17, None, True),
+        (17, torch.uint8, False),
+        (18, None, True),
+        (18, torch.uint8, False),
+        (18, torch.float32, True),
+        (21, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_opsets_fixed_sizes_and_pixels(opset, pixels, fixed, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = randomise(FastSCNN(5, bottleneck_repeats=(1, 1, 1))).eval()
+    path = tmp_path / "new" / "net.onnx"
+    export.export_onnx(model, path, "logits", (65, 96), opset, fixed, pixels)
+    file = onnx.load(path)
+    onnx.checker.check_model(file, full_check=True)
+    assert {one.domain: one.version for one in file.opset_import}[""] == opset
+    session = onnx_session(path)
+    given, made = session.get_inputs()[0], session.get_outputs()[0]
+    assert given.type == ("tensor(uint8)" if pixels == torch.uint8 else "tensor(float)")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["input"] == ("pixels" if pixels else "normalised")
+    nodes = {node.op_type for node in file.graph.node}
+    assert "Dropout" not in nodes
+    if fixed:
+        assert (given.shape, made.shape) == ([1, 3, 65, 96], [1, 5, 65, 96])
+        allowed = {"Conv", "Relu", "Add", "MatMul", "Resize", "Concat"}
+        assert nodes <= allowed | ({"Cast", "Sub", "Div"} if pixels else set())
+    else:
+        assert (given.shape, made.shape) == (["n", 3, "h", "w"], ["n", 5, "h", "w"])
+    exact = FastSCNN.from_config(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    for size in [(1, 65, 96)] if fixed else SIZES:
+        raw = torch.randint(256, (size[0], 3, *size[1:]), dtype=torch.uint8)
+        x = normalised(model, raw)
+        with torch.no_grad():
+            own, ref64 = model.reference(x), exact.reference(normalised(model, raw).double())
+        assert_parity(run(session, raw.to(pixels) if pixels else x), own, ref64, floor=1e-5)
+
+
+def test_an_opset_that_torch_does_not_write_is_an_error(monkeypatch, tmp_path):
+    """It would leave another, with a logged line."""
+    onnx = pytest.importorskip("onnx")
+    model = FastSCNN(3).eval()
+    written = onnx.helper.make_model(
+        onnx.helper.make_graph([], "none", [], []), opset_imports=[onnx.helper.make_opsetid("", 18)]
+    )
+    monkeypatch.setattr(export, "_export", lambda *_: written)
+    with pytest.raises(RuntimeError, match="cannot write opset 20, got 18"):
+        export.export_onnx(model, tmp_path / "new" / "x.onnx", opset=20)
+    assert not list(tmp_path.iterdir())
+    export.export_onnx(model, tmp_path / "new" / "x.onnx", opset=18)
+    assert onnx.load(tmp_path / "new" / "x.onnx").metadata_props
+
+
 @pytest.mark.slow
 def test_the_command_line_exports_labels_of_a_grey_network(tmp_path, capsys):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
-    weights, path = tmp_path / "net.safetensors", tmp_path / "net.onnx"
+    weights, path = tmp_path / "net.safetensors", tmp_path / "new" / "folder" / "net.onnx"
     model = randomise(
         FastSCNN(7, in_channels=1, bottleneck_repeats=(1, 1, 1), pyramid_bins=(6,))
     ).eval()
     model.classes, model.palette = list("abcdefg"), [(k, 0, 255) for k in range(7)]
     checkpoints.save_checkpoint(model, weights)
-    arguments = ["--weights", str(weights), "--size", "64x64", "--output", "labels"]
+    arguments = ["--weights", str(weights), "--size", "64", "--output", "labels"]
     assert cli.main(["export", "--onnx", str(path), *arguments]) == 0
     assert "mean (0.5,), std (0.25,)" in capsys.readouterr().out
     x = torch.randn(2, 1, 65, 70)
@@ -137,6 +215,28 @@ def test_the_command_line_exports_labels_of_a_grey_network(tmp_path, capsys):
         expected = model.reference(x).argmax(1)
     assert labels.dtype == torch.uint8 and labels.shape == (2, 65, 70)
     assert (labels == expected).double().mean() > 0.999
+
+
+@pytest.mark.slow
+def test_labels_of_one_class(tmp_path):
+    """1 where the logit is above 0, else 0."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model = lifelike(config_preset("paper", num_classes=1, bottleneck_repeats=(1, 1, 1)))
+    model.classes = ["road"]
+    export.export_onnx(model, tmp_path / "net.onnx", "labels", size=(64, 96))
+    session = onnx_session(tmp_path / "net.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == ["road"]
+    for n, height, width in SIZES[:3]:
+        x = noise(n, 3, height, width)
+        labels = run(session, x)
+        with torch.no_grad():
+            logits = model.double().reference(x.double())
+        assert labels.dtype == torch.uint8 and 0 < labels.sum() < labels.numel()
+        assert_labels(labels, logits, 1e-4)
+    x[0, 0, 20, 20] = float("nan")  # reaches every pixel
+    assert (run(session, x)[0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

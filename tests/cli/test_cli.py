@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import functools
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastscnn_fast import bench, checkpoints, cli, fuse, segment
+from fastscnn_fast import __version__, bench, checkpoints, cli, fuse, segment
 from fastscnn_fast.backends import registry
 from fastscnn_fast.cli import demo, options
 from fastscnn_fast.data.classes import CAMVID_PALETTE, colours_of, numbered
@@ -102,18 +105,6 @@ def test_a_picture_given_twice_is_segmented_once(pictures, tmp_path, capsys):
     arguments = [str(pictures / "b.png"), str(pictures / "sub" / ".." / "b.png"), str(pictures)]
     assert cli.main(["segment", *arguments, "-o", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("4 segmented")
-
-
-def test_the_same_name_in_two_folders_does_not_overwrite(pictures, tmp_path):
-    out = tmp_path / "out"
-    assert (
-        cli.main(["segment", *(str(pictures / n) for n in ("a.png", "sub/a.png")), "-o", str(out)])
-        == 0
-    )
-    assert sorted(path.name for path in out.glob("*_labels.png")) == [
-        "a_labels.png",
-        "a_png_labels.png",
-    ]
 
 
 def test_unreadable_pictures_are_reported_and_skipped(pictures, tmp_path, capsys):
@@ -212,6 +203,123 @@ def test_wrong_usage_is_status_2(arguments, capsys):
     assert "usage: fastscnn_fast" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["segmnt", "x.png", "-o", "out"], "segment"),
+        (["eval", "data"], "evaluate"),
+        (["export", "--onx", "net.onnx"], "--onnx"),  # before it is missed
+        (["segment", "--wieghts", "net.pth", "x.png", "-o", "out"], "--weights"),
+        (["segment", "x.png", "-o", "out", "--WIEGHTS=net.pth"], "--weights"),
+        (["segment", "x.png", "-out", "out"], "--out"),  # which is -o ut
+        (["segment", "x.png", "-weights", "net.pth", "-o", "out"], "--weights"),
+        (["train", "data", "-o", "run", "--epcohs", "3"], "--epochs"),
+        (["segment", "x.png", "-o", "out", "--backend", "tritn"], "triton"),
+        (["segment", "x.png", "-o", "out", "--dtype", "flaot16"], "float16"),
+        (["bench", "--preset", "tramack"], "tramac"),
+        (["dump", "--op", "dsconf", "--arch", "80", "-o", "out"], "dsconv"),
+        (["--verison"], "--version"),
+    ],
+)
+def test_a_slip_is_told_what_it_may_mean(arguments, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    usage, error = capsys.readouterr().err.rsplit("\n", 2)[:2]
+    assert error.endswith(f", did you mean {meant}?") and usage.startswith("usage: fastscnn_fast")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["segment", "x.png", "-o", "out", "--zoom", "3"],
+            "segment: error: unrecognized option --zoom",
+        ),
+        (["segment", "x.png", "-o", "out", "--backend", "gpu"], "invalid choice: 'gpu'"),  # no cpu
+        (["segment", "x.png", "-o", "out", "--bits", "1"], "invalid choice: 1"),
+        (["segment", "x.png", "-o", "out", "--size", "64", "96"], "unrecognized arguments: 96"),
+        (["info", "it"], "info: error: unrecognized arguments: it"),
+    ],
+)
+def test_what_is_like_nothing_has_no_suggestion(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert said in error and "did you mean" not in error
+
+
+def test_values_that_look_like_options_are_values(pictures, tmp_path):
+    """Numbers, what has a space, what follows ``--``; and beginnings of options are options."""
+    args = cli._parser(["train", "data"]).parse_args(["train", "data", "-o", "x", "--ignore", "-1"])
+    assert args.ignore == -1
+    (pictures / "--b b.png").write_bytes((pictures / "b.png").read_bytes())
+    command = ["segment", "-o", str(tmp_path / "out"), "--siz", "64", "--"]
+    assert cli.main([*command, str(pictures / "--b b.png"), str(pictures / "b.png")]) == 0
+
+
+def test_a_size_is_two_sides_or_one_of_a_square():
+    assert options.size("512x1024") == (512, 1024) and options.size("33X512") == (33, 512)
+    assert options.size("512") == (512, 512)
+    for wrong in ("31", "", "x", "64x", "64x64x64", "-64", "64.5", "1024,512"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="HEIGHTxWIDTH or the side of a square"
+        ):
+            options.size(wrong)
+
+
+@pytest.mark.parametrize("name", ["float16", "fp16", "FP16", "torch.float16"])
+def test_a_dtype_has_short_names_wherever_one_is_named(name):
+    for command, chosen in (
+        ("segment x -o out --dtype", "float16"),
+        ("evaluate data --dtype", ["float32", "float16"]),
+        ("tune --dtype", "float16"),
+        ("dump --op dsconv --arch 80 -o out --dtype", "float16"),
+    ):
+        words = command.split() + (["fp32"] if isinstance(chosen, list) else []) + [name]
+        assert cli._parser(words).parse_args(words).dtype == chosen
+    words = ["train", "data", "-o", "run", "--dtype", name.replace("16", "32")]
+    assert cli._parser(words).parse_args(words).dtype == "float32"
+    words[-1] = "bf16"
+    assert cli._parser(words).parse_args(words).dtype == "bfloat16"
+
+
+def test_help_has_what_users_and_what_developers_run_apart(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    printed = capsys.readouterr().out
+    users, developers = printed.split("\ncommands:")[1].split("commands for work on the kernels:")
+    assert re.findall(r"^  (\w+)  ", users, re.MULTILINE) == [
+        *("segment", "demo", "train", "evaluate", "export", "info")
+    ]
+    assert re.findall(r"^  (\w+)  ", developers, re.MULTILINE) == ["bench", "tune", "dump"]
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"fastscnn_fast {__version__}\n"
+
+
+def test_no_gpu_is_said_to_be_none(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(registry, "_cuda_module", SimpleNamespace(on_host=False))
+    monkeypatch.setattr(registry, "find_spec", lambda name: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "GPU: there is no GPU, torch finds none\n" in printed
+    for backend in registry.GPU_BACKENDS:
+        assert f"backend {backend}: cannot run: there is no GPU, torch finds none\n" in printed
+    assert "must be cuda" not in printed
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    assert registry.report()["triton"] == "the package triton is not installed"
+    for command in (["tune"], ["evaluate", "streets:1", "--device", "cuda"]):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.strip().endswith(": there is no GPU, torch finds none")
+
+
 def test_demo_draws_segments_and_measures(tmp_path, capsys):
     assert cli.main(["demo", "-o", str(tmp_path)]) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -253,6 +361,26 @@ def test_bench_prints_a_table_and_writes_csv_and_plot(tmp_path, capsys):
     assert all(row["passed"] == "True" and row["threads"] == "2" for row in rows)
     with Image.open(files[1]) as plot:
         assert plot.format == "PNG" and plot.width > 600
+
+
+def test_benchs_files_are_whole_and_their_folders_found_in_time(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bench, "bench", lambda *_: pytest.fail("it measured"))
+    for option in ("--csv", "--plot"):
+        assert cli.main(["bench", option, str(tmp_path / "file" / "x")]) == 2
+        assert cli.main(["bench", option, str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[0] == f"fastscnn_fast: error: {tmp_path}/file: Not a directory"
+    assert error[1] == f"fastscnn_fast: error: {tmp_path}: Is a directory"
+
+    written = {}
+    monkeypatch.setattr(bench, "write_whole", lambda path, content: written.update({path: content}))
+    result = bench.Result({"size": "8x8"}, "a", "float32", 1.0, 1.0, 1.0, None, 0.0, 0.0, True)
+    monkeypatch.setattr(bench, "bench", lambda *_: [result])
+    files = [tmp_path / "new" / "folder" / name for name in ("x.csv", "x.png")]
+    assert cli.main(["bench", "--csv", str(files[0]), "--plot", str(files[1])]) == 0
+    assert written[files[0]].startswith(b"size,name,") and written[files[1]].startswith(b"\x89PNG")
+    assert not (tmp_path / "new").exists()  # nothing was written, and no folder is left
 
 
 def test_bench_goes_on_where_torch_compile_fails(monkeypatch, tmp_path, capsys):

@@ -28,6 +28,7 @@ from helpers import (
     in_layout,
     lifelike,
     noise,
+    probabilities_of,
     random_weights,
     threads,
 )
@@ -87,7 +88,7 @@ def check(net: Network, x: Tensor, own: Tensor, ref64: Tensor) -> Tensor:
     bound = BOUNDS[net.arithmetic].network
     logits, probabilities, labels = (net.run(x, output) for output in ops.OUTPUTS)
     assert_parity(logits, own, ref64, *bound)
-    assert_parity(probabilities, own.softmax(1), ref64.softmax(1), *bound)
+    assert_parity(probabilities, probabilities_of(own), probabilities_of(ref64), *bound)
     # A label may differ where the errors of the logits, before they were rounded to their dtype, make the two
     # largest change places, nowhere else.
     rounding = torch.finfo(logits.dtype).eps / 2 * ref64.abs().max().item()
@@ -105,6 +106,29 @@ def check(net: Network, x: Tensor, own: Tensor, ref64: Tensor) -> Tensor:
 def test_parity(name: str, batch: int, size: Size, best_kernels: Kernels) -> None:
     case = prepared(name, best_kernels.dtype, batch, size)
     check(network(name, best_kernels.arithmetic), *case)
+
+
+@lru_cache(maxsize=len(registry.CPU_ARITHMETICS))
+def network_of_one_class(arithmetic: str) -> Network:
+    with fork_rng(devices=()):
+        return Network.of(lifelike(preset("paper", num_classes=1)), arithmetic)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("batch", "size"), [(2, (32, 32)), (3, (33, 49)), (1, (97, 131))])
+def test_one_class(batch: int, size: Size, raw: bool, kernels: Kernels) -> None:
+    """The sigmoid's, with a background beside it."""
+    net = network_of_one_class(kernels.arithmetic)
+    x = net.noise(batch, *size)
+    if raw:
+        x = torch.randint(256, x.shape, dtype=torch.uint8)
+    labels = check(net, x, net.reference(x), net.reference64(x))
+    assert_chain(net, x)
+    if not raw:
+        assert 0.02 < labels.double().mean() < 0.98
+        x[0, 0, 20, 20] = float("nan")
+        assert net.run(x, "probabilities")[0].isnan().all()
+        assert (net.run(x, "labels")[0] == 0).all()
 
 
 @pytest.mark.slow

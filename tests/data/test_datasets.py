@@ -179,17 +179,44 @@ def test_classes_that_do_not_occur(folder: Path) -> None:
     assert said is not None and said.startswith("no pixel is of class five, six (4 examples, /")
     for path in (folder / "train" / "labels").rglob("*.png"):  # masks as many tools write them
         save(path, np.where(np.asarray(Image.open(path)) % 2, 255, 0).astype(np.uint8))
-    for count in (2, 3):
+    for count, missing in ((1, "zero"), (2, "one"), (3, "one, two")):
         (folder / "classes.txt").write_text("\n".join(names[:count]))
         said = Examples(open_source(folder, "train")).absent
-        assert said is not None and f"is of class {', '.join(names[1:count])} (" in said
-        hint = r"99; masks of two classes must hold 0 and 1$" if count == 2 else "99$"
+        assert said is not None and f"is of class {missing} (" in said
+        hint = r"99; masks of one or two classes must hold 0 and 1$" if count < 3 else "99$"
         with pytest.raises(DataError, match=f"label id 255 .* nor the ignored id {hint}"):
             Examples(open_source(folder, "train", ignore=99))
         assert (
             "they hold 0 and 255, which is the id that is ignored" in said
-            and "1 in masks of two classes" in said
+            and "1 in masks of one or two classes" in said
         )
+
+
+def test_one_class_has_masks_of_0_and_1(folder: Path) -> None:
+    for path in (folder / "train" / "labels").rglob("*.png"):
+        ids = np.asarray(Image.open(path))
+        save(path, np.where(ids == 255, 255, ids % 2).astype(np.uint8))
+    (folder / "classes.txt").write_text("road")
+    examples = Examples(open_source(folder, "train"))
+    assert examples.classes == ("road",) and examples.label_names == ("background", "road")
+    labels = np.concatenate([examples[k].labels.ravel() for k in range(len(examples))])
+    assert examples.pixels.tolist() == [(labels == 0).sum(), (labels == 1).sum()]
+    assert examples.absent is None and examples.ignored == (labels == 255).sum() > 0
+    with pytest.raises(DataError, match="--ignore must be 2 to 255, beyond the classes .*, got 1"):
+        open_source(folder, "train", ignore=1)
+    (folder / "classes.txt").write_text("background\nroad")
+    assert open_source(folder, "train").classes == ("background", "road")
+    assert open_source(folder, "train", 1).classes == ("road",)
+    for names in ("road\nbackground", "road\ncar", "background\nroad\ncar"):
+        (folder / "classes.txt").write_text(names)
+        with pytest.raises(DataError, match="names [23] classes, --classes says 1"):
+            open_source(folder, "train", 1)
+    (folder / "classes.txt").write_text("road")
+    broken_pair(folder, "two", np.full((40, 56), 2, np.uint8))
+    with pytest.raises(
+        DataError, match=r"label id 2 \(.* neither a class, 0 to 1, nor the ignored id 255; masks"
+    ):
+        Examples(open_source(folder, "train"))
 
 
 def test_deep_pictures_are_read_by_the_bits_that_are_said(folder: Path) -> None:

@@ -118,6 +118,24 @@ def test_masks_of_two_values_in_any_mode(mode: str, low: int, high: int, tmp_pat
     assert labels.dtype == np.uint8 and labels.tolist() == values.tolist()
 
 
+@pytest.mark.parametrize(
+    ("text", "num_classes", "name"),
+    [
+        ("0 0\n255 1", 1, "class 0"),
+        ("0 0\n255 road", None, "road"),
+        ("0 background\n255 road", 1, "road"),
+        ("* background\n255 road", 1, "road"),
+    ],
+)
+def test_one_class(text: str, num_classes: int | None, name: str, tmp_path: Path) -> None:
+    """Which is 1, and its background 0."""
+    example(tmp_path, np.array([[0, 255], [255, 0]], np.uint8))
+    classes, labels = read(tmp_path, written(tmp_path, text), num_classes=num_classes)
+    assert classes == (name,) and labels.tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(DataError, match=r"a class must be 0 to 1, 'ignore' or one of background, "):
+        read(tmp_path, written(tmp_path, "0 0\n255 2"), num_classes=1)
+
+
 COLOURS = [
     "128 64 128 road\n64 0 128 car\n0 0 0 ignore",
     "#804080 road\n#400080: car\n#000000 = ignore",

@@ -157,6 +157,13 @@ def test_machine_code_of_every_specialisation(case: Case) -> None:
     _check(case)
 
 
+@pytest.mark.parametrize("output", ["labels", "probabilities"])
+def test_machine_code_of_one_class(output: str) -> None:
+    *_, last = aot.network(preset("paper", num_classes=1), SIZE, DTYPES[0], 80, output).launches
+    assert last.arguments["CLASSES"] == 1
+    _check((80, DTYPES[0], last))
+
+
 # Aligned corners on planes of a pixel or two, where sizes are 1 and compiled in; sides that leave
 # tiles ragged; offsets and positions of 64 bits.
 ODD_SIZES = ((16, 16), (3, 3), (8, 64), (49, 65), (48, 120000))

@@ -39,6 +39,7 @@ from helpers import (
     in_layout,
     lifelike,
     noise,
+    probabilities_of,
     run_poisoned,
 )
 from layouts import SMALL
@@ -63,6 +64,7 @@ from fastscnn_fast.lower.pack import TAG
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.program import layer_sizes
 from fastscnn_fast.runtime.fused import FusedFastSCNN
+from fastscnn_fast.runtime.model import FastSCNN
 
 # ---------------------------------------------------------------- ops
 
@@ -204,7 +206,7 @@ QUICK = {  # sizes and align_corners
 def upsamples() -> Iterator[Any]:
     for case in UPSAMPLES:
         for arithmetic in ("float32", "float16", "bfloat16"):
-            quick = arithmetic == "float32" and case.layer.in_channels == 11
+            quick = arithmetic == "float32" and case.layer.in_channels in (1, 11)
             quick = quick and (case.sizes, case.layer.align_corners) in QUICK
             yield slow_unless(
                 quick, replace(case, arithmetic=arithmetic), id=f"{case} {arithmetic}"
@@ -360,7 +362,19 @@ def networks() -> Iterator[Any]:
 def test_networks(
     name: str, arithmetic: str, size: Size, raw: bool, output: str, target: Target
 ) -> None:
-    model, fast = small_model(name), target.fused(name, arithmetic)
+    fast = target.fused(name, arithmetic)
+    check_network(small_model(name), fast, arithmetic, size, raw, output, target)
+
+
+def check_network(
+    model: FastSCNN,
+    fast: FusedFastSCNN,
+    arithmetic: str,
+    size: Size,
+    raw: bool,
+    output: str,
+    target: Target,
+) -> None:
     own, model64 = copy.deepcopy(model).to(fast.dtype), copy.deepcopy(model).double()
     batch = 4 if fast.dtype.itemsize == 2 else 1  # one small picture may be lucky in what it rounds
     x = torch.randint(256, (batch, 3, *size), dtype=torch.uint8) if raw else noise(batch, 3, *size)
@@ -380,8 +394,18 @@ def test_networks(
         assert_labels(y, ref64, tolerance)
     else:
         if output == "probabilities":
-            ref64, owns = ref64.softmax(1), owns.softmax(1)
+            ref64, owns = probabilities_of(ref64), probabilities_of(owns)
         assert_parity(y, owns, ref64, *target.bound(arithmetic).network)
+
+
+@pytest.mark.parametrize("arithmetic", HALVES_ARE_SLOW)
+@pytest.mark.parametrize("output", ["labels", slow_unless(False, "probabilities")])
+@torch.no_grad()
+def test_a_network_of_one_class(output: str, arithmetic: str, target: Target) -> None:
+    model = lifelike(preset("paper", **SMALL, num_classes=1))
+    asked = target.asked(arithmetic)
+    fast = FusedFastSCNN(fold(model), target.backend, *asked, cuda_graph="off").to(target.device)
+    check_network(model, fast, arithmetic, (49, 65), False, output, target)
 
 
 @pytest.mark.parametrize("arithmetic", HALVES_ARE_SLOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -10,17 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, Kernels, assert_labels, err, in_layout, small_network, threads
+from helpers import (
+    LAYOUTS,
+    Kernels,
+    assert_labels,
+    err,
+    in_layout,
+    lifelike,
+    noise,
+    small_network,
+    threads,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastscnn_fast import FastSCNN, FusedFastSCNN, fuse, ops
-from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.ops import flops
 
+FLOPS = FlopCounterMode.__module__
 pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
 OUTPUTS = ("forward", "probabilities", "labels")
@@ -72,6 +88,25 @@ def test_the_three_results(backend, model, x):
     assert labels.shape == (2, 64, 80)
     assert_labels(labels, expected, 1e-5 * expected.abs().max().item())
     assert not logits.requires_grad and fast.backend == backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_one_class_is_the_sigmoids(backend, dtype, no_grad):
+    model = lifelike(Config(num_classes=1)).to(dtype)
+    fast, x = fuse(model, backend), noise(2, 3, 65, 81).to(dtype)
+    logits, probabilities, labels = (getattr(fast, output)(x) for output in OUTPUTS)
+    assert logits.shape == probabilities.shape == (2, 1, 65, 81)
+    close = torch.finfo(dtype).eps * max(4, logits.abs().max().item())
+    torch.testing.assert_close(probabilities, logits.sigmoid(), atol=close, rtol=close)
+    assert (labels.shape, labels.dtype) == ((2, 65, 81), torch.uint8)
+    assert_labels(labels, logits.double(), close)
+    assert 0.02 < labels.double().mean() < 0.98
+    for output, eager in zip(OUTPUTS, (logits, probabilities, labels)):
+        run = torch.compile(getattr(fast, output), fullgraph=True, backend="aot_eager")
+        assert torch.equal(run(x), eager)
+        out = torch.empty_like(eager)
+        assert getattr(fast, output)(x, out=out) is out and torch.equal(out, eager)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -456,11 +491,99 @@ def test_autocast_and_inference_mode_change_nothing(backend, model, x):
     fast = fuse(model, backend)
     expected = fast(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fast(x), expected)
+        assert torch.equal(fast(x), expected) and fast(x).dtype == torch.float32
     with torch.inference_mode():
         assert torch.equal(fast(x.clone()), expected)
         picture = x.clone()
     assert torch.equal(fast(picture), expected)
+
+
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16])
+def test_under_autocast_a_result_has_the_networks_dtype(wanted, model, x):
+    """Whatever autocast made of x, as every op under it takes what the one before gave."""
+    pixels = torch.randint(256, x.shape, dtype=torch.uint8)
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = fuse(model, dtype=dtype)
+        expected, of_pixels = fast(x.to(wanted).to(dtype)), fast(pixels)
+        with torch.autocast("cpu", wanted):
+            y = fast(x.to(wanted))
+            assert y.dtype == fast.probabilities(x).dtype == dtype
+            assert torch.equal(y, expected) and torch.equal(fast(pixels), of_pixels)
+            for other in (x.double(), x.int()):
+                with pytest.raises(TypeError, match="x must be of dtype"):
+                    fast(other)
+    with pytest.raises(TypeError, match="x must be of dtype"):
+        fuse(model)(x.to(wanted))
+
+
+def test_to_fx_it_is_one_node(fast, x):
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fast = fast
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fast.labels(x) + 1
+
+    traced = symbolic_trace(fast)
+    assert [node.name for node in traced.graph.nodes] == [
+        "x",
+        "out",
+        "weights",
+        "network",
+        "output",
+    ]
+    out = torch.empty_like(fast(x))
+    assert torch.equal(traced(x), fast(x)) and traced(x, out) is out
+    assert torch.equal(copy.deepcopy(symbolic_trace(Around()))(x), fast.labels(x) + 1)
+
+
+# ---------------------------------------------------------------- operations
+
+
+def counted(call: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_torchs_flop_counter_counts_what_it_counts_of_the_plain_network(preset):
+    model = FastSCNN(7, preset).eval()
+    x = torch.randn(2, 3, 97, 131)
+    plain = counted(lambda: model.reference(x))
+    assert plain == counted(lambda: model(x)) > 0
+    for backend in ("cpu", "reference"):
+        fast = fuse(model, backend)
+        assert counted(lambda: fast(x)) == counted(lambda: fast.labels(x)) == plain  # noqa: B023
+        out = torch.empty(2, 7, 97, 131)
+        assert counted(lambda: fast(x, out)) == plain  # noqa: B023
+
+
+def test_it_counts_each_op(model):
+    """A single op as the layer in the network, of which all together are the whole."""
+    folded, total = fold(model), 0
+    for step, tensors in zip(folded.program.sized(64, 80), folded.tensors, strict=True):
+        layer = step.layer
+        packed = ops.pack([layer], [tensors], "cpu")
+        planes = [torch.randn(1, *shape) for shape in step.inputs]
+        size = [step.output[1:]] if layer.op == "upsample_classify" else []
+        op = getattr(ops, layer.op)
+        flops = counted(lambda: op(*planes, packed, layer.alone, *size))  # noqa: B023
+        assert flops == step.plain_flops, layer.op
+        total += flops
+    fast = fuse(model)
+    assert total == counted(lambda: fast(torch.randn(1, 3, 64, 80)))
+
+
+def test_the_counter_may_be_imported_later():
+    spec = flops._WhenImported(["network"]).find_spec(FLOPS, torch.utils.__path__)
+    counter = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counter)
+    assert torch.ops.fastscnn.network in counter.flop_registry
+    assert (
+        flops._WhenImported(["network"]).find_spec("torch.utils.data", torch.utils.__path__) is None
+    )
 
 
 # ---------------------------------------------------------------- fuse()

@@ -687,7 +687,8 @@ def test_refused_inputs_run_or_fail_as_in_plain_torch(model, x, no_grad, log):
     assert_right(model, x, fused=True)
     reasons = log.messages
     assert len(set(reasons)) == len(reasons)
-    assert "FastSCNN runs unfused: autocast is enabled" in reasons
+    said = "autocast is enabled: fuse(model, dtype=torch.bfloat16) computes in that dtype, fused"
+    assert f"FastSCNN runs unfused: {said}" in reasons
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

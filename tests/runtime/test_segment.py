@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import socket
 import struct
 import zlib
 
@@ -56,6 +59,118 @@ def test_a_path_an_image_an_array_and_a_module_agree(fast, model, pixels, tmp_pa
     ):
         assert np.array_equal(segment(fast, picture), expected)
     assert np.array_equal(segment(model, pixels), expected)
+
+
+def as_file(image: Image.Image, kind: str = "png") -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind)
+    return content.getvalue()
+
+
+class Answer:
+    """A server's: it can be read once and not rewound."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def read(self) -> bytes:
+        content, self.content = self.content, b""
+        return content
+
+
+def test_every_feed_is_the_same_picture(fast, pixels, tmp_path):
+    """Contents, open files wherever they stand, tensors of any strides, and all of them in a list."""
+    expected = segment(fast, pixels)
+    content = as_file(Image.fromarray(pixels))
+    twice = bytes(byte for byte in content for _ in range(2))
+    path = tmp_path / "street.png"
+    path.write_bytes(content)
+    x = torch.from_numpy(pixels).permute(2, 0, 1)
+    at_its_end = io.BytesIO(content)
+    at_its_end.read()
+    with open(path, "rb") as file:
+        feeds = [
+            *(content, bytearray(content), memoryview(content), memoryview(twice)[::2]),
+            *(io.BytesIO(content), at_its_end, file),
+            *(x, x.contiguous(), x.flip(2).flip(2), torch.cat([x, x])[:3]),
+            *(pixels, Image.fromarray(pixels), path),
+        ]
+        for feed in (*feeds, Answer(content)):
+            assert np.array_equal(segment(fast, feed), expected)
+        for several in ([*feeds, Answer(content)], (*feeds, Answer(content))):
+            results = segment(fast, several)
+            assert isinstance(results, list) and len(results) == len(several)
+            assert all(np.array_equal(labels, expected) for labels in results)
+    assert segment(fast, []) == []
+
+
+def test_opencvs_frames_by_the_line_that_the_documents_give(fast, pixels):
+    frame = np.ascontiguousarray(pixels[:, :, ::-1])  # BGR
+    assert np.array_equal(segment(fast, frame[:, :, ::-1]), segment(fast, pixels))
+    assert not np.array_equal(segment(fast, frame), segment(fast, pixels))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_tensors_have_the_networks_channels_or_are_converted(channels):
+    own = np.random.default_rng(0).integers(0, 256, (40, 50, channels), np.uint8)
+    x = torch.from_numpy(own).permute(2, 0, 1)
+    assert np.shares_memory(read_picture(x, channels), own)
+    for wanted in (1, 3):
+        assert np.array_equal(read_picture(x, wanted), read_picture(own, wanted))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_arrays_and_tensors_of_sixteen_bits_are_as_files_of_them(channels, bits, caplog):
+    own = np.random.default_rng(0).integers(0, 256, (20, 30, channels), np.uint8)
+    own[..., 1::2] //= 2  # alpha, where there are 2 or 4, has no say
+    values = deep(own, bits)
+    own[..., 0].flat[0] = 255
+    tensor = torch.from_numpy(values).permute(2, 0, 1)
+    assert tensor.dtype == torch.uint16
+    for picture in (values, values.astype(">u2"), values[::-1].copy()[::-1], tensor):
+        caplog.clear()
+        assert np.array_equal(read_picture(picture, channels, bits), own)
+        assert not caplog.records
+        assert np.array_equal(read_picture(picture, channels), own)
+        assert len(caplog.records) == (bits < 16)
+        assert (
+            f"picture: has 16 bits a channel and no value above {(1 << bits) - 1}" in caplog.text
+        ) == (bits < 16)
+        assert np.array_equal(read_picture(picture, channels, 16), own >> (16 - bits))
+    if channels == 1:
+        assert np.array_equal(read_picture(values[..., 0], 1, bits), own)
+        file = as_file(Image.fromarray(values[..., 0]))
+        for channels in (1, 3, 4):
+            assert np.array_equal(
+                read_picture(values, channels, bits), read_picture(file, channels, bits)
+            )
+    if bits > 8:
+        with pytest.raises(ValueError, match=rf"bits must be enough.*, {values.max()}, got 8"):
+            read_picture(values, channels, 8)
+
+
+def test_confidence_is_the_probability_of_each_label(fast, model, pixels, monkeypatch):
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    labels, confidence = segment(fast, pixels, confidence=True)
+    assert (confidence.shape, confidence.dtype) == ((75, 101), np.float32)
+    assert np.array_equal(labels, segment(fast, pixels))
+    assert np.array_equal(confidence, fast.probabilities(x)[0].amax(0))
+    assert 1 / 11 <= confidence.min() < 0.9 and confidence.max() <= 1
+    several = segment(fast, [pixels, pixels[:40]], confidence=True)
+    assert np.array_equal(several[0][1], confidence) and several[1][1].shape == (40, 101)
+    monkeypatch.setattr(FastSCNN, "fused_for", lambda self, x: None)
+    plain = segment(model, pixels, confidence=True)
+    assert np.abs(plain[1] - confidence).max() < 1e-4
+
+
+def test_confidence_goes_along_with_labels_to_the_pictures_size(fast, pixels):
+    labels, confidence = segment(fast, pixels, (64, 96), confidence=True)
+    image = Image.fromarray(pixels).resize((96, 64), Image.Resampling.BILINEAR)
+    small = segment(fast, image, confidence=True)
+    for values, found in zip((labels, confidence), small):
+        resized = Image.fromarray(found).resize((101, 75), Image.Resampling.NEAREST)
+        assert np.array_equal(values, np.asarray(resized))
 
 
 def test_a_module_that_cannot_be_fused_runs_in_plain_torch(model, pixels, monkeypatch):
@@ -226,12 +341,36 @@ def test_small_pictures(fast, size):
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (np.zeros((8, 8, 3), np.float32), "uint8 array, got float32"),
+        (
+            np.zeros((8, 8, 3), np.float32),
+            "uint8 or uint16 array, got float32; .*normalised floats",
+        ),
+        (np.zeros((8, 8, 3), np.int32), "uint8 or uint16 array, got int32$"),
+        (np.zeros((8, 8, 3), bool), "uint8 or uint16 array, got bool$"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"got shape \(2, 8, 8, 3\); a list holds several"),
+        (torch.zeros(3, 8, 8), "uint8 or uint16 tensor, got torch.float32; .*normalised floats"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "uint8 or uint16 tensor, got torch.int64$"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"\(1, 3, 8, 8\); a list holds several"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"\(C, H, W\).*, got shape \(8, 8, 3\)$"),
+        (torch.zeros(8, 8, dtype=torch.uint8), r"\(C, H, W\).*, got shape \(8, 8\)$"),
+        (torch.zeros(3, 0, 8, dtype=torch.uint8), "must have pixels"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), "got torch.strided on meta"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8).to_sparse(), "got torch.sparse_coo on cpu"),
+        (b"", "picture: cannot be read: it is empty"),
+        (b"street.png", "picture: cannot be read: it is of no known picture format"),
+        (io.BytesIO(), "picture: cannot be read: it is empty"),
+        ("", "picture must be a path, .*, got the path ''"),
+        ("no\0where", "does not exist"),
+        ("n" * 300, "cannot be read: File name too long"),
+        ("https://example.org/street.jpg", "^https://example.org/street.jpg: is a URL"),
+        ("s3://bucket/" + "n" * 300, "is a URL"),
+        ("data:image/png;base64,iVBORw0KGgo=", "is a URL"),
+        ("/dev/null", "/dev/null: is a device"),
         (np.zeros((8, 8, 5), np.uint8), r"got shape \(8, 8, 5\)"),
         (np.zeros((0, 8, 3), np.uint8), "must have pixels"),
         (np.zeros(8, np.uint8), r"got shape \(8,\)"),
-        (Image.new("RGB", (0, 5)), "must have pixels, got 5x0"),
-        (Image.new("F", (5, 5)), "floating-point"),
+        (Image.new("RGB", (0, 5)), "^picture: must have pixels, got 5x0"),
+        (Image.new("F", (5, 5)), "^picture: must hold integers, got floating-point"),
         ("nowhere.jpg", "nowhere.jpg: does not exist"),
         (".", ".: is a folder"),
     ],
@@ -239,6 +378,114 @@ def test_small_pictures(fast, size):
 def test_what_is_no_picture(fast, picture, message):
     with pytest.raises(ValueError, match=message):
         segment(fast, picture)
+
+
+@pytest.mark.parametrize(
+    ("picture", "got"),
+    [(None, "NoneType"), (0, "int"), ({}, "dict"), (iter([]), "list_iterator"), (open, "builtin_")],
+)
+def test_what_is_nothing_like_a_picture_is_called_by_its_type(fast, picture, got):
+    with pytest.raises(TypeError, match=rf"^picture must be a path, .* pixels, got {got}"):
+        segment(fast, picture)
+
+
+def test_a_file_that_gives_no_bytes_says_so(fast, pixels, tmp_path):
+    path = tmp_path / "street.png"
+    Image.fromarray(pixels).save(path)
+    with (
+        open(path, encoding="utf-8") as text,
+        open(path, "ab") as written,
+        open(path, "rb") as file,
+    ):
+        for opened in (text, io.StringIO("")):
+            with pytest.raises(TypeError, match=r'binary mode \("rb"\), its read\(\) gave str'):
+                segment(fast, opened)
+        with pytest.raises(ValueError, match="^picture: cannot be read: .*read"):
+            segment(fast, written)
+    with pytest.raises(ValueError, match="^picture: cannot be read: .*closed file"):
+        segment(fast, file)
+
+
+def test_what_is_wrong_in_a_list_is_named_by_its_place(fast, pixels):
+    """Files have names of their own."""
+    for bad, message in (
+        (b"no", r"^picture\[1\]: cannot be read"),
+        (Image.new("F", (5, 5)), r"^picture\[1\]: must hold integers"),
+        (pixels.astype(np.float32), r"^picture\[1\] must be a uint8"),
+        ("nowhere.jpg", "^nowhere.jpg: does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            segment(fast, [pixels, bad, pixels])
+    for bad, got in (([pixels], "list"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"^picture\[1\] must be .*, got {got}"):
+            segment(fast, (pixels, bad))
+
+
+def test_a_tensor_without_its_memory_is_refused(fast):
+    x = torch.zeros(3, 40, 50, dtype=torch.uint8)
+    x.untyped_storage().resize_(10)
+    with pytest.raises(RuntimeError, match=r"^picture\[0\] must have memory of 6000 bytes"):
+        segment(fast, [x])
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"\0\0\0\x20ftypisom", "is a video"),
+        (b"\0\0\0\x14ftypqt  ", "is a video"),
+        (b"\0\0\0\x08wide\0\0\0\0mdat", "is a video"),
+        (b"\x1aE\xdf\xa3", "is a video"),
+        (b"RIFF\0\0\1\0AVI LIST", "is a video"),
+        ((b"G" + bytes(187)) * 3, "is a video"),
+        (b"\0\0\0\x18ftypheic", "is HEIC"),
+        (b"\0\0\0\x18ftypmif1", "is HEIC"),
+        (b"\0\0\0\x18ftypavif", "cannot be read"),
+        (b"<!DOCTYPE html>", "cannot be read: it is of no known picture format"),
+    ],
+)
+def test_videos_and_heic_are_named_whatever_they_are_called(start, said, fast, tmp_path):
+    content = start + bytes(2000)
+    (tmp_path / "street.png").write_bytes(content)
+    for picture in (content, io.BytesIO(content), tmp_path / "street.png"):
+        with pytest.raises(ValueError, match=f": {said}"):
+            segment(fast, picture)
+
+
+@pytest.mark.parametrize(("name", "said"), [("a.MP4", "is a video"), ("a.heic", "is HEIC")])
+def test_videos_and_heic_are_named_by_what_they_are_called(name, said, fast, pixels, tmp_path):
+    (tmp_path / name).write_bytes(b"of some unknown kind")
+    with pytest.raises(ValueError, match=rf"{name}: {said}"):
+        segment(fast, tmp_path / name)
+    (tmp_path / name).write_bytes(as_file(Image.fromarray(pixels)))
+    assert np.array_equal(segment(fast, tmp_path / name), segment(fast, pixels))
+
+
+def test_what_paths_lead_to_is_named(fast, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+        for name, said in (
+            ("loop.png", "is a link in a circle"),
+            ("loop.png/a.png", "is behind a link in a circle"),
+            ("gone.png", "is a link to nowhere.png, which does not exist"),
+            ("pipe.png", "is a pipe"),
+            ("socket.png", "is a socket"),
+            ("pipe.png/a.png", "cannot be read: Not a directory"),
+        ):
+            with pytest.raises(ValueError, match=f"^{name}: {said}$"):
+                segment(fast, name)
+
+
+def test_a_damaged_image_is_named_too(fast, pixels):
+    content = as_file(Image.fromarray(pixels))
+    with (
+        Image.open(io.BytesIO(content[: len(content) // 2])) as image,
+        pytest.raises(ValueError, match="^picture: cannot be read: "),
+    ):
+        segment(fast, image)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
@@ -327,6 +574,50 @@ def test_an_overlay_tints_by_class_and_names_what_is_there(size):
         )
 
 
+def test_one_class_is_shown_on_an_untouched_background():
+    pixels = np.full((60, 80, 3), 100, np.uint8)
+    labels = np.zeros((60, 80), np.uint8)
+    labels[:, 40:60], labels[:, 60:] = 1, 255
+    colours = ((250, 10, 20),)
+    image = label_image(labels[:, :60], colours)
+    assert np.array_equal(np.asarray(image), labels[:, :60])
+    shown = np.asarray(image.convert("RGB"))
+    assert (shown[:, :40] == 0).all() and (shown[:, 40:] == colours[0]).all()
+    tinted = np.asarray(overlay(pixels, labels, ["road"], colours, 0.5))
+    assert (tinted[:60, :40] == 100).all() and (tinted[:60, 60:80] == 100).all()
+    assert (tinted[:60, 40:60] == (175, 55, 60)).all()
+    assert (tinted[60:] == colours[0]).all(-1).any()  # in the legend
+    nothing = np.asarray(overlay(pixels, np.zeros_like(labels), ["road"], colours, 0.5))
+    assert (nothing[:60, :80] == 100).all() and (nothing[60:] == 255).all()
+
+
+@pytest.mark.parametrize("unfused", [False, True])
+def test_one_class_is_segmented(unfused, pixels):
+    model = bench.untrained_model(num_classes=1)
+    if unfused:
+        model.classifier.conv.register_forward_hook(lambda *_: None)
+    labels = segment(model, pixels)
+    assert labels.shape == pixels.shape[:2] and set(np.unique(labels)) == {0, 1}
+    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = model.double().reference(x)[0, 0] > 0
+    assert (torch.from_numpy(labels) == expected).double().mean() > 0.999
+
+
 def test_an_overlay_needs_labels_of_the_pictures_size(pixels):
     with pytest.raises(ValueError, match=r"labels must be \(75, 101\)"):
         overlay(pixels, np.zeros((3, 3), np.uint8), data.CAMVID_CLASSES, data.CAMVID_PALETTE)
+
+
+def test_confidence_of_one_class_is_that_of_the_label(pixels, monkeypatch):
+    """Of the class where it is, else of the background: never below a half."""
+    model = bench.untrained_model(num_classes=1)
+    fast = fuse(model, "reference")
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    labels, confidence = segment(fast, pixels, confidence=True)
+    probable = fast.probabilities(x)[0, 0].numpy()
+    assert set(np.unique(labels)) == {0, 1} and confidence.min() >= 0.5
+    assert np.array_equal(confidence, np.where(labels == 1, probable, 1 - probable))
+    monkeypatch.setattr(FastSCNN, "fused_for", lambda self, x: None)
+    plain = segment(model, pixels, confidence=True)
+    assert np.array_equal(plain[0], labels) and np.abs(plain[1] - confidence).max() < 1e-4

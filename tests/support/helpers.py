@@ -220,8 +220,11 @@ def assert_labels(labels: Tensor, logits64: Tensor, tolerance: float) -> Tensor:
     """``labels`` (N, H, W) are the classes of the largest of ``logits64`` (N, K, H, W).
 
     Another class passes where its logit is within ``tolerance`` of the largest. Returns by how much each is below.
+    One class alone is told from the background, label 0, whose logit is 0.
     """
     assert labels.dtype == torch.uint8
+    if logits64.shape[1] == 1:
+        logits64 = torch.cat([torch.zeros_like(logits64), logits64], 1)
     classes, largest = logits64.shape[1], int(labels.max())
     assert largest < classes, f"label {largest} is none of {classes} classes"
     chosen = logits64.gather(1, labels.long()[:, None])[:, 0]
@@ -230,6 +233,11 @@ def assert_labels(labels: Tensor, logits64: Tensor, tolerance: float) -> Tensor:
         f"{int((gap > tolerance).sum())} of {gap.numel()} labels are wrong, a logit by {gap.max():.2e}"
     )
     return gap
+
+
+def probabilities_of(logits: Tensor) -> Tensor:
+    """What each class's probability should be."""
+    return torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, 1)
 
 
 # ---------------------------------------------------------------- memory

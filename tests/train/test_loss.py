@@ -108,6 +108,45 @@ def test_plain_torch_equals_torch(
     check(*case((5, 11, 6, 7, 45, 61)), options)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 6, 7, 45, 61), (2, 1, 1, 1, 3, 3)], ids=str)
+def test_one_class_is_learnt_by_binary_cross_entropy(
+    shape: tuple[int, ...], options: dict[str, object], way: str
+) -> None:
+    logits, labels = case(shape)
+    labels[labels != 255] = torch.randint(0, 2, labels.shape, dtype=torch.uint8)[labels != 255]
+    align_corners = bool(options.get("align_corners", False))
+    smoothing = float(options.get("smoothing", 0.0))  # type: ignore[arg-type]
+    weights = [0.3, 2.0] if "weighted" in options else [1.0, 1.0]
+    z = logits.double().requires_grad_()
+    full = F.interpolate(z, labels.shape[1:], mode="bilinear", align_corners=align_corners)
+    counted, target = (labels != 255).double(), (labels == 1).double()
+    weight = counted * torch.where(target == 1, weights[1], weights[0])
+    soft = [w * smoothing / 2 for w in weights]  # of each label's own loss, whatever is true
+    losses = [
+        F.binary_cross_entropy_with_logits(full[:, 0], torch.full_like(target, k), reduction="none")
+        for k in (0, 1)
+    ]
+    true = torch.where(target == 1, losses[1], losses[0])
+    sum64 = ((1 - smoothing) * weight * true).sum()
+    sum64 = sum64 + (counted * (soft[0] * losses[0] + soft[1] * losses[1])).sum()
+    sum64.backward()
+
+    targets = Targets(1, 255, weights if "weighted" in options else None, smoothing)
+    own = logits.clone().requires_grad_()
+    total = upsampled_cross_entropy(own, labels, targets, align_corners)
+    (3 * total).backward()
+    assert targets.denominator(labels).item() == pytest.approx(weight.sum().item())
+    assert total.item() == pytest.approx(sum64.item(), rel=1e-6)
+    assert own.grad is not None and z.grad is not None and own.grad.shape == logits.shape
+    assert (own.grad.double() / 3 - z.grad).norm() < 1e-6 * z.grad.norm()
+    expected = torch.where(labels != 255, true.detach(), 0)
+    assert (surprise(logits, labels, targets, align_corners) - expected).abs().max() < 3e-5
+    hard = hard_examples(logits, labels, targets, align_corners, 0.7, 0.0)
+    assert (hard[expected > 0.36] == labels[expected > 0.36]).all()
+    assert (hard[(expected < 0.35) & (expected < expected.max())] == 255).all()
+
+
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_bfloat16(shape: tuple[int, ...], isa: str) -> None:
     check(*case(shape, torch.bfloat16), {"weighted": True})
@@ -197,6 +236,7 @@ def test_targets_refuse() -> None:
         ((257,), "num_classes"),
         ((3, 256), "ignore"),
         ((3, 255, [1.0, 2.0]), "class_weights"),
+        ((1, 255, [1.0]), r"one per label \(2\), got 1"),
         ((3, 255, None, 1.0), "smoothing"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -533,10 +533,63 @@ def test_masks_of_0_and_255_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing to learn.*class 1 .*they hold 0 and 255.*masks"):
         Trainer(SMALL, masks(tmp_path / "wrong", 0, 255), right, tmp_path)
     with pytest.raises(
-        ValueError, match=r"one class only, and nothing to learn.*class class 0 [^;]*$"
+        ValueError, match=r"labels are the same, .* nothing to learn.*class class 0 [^;]*$"
     ):
         Trainer(SMALL, masks(tmp_path / "one", 1, 255), right, tmp_path)
     Trainer(SMALL, right, right, tmp_path)
+
+
+def test_one_class_is_learnt_scored_and_segmented(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pink rectangle on dark noise, in masks of 0 and 1, 255 ignored, with all that a recipe has for labels."""
+    rng, data, run = np.random.default_rng(0), tmp_path / "data", tmp_path / "run"
+    for split, count in (("train", 8), ("val", 2)):
+        for kind in ("images", "labels"):
+            (data / split / kind).mkdir(parents=True)
+        for k in range(count):
+            picture = rng.integers(0, 100, (64, 96, 3), np.uint8)
+            labels = np.zeros((64, 96), np.uint8)
+            y, x = rng.integers(0, 30), rng.integers(0, 50)
+            labels[y : y + 32, x : x + 40] = 1
+            picture[labels == 1] += np.array([150, 0, 100], np.uint8)
+            labels[:3] = 255
+            Image.fromarray(picture).save(data / split / "images" / f"{k}.png")
+            Image.fromarray(labels).save(data / split / "labels" / f"{k}.png")
+    (data / "classes.txt").write_text("road")
+    options = (
+        "--epochs 6 --batch 4 --crop 64x64 --lr 0.3 --validations 1 --dtype float32 --colour 0"
+    )
+    options += (
+        " --ohem 0.2 --class-weights 1.1 --smoothing 0.05 --scale 0.8 1.2 --mix 0.1 --paste 1"
+    )
+    assert main(["train", str(data), "-o", str(run), *options.split()]) == 0
+    assert "8 examples, 1 class, crops 64x64" in capsys.readouterr().out
+    with (run / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    scores = [float(row[f"iou_{name}"]) for name in ("background", "road")]
+    assert min(scores) > 0.3 and float(row["miou"]) == pytest.approx(sum(scores) / 2)
+
+    best = load_checkpoint(run / "best.safetensors")
+    assert best.config.num_classes == 1 and best.classes == ("road",) and len(best.palette) == 1
+    weights = ["--weights", str(run / "best.safetensors")]
+    assert main(["evaluate", str(data), *weights, "--dtype", "float32", "-o", str(run)]) == 0
+    said = capsys.readouterr().out
+    names = ("background", "road")
+    assert [f"{score:.4f}" for score in scores] == [
+        line.split()[1] for line in said.splitlines() if line.startswith(names)
+    ]
+    with (run / "confusion.csv").open() as file:
+        assert [line[0] for line in csv.reader(file)] == ["true \\ predicted", *names]
+
+    assert main(["segment", str(data / "val" / "images"), *weights, "-o", str(run)]) == 0
+    with Image.open(run / "0_labels.png") as image:
+        ids, colours = np.asarray(image), np.asarray(image.convert("RGB"))
+    assert set(np.unique(ids)) == {0, 1}
+    assert (colours[ids == 0] == 0).all() and (colours[ids == 1] == best.palette[0]).all()
+    with Image.open(run / "0_overlay.png") as shown, Image.open(data / "val/images/0.png") as plain:
+        tinted = (np.asarray(shown)[:64, :96] != np.asarray(plain)).any(-1)
+    assert np.array_equal(tinted, ids == 1)
 
 
 def test_classes_that_do_not_occur_are_told(

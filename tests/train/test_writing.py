@@ -21,7 +21,7 @@ from fastscnn_fast.data.datasets import Examples
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.data.sources import Streets
 from fastscnn_fast.train import Recipe, Trainer
-from fastscnn_fast.writing import claimed, folder, write_whole
+from fastscnn_fast.writing import claimed, folder, folder_of, write_whole
 
 QUICK = Recipe(epochs=0.5, batch=4, crop=(64, 64), dtype="float32")
 
@@ -54,6 +54,19 @@ def on_a_full_disk(size: int, *words: str | Path) -> subprocess.CompletedProcess
         text=True,
         timeout=300,
     )
+
+
+def test_the_folder_of_a_file_is_made_and_a_device_has_none(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "file"
+    with folder_of(file):
+        write_whole(file, b"all")
+    with folder_of(tmp_path / "c" / "file"):
+        assert (tmp_path / "c").is_dir()
+    assert file.read_bytes() == b"all" and not (tmp_path / "c").exists()
+    with folder_of(Path("/dev/null")):  # whose folder is not for everyone to write to
+        pass
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)), folder_of(tmp_path):
+        pass
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -25,6 +24,7 @@ from ...kernels.launch import Tile
 from ...program.layers import Layer
 from ...program.memory import Buffer
 from ...program.program import encode
+from ...writing import write_whole
 from ..gpus import INTERPRETER
 from ..registry import architecture, cuda_code, log_once
 
@@ -170,13 +170,6 @@ def save(found: Mapping[str, Choice], device: torch.device) -> Path:
         for place, layers in known.items()
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with open(handle, "w", encoding="utf-8") as written:
-            json.dump({"schema": SCHEMA, "choices": encoded}, written, indent=1)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(file, json.dumps({"schema": SCHEMA, "choices": encoded}, indent=1).encode())
     _load.cache_clear()
     return file

@@ -17,6 +17,7 @@ from ...lower.pack import TAG
 from ...program.layers import Layer, SizedLayer
 from ...program.memory import Buffer
 from ...program.program import fast_scnn, layer_sizes
+from ...writing import write_whole
 from ..gpus import MULTIPROCESSORS
 from . import cuda, nvcc
 from .cuda import CudaStep
@@ -372,5 +373,5 @@ def write(folder: Path, step: SizedLayer, plan: Plan, architecture: int) -> list
         text = (json.dumps(about, indent=2) + "\n").encode()
         for ending, content in {"ptx": ptx, "cubin": cubin, "json": text}.items():
             paths.append(folder / f"{name}.{ending}")
-            paths[-1].write_bytes(content)
+            write_whole(paths[-1], content)
     return paths
