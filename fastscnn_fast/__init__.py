@@ -11,19 +11,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints import load_checkpoint
     from .compat import accelerate
+    from .runtime.calibrate import calibrate
     from .runtime.fused import FusedFastSCNN, fuse
     from .runtime.model import FastSCNN
     from .runtime.segment import segment
 
 __version__ = "0.1.0"
 
-__all__ = ["FastSCNN", "FusedFastSCNN", "accelerate", "fuse", "load_checkpoint", "segment"]
+__all__ = [
+    "FastSCNN",
+    "FusedFastSCNN",
+    "accelerate",
+    "calibrate",
+    "fuse",
+    "load_checkpoint",
+    "segment",
+]
 
 #: Where each public name lives; it is imported at its first use.
 _HOMES = {
     "FastSCNN": "runtime.model",
     "FusedFastSCNN": "runtime.fused",
     "accelerate": "compat",
+    "calibrate": "runtime.calibrate",
     "fuse": "runtime.fused",
     "load_checkpoint": "checkpoints",
     "segment": "runtime.segment",

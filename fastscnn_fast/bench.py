@@ -22,7 +22,7 @@ from .arch.network import normalise
 from .backends import registry
 from .data.scenes import street
 from .plots import figure, png
-from .program.arithmetic import ARITHMETICS
+from .program.arithmetic import ARITHMETICS, Arithmetic, choose
 from .program.labels import labels_of
 from .program.parity import Bounds, Parity
 from .runtime.fused import FusedFastSCNN
@@ -132,6 +132,7 @@ def compare(
     ``model`` is the source of ``fast``; without ``compiled``, or where it fails, torch.compile is left out.
     """
     plain, last = Plain(model, "logits"), Plain(model, "logits", channels_last=True)
+    ours = arithmetic_of(fast).name
     columns = x.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         calls: dict[str, Call | None] = {
@@ -142,12 +143,28 @@ def compare(
             LABELS: partial(fast.labels, columns),
         }
         contestants = [
-            Contestant(name, call, against=(EAGER_LAST,)) for name, call in calls.items() if call
+            Contestant(name, call, ours if name in (LOGITS, LABELS) else "float32", (EAGER_LAST,))
+            for name, call in calls.items()
+            if call
         ]
         where = {"size": f"{x.shape[2]}x{x.shape[3]}"}
         exact = exact_logits(model, x)
-        eager = {"float32": Parity.of(plain(x), exact)}
+        eager = {}
+        for name in {"float32", ours}:
+            dtype = _eager(name).dtype
+            eager[name] = Parity.of(Plain(model, "logits", dtype)(x.to(dtype)), exact)
         return race(where, contestants, exact, eager, rounds)[0]
+
+
+def arithmetic_of(fast: FusedFastSCNN) -> Arithmetic:
+    """What a fused network computes in."""
+    return choose(fast.backend, fast.dtype, fast.precision)
+
+
+def _eager(arithmetic: str) -> Arithmetic:
+    """What eager torch computes in where we compute in ``arithmetic``: it has no integers."""
+    own = ARITHMETICS[arithmetic]
+    return ARITHMETICS["float32"] if own.quantised else own
 
 
 class Plain(nn.Module):
@@ -353,12 +370,15 @@ def table(results: Sequence[Result]) -> str:
     )
 
 
-LEGEND = (
-    "speed-up: against eager channels-last torch. Against the plain network in float64 on the same input:\n"
-    "error: ||y - y64|| / ||y64 - mean per class|| of the logits; other labels: share of pixels.\n"
-    f"Parity allows {NETWORK_BOUNDS['float32'].error:g} and {100 * NETWORK_BOUNDS['float32'].disagreement:g} %,"
-    " or twice what eager float32 errs."
-)
+def legend(arithmetic: str) -> str:
+    """What the columns of :func:`table` mean, and what parity allows ``arithmetic``."""
+    bounds = NETWORK_BOUNDS[arithmetic]
+    return (
+        "speed-up: against eager channels-last torch. Against the plain network in float64 on the same input:\n"
+        "error: ||y - y64|| / ||y64 - mean per class|| of the logits; other labels: share of pixels.\n"
+        f"Parity allows {bounds.error:g} and {100 * bounds.disagreement:g} %, or {bounds.factor:g} times what"
+        f" eager torch errs in {_eager(arithmetic).name}."
+    )
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], about: dict[str, str]) -> None:

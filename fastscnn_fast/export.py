@@ -18,8 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import qdq
 from .arch.network import PyramidPooling, normalise
+from .lower.quantise import check_ranges
 from .program.labels import labels_of
+from .program.program import fast_scnn
 from .runtime.model import FastSCNN
 from .writing import folder_of, write_whole
 
@@ -40,29 +43,35 @@ def averaging_matrix(size: int, bins: int, like: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-class _ExactPooling(PyramidPooling):
+def exact_pool(x: Tensor, bins: int) -> Tensor:
     """Adaptive average pooling as two matrix products; ONNX has no adaptive pooling of a free size."""
+    rows, columns = (averaging_matrix(size, bins, x) for size in x.shape[2:])
+    return rows @ x @ columns.T
 
+
+class _ExactPooling(PyramidPooling):
     def pool(self, x: Tensor, bins: int) -> Tensor:
-        rows, columns = (averaging_matrix(size, bins, x) for size in x.shape[2:])
-        return rows @ x @ columns.T
+        return exact_pool(x, bins)
 
 
 class _Exportable(nn.Module):
     """``model`` from ``x``, normalised or as pixels, to ``output``."""
 
-    def __init__(self, model: FastSCNN, output: str, pixels: bool) -> None:
+    def __init__(self, model: FastSCNN, output: str, pixels: bool, quantised: bool) -> None:
         super().__init__()
-        self.network = copy.deepcopy(model).cpu().float().eval()
-        self.network.global_features.pyramid.__class__ = _ExactPooling
-        self.network.classifier.dropout = nn.Identity()  # a node of its own in some files
+        plain = copy.deepcopy(model).cpu().float().eval()
+        plain.global_features.pyramid.__class__ = _ExactPooling
+        plain.classifier.dropout = nn.Identity()  # a node of its own in some files
+        self.network = qdq.Quantised(model, exact_pool) if quantised else plain
+        self.run = self.network.forward if quantised else plain.reference
+        self.config, self.quantised = model.config, quantised
         self.labels = output == "labels"
         self.pixels = pixels
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pixels:
-            x = normalise(x, self.network.config, torch.float32)
-        logits: Tensor = self.network.reference(x)
+            x = normalise(x, self.config, torch.float32)
+        logits: Tensor = self.run(x)
         return labels_of(logits).to(torch.uint8) if self.labels else logits
 
 
@@ -74,6 +83,7 @@ def export_onnx(
     opset: int = 18,
     fixed_size: bool = False,
     pixels: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write ``model`` in eval mode as an ONNX file; the folder is made where there is none.
 
@@ -89,15 +99,19 @@ def export_onnx(
         fixed_size: x is (1, C, *size) and nothing else, for runtimes that plan ahead; no node computes a shape.
         pixels: x is raw pixels 0 to 255 of this dtype, torch.uint8 or torch.float32, normalised in the graph.
 
+        dtype: torch.float32, or torch.int8: weights and values of 8 bits by ``model.ranges``, written as QuantizeLinear
+            and DequantizeLinear (QDQ), which runtimes fuse to products of integers. ``x`` and logits stay float32.
+
     Raises:
         ImportError: onnx or onnxscript is missing (the extra ``export``).
         RuntimeError: torch is older than 2.6, whose exporter cannot do this, or cannot write this opset.
-        ValueError: unknown output, opset or dtype of pixels, a size below 32, or labels of more than 256 classes.
+        ValueError: unknown output, opset, dtype or dtype of pixels, a size below 32, labels of more than 256 classes, or
+            torch.int8 for a model without ranges or an opset below 18.
         OSError: the file cannot be written; what was there before still is.
     """
-    _check(model, output, size, opset, pixels)
+    _check(model, output, size, opset, pixels, dtype)
     with folder_of(Path(path)):
-        network = _Exportable(model, output, pixels is not None)
+        network = _Exportable(model, output, pixels is not None, dtype == torch.int8)
         x = torch.zeros(
             1 if fixed_size else 2, model.config.in_channels, *size, dtype=pixels or torch.float32
         )
@@ -129,6 +143,7 @@ def _export(network: _Exportable, x: Tensor, output: str, opset: int, fixed_size
         input_names=["x"],
         output_names=[output],
         opset_version=opset,
+        custom_translation_table=qdq.translations() if network.quantised else None,
         verbose=False,
     )
     assert program is not None
@@ -160,12 +175,17 @@ def _export_older(
         file = optimizer.optimize(onnx.load(written))
     if not network.labels:
         shape = file.graph.output[0].type.tensor_type.shape
-        shape.dim[1].dim_value = network.network.config.num_classes
+        shape.dim[1].dim_value = network.config.num_classes
     return file
 
 
 def _check(
-    model: FastSCNN, output: str, size: tuple[int, int], opset: int, pixels: torch.dtype | None
+    model: FastSCNN,
+    output: str,
+    size: tuple[int, int],
+    opset: int,
+    pixels: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -185,6 +205,12 @@ def _check(
         raise ValueError(f"size must be at least 32x32, got {size[0]}x{size[1]}")
     if pixels not in (None, torch.uint8, torch.float32):
         raise ValueError(f"pixels must be torch.uint8 or torch.float32, got {pixels}")
+    if dtype not in (torch.float32, torch.int8):
+        raise ValueError(f"dtype must be torch.float32 or torch.int8, got {dtype}")
+    if dtype == torch.int8:
+        check_ranges(fast_scnn(model.config), model.ranges)
+        if opset < _EXPORTER:
+            raise ValueError(f"opset must be at least {_EXPORTER} in torch.int8, got {opset}")
     from onnx.defs import onnx_opset_version
 
     if not _LEAST_OPSET <= opset <= onnx_opset_version():

@@ -268,8 +268,9 @@ class PlainFastSCNN(nn.Module):
 
     Attributes:
         config: the architecture.
-        ranges: what int8 must know of the network's values, None before they were measured. It stays what it is
-            when weights change: measure anew then.
+        ranges: what int8 must know of the network's values, by name (lowest, highest); None before they were
+            measured (:func:`fastscnn_fast.calibrate`). They hold for the weights that they were measured with:
+            a forward in training mode and :meth:`load_state_dict` drop them. After writes by hand measure anew.
 
     Raises:
         ValueError: an impossible combination, or input of a wrong shape.
@@ -306,6 +307,8 @@ class PlainFastSCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Logits (N, K, H, W); in training with auxiliary heads ``(logits, (aux, ...))``."""
+        if self.training and self.ranges is not None:
+            self.ranges = None  # of weights and statistics that are about to change
         x = self._normalised(x)
         size = x.shape[2:]
         features = {"downsample": self.learning_to_downsample(x)}
@@ -320,6 +323,11 @@ class PlainFastSCNN(nn.Module):
             warnings.warn(what, stacklevel=2)
             return logits
         return logits, self._heads(features, size)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """A state_dict has no ranges: those before it were of other weights."""
+        self.ranges = None
+        super()._load_from_state_dict(*args)
 
     def auxiliary_logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """What the auxiliary heads say, one (N, K, H, W) per entry of ``config.aux_taps``, always in plain torch."""

@@ -12,6 +12,7 @@ from .files import (
     read,
     read_details,
     save_checkpoint,
+    stored_dtype,
 )
 from .layouts import LAYOUTS, layout_names, to_layout
 from .recognise import from_state_dict
@@ -28,6 +29,7 @@ __all__ = [
     "read",
     "read_details",
     "save_checkpoint",
+    "stored_dtype",
     "to_layout",
     "unwrapped",
 ]

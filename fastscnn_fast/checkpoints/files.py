@@ -12,6 +12,8 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, cast
@@ -20,7 +22,11 @@ import torch
 from torch import Tensor
 
 from ..arch.config import Config
+from ..arch.network import Ranges
+from ..arch.structure import Unfusable
 from ..backends import registry
+from ..lower.quantise import check_ranges
+from ..program.program import fast_scnn
 from ..runtime.forked import serial
 from ..runtime.model import FastSCNN
 from ..writing import write_whole
@@ -47,6 +53,10 @@ CAMVID11 = Path(__file__).parents[1] / "weights" / "camvid11.safetensors"
 _METADATA = "fastscnn_fast.config"
 _DETAILS = "fastscnn_fast.details"
 _DTYPE = "fastscnn_fast.dtype"
+_RANGES = "fastscnn_fast.ranges"
+
+#: Fields of a config that change nothing of what a network computes in eval mode.
+_HARMLESS_FIELDS = {"size", "dropout", "dropout_whole_channels"}
 
 # What tensors, and the plain values around them, are made of. torch.load(weights_only=True) allows more,
 # among it bytearray(n), which fills n bytes however small the file is.
@@ -74,7 +84,7 @@ def load_checkpoint(
     ...), prefixes (``module.``, ``model.``, ...) and missing ``num_batches_tracked`` do not matter; tensors that
     are not the network's (``n_averaged``, a criterion's) are ignored, which is logged. Of several networks an
     average of weights is taken, else that under the most usual name. Files of :func:`save_checkpoint` come
-    back as they were saved.
+    back as they were saved, with their ranges for int8; where an override makes another network of one, without.
 
     ``load_checkpoint(path, num_classes=5)`` is a start for fine-tuning: where the file has other classes, the
     last convolutions, the auxiliary heads' too, are new, with random weights. ``in_channels=1`` (to 4) adapts the
@@ -91,7 +101,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: a truncated, empty, huge, foreign or malicious file, one whose weights hold NaN,
-            infinity or a negative variance, or one of several networks that nothing tells apart. Nothing in
+            infinity or a negative variance, whose ranges are none, or one of several networks that nothing tells apart. Nothing in
             it is executed.
         OSError: the file cannot be opened.
     """
@@ -100,7 +110,7 @@ def load_checkpoint(
         overrides["mean"] = tuple(mean)
     if std is not None:
         overrides["std"] = tuple(std)
-    likely, config, dtype = _opened(path)
+    likely, config, dtype, ranges = _opened(path)
     if config is None:
         found = recognise(likely, preset, source, **overrides)
     elif preset is not None:
@@ -111,6 +121,11 @@ def load_checkpoint(
     model = found.model()
     if config is None or model.config.num_classes != config.num_classes:
         return model
+    changed = {
+        f.name for f in fields(config) if getattr(config, f.name) != getattr(model.config, f.name)
+    }
+    if not changed - _HARMLESS_FIELDS:
+        model.ranges = ranges
     details = read_details(path)
     try:
         for name in ("classes", "palette"):
@@ -127,10 +142,10 @@ def save_checkpoint(
     details: Mapping[str, Any] | None = None,
     stored_as: torch.dtype | None = None,
 ) -> None:
-    """Writes weights, config (mean, std and size too) and names of classes to a ``.safetensors`` file, whole or not at all.
+    """Writes weights, config (mean, std and size too), ranges and names of classes to a ``.safetensors`` file, whole or not at all.
 
     Of a model whose last or first convolution was replaced by one of other classes or channels, or any
-    by narrower ones, the config that is written has the numbers that it has now.
+    by narrower ones, the config that is written has the numbers that it has now, and its ranges are left out.
 
     Args:
         model: may be wrapped, by torch.compile or DataParallel.
@@ -142,7 +157,7 @@ def save_checkpoint(
     Raises:
         ValueError: another ending, by which :func:`load_checkpoint` would not know the file; weights that
             are too large for ``stored_as``; a model of which a submodule was replaced by what a config does not
-            describe, which would come back as another.
+            describe, which would come back as another; ranges that are not the network's.
         OSError: the file cannot be written; what was there before still is.
     """
     from safetensors.torch import save
@@ -156,6 +171,9 @@ def save_checkpoint(
     if stored_as is not None:
         metadata[_DTYPE] = str(model.classifier.conv.weight.dtype).removeprefix("torch.")
         tensors = {name: _stored(name, t, stored_as) for name, t in tensors.items()}
+    if model.ranges is not None and config == model.config:
+        ranges = check_ranges(fast_scnn(config), model.ranges)
+        metadata[_RANGES] = json.dumps({name: list(map(float, r)) for name, r in ranges.items()})
     if model.named and "classes" not in (details or {}) and _fits(model, config):
         details = {"classes": model.classes, "palette": model.palette, **(details or {})}
     if details is not None:
@@ -190,23 +208,45 @@ def read_details(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is damaged.
         OSError: it cannot be opened.
     """
-    from safetensors import safe_open
-
-    if Path(path).suffix != ".safetensors":
-        return {}
-    _check_size(Path(path))
-    try:
-        with safe_open(path, framework="pt") as file:
-            details = json.loads((file.metadata() or {}).get(_DETAILS, "{}"))
-    except Exception as error:  # a broken file can make the parsers raise anything
-        raise CheckpointError(
-            f"{path}: is damaged: {str(error) or type(error).__name__}"
-        ) from error
+    with _whole(path) as file:
+        details = json.loads((file.metadata() or {}).get(_DETAILS, "{}")) if file else {}
     if not isinstance(details, dict):
         raise CheckpointError(
             f"{path}: is damaged: its details must be a JSON object, got a {type(details).__name__}"
         )
     return details
+
+
+def stored_dtype(path: str | os.PathLike[str]) -> torch.dtype | None:
+    """The ``stored_as`` with which :func:`save_checkpoint` wrote a file; None without, or for another file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        OSError: it cannot be opened.
+    """
+    with _whole(path) as file:
+        if not file or _DTYPE not in (file.metadata() or {}):
+            return None
+        tensors = (file.get_tensor(key) for key in file.keys())  # noqa: SIM118
+        return next((t.dtype for t in tensors if t.is_floating_point()), None)
+
+
+@contextmanager
+def _whole(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A ``.safetensors`` file to read from, None for another ending."""
+    from safetensors import safe_open
+
+    if Path(path).suffix != ".safetensors":
+        yield None
+        return
+    _check_size(Path(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except Exception as error:  # a broken file can make the parsers raise anything
+        raise CheckpointError(
+            f"{path}: is damaged: {str(error) or type(error).__name__}"
+        ) from error
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config | None]:
@@ -217,17 +257,19 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config | None
         CheckpointError: not a file of tensors that can be read without executing anything.
         OSError: the file cannot be opened.
     """
-    likely, config, dtype = _opened(path)
+    likely, config, dtype, _ = _opened(path)
     return _converted(tensors_in(likely, str(path)), dtype), config
 
 
-def _opened(path: str | os.PathLike[str]) -> tuple[list[Place], Config | None, torch.dtype | None]:
-    """Where a network may be in a file, the config if it is ours, which has one such place, and the dtype
-    that its floats are to have; raises as :func:`read`."""
+def _opened(
+    path: str | os.PathLike[str],
+) -> tuple[list[Place], Config | None, torch.dtype | None, Ranges | None]:
+    """Where a network may be in a file, the config if it is ours, which has one such place, the dtype
+    that its floats are to have, and its ranges; raises as :func:`read`."""
     path = Path(path)
     size = _check_size(path)
     try:
-        state, config, dtype = (
+        state, config, dtype, ranges = (
             _safetensors(path) if path.suffix == ".safetensors" else _torch(path, size)
         )
     except CheckpointError:
@@ -235,7 +277,7 @@ def _opened(path: str | os.PathLike[str]) -> tuple[list[Place], Config | None, t
     except Exception as error:  # a broken file can make the parsers raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: is damaged or no checkpoint: {reason}") from error
-    return places(state, str(path), size), config, dtype
+    return places(state, str(path), size), config, dtype, ranges
 
 
 def _check_size(path: Path) -> int:
@@ -258,28 +300,39 @@ def _converted(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[st
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
 
 
-def _safetensors(path: Path) -> tuple[Any, Config | None, torch.dtype | None]:
+def _safetensors(
+    path: Path,
+) -> tuple[Any, Config | None, torch.dtype | None, Ranges | None]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if _METADATA not in metadata:
-        return state, None, None
+        return state, None, None, None
     values = json.loads(metadata[_METADATA])
     if not isinstance(values, dict):
         raise ValueError(f"its config must be a JSON object, got a {type(values).__name__}")
     config = config_of(f"{path}: in its config", Config.from_dict, values)
+    ranges = _ranges_in(path, config, metadata[_RANGES]) if _RANGES in metadata else None
     if _DTYPE not in metadata:
-        return state, config, None
+        return state, config, None, ranges
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     if metadata[_DTYPE] not in dtypes:
         rule = f"its dtype must be one of {', '.join(dtypes)}"
         raise CheckpointError(f"{path}: {rule}, got {metadata[_DTYPE]!r}")
-    return state, config, dtypes[metadata[_DTYPE]]
+    return state, config, dtypes[metadata[_DTYPE]], ranges
 
 
-def _torch(path: Path, size: int) -> tuple[Any, None, None]:
+def _ranges_in(path: Path, config: Config, text: str) -> Ranges:
+    try:
+        ranges = check_ranges(fast_scnn(config), json.loads(text))
+    except Unfusable as error:
+        raise CheckpointError(f"{path}: in its ranges: {error}") from None
+    return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+
+
+def _torch(path: Path, size: int) -> tuple[Any, None, None, None]:
     with path.open("rb") as file:
         used = _zip_globals(file, size) if _is_zip(file) else _pickle_globals(file)
     if foreign := sorted(name for name in used if not _HARMLESS.fullmatch(name)):
@@ -288,7 +341,7 @@ def _torch(path: Path, size: int) -> tuple[Any, None, None]:
             "not loaded. Save a state_dict of tensors instead: torch.save(model.state_dict(), path)"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), None, None
+        return torch.load(path, map_location="cpu", weights_only=True), None, None, None
     except UnpicklingError:  # whose message advises to load it unsafely
         raise ValueError("a pickle that torch.load(weights_only=True) refuses") from None
 

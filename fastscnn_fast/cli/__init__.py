@@ -18,6 +18,7 @@ COMMANDS = {
         "segment": "label every pixel of pictures",
         "demo": "segment one picture, with speed and parity beside it",
         "train": "learn from labelled pictures",
+        "quantize": "measure the ranges that int8 needs, with scores and speed before and after",
         "evaluate": "score weights on labelled pictures",
         "export": "write the network as ONNX",
         "info": "versions, compiler, instruction sets, backends",

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from .. import bench
+from ..checkpoints import load_checkpoint
 from ..runtime.fused import fuse
+from ..runtime.model import FastSCNN
 from ..writing import folder_of
 from . import options, results
 
@@ -24,7 +26,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--threads", type=options.count, metavar="N", help="CPU threads (torch's default)"
     )
-    options.add_preset(command)
+    network = command.add_mutually_exclusive_group()
+    options.add_preset(network)
+    network.add_argument(
+        "--weights",
+        type=options.path,
+        metavar="F",
+        help="that of a checkpoint instead of random weights (in int8 the package's own)",
+    )
+    options.add_dtype(command, "float32")
     command.add_argument(
         "--rounds",
         type=options.count,
@@ -57,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    model = bench.untrained_model(args.preset)
-    fast = fuse(model)
+    model = _model(args)
+    fast = fuse(model, dtype=options.DTYPES[args.dtype])
     measured = bench.bench(model, fast, args.size, args.rounds, not args.no_compile)
     about = results.about(fast, args.command_line)
     results.report(measured, about)
@@ -72,3 +82,16 @@ def _bench(args: argparse.Namespace) -> int:
     else:
         print(f"wrote {args.plot}")
     return 0 if all(result.passed for result in measured) else 1
+
+
+def _model(args: argparse.Namespace) -> FastSCNN:
+    if args.weights is not None:
+        return load_checkpoint(args.weights)
+    if args.dtype != "int8":
+        return bench.untrained_model(args.preset)
+    if args.preset != "paper":
+        raise ValueError(
+            "--weights must be given for int8, since rounding changes the labels of random weights,"
+            f" got --preset {args.preset}"
+        )
+    return load_checkpoint()

@@ -39,12 +39,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     options.add_weights(command)
     options.add_backend(command)
+    options.add_dtype(command, "float32")
     options.add_bits(command)
 
 
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
-    fast = fuse(model, args.backend)
+    fast = fuse(model, args.backend, options.DTYPES[args.dtype])
     args.out.mkdir(parents=True, exist_ok=True)
     files, truth = [], None
     if args.image is None:

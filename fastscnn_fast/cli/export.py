@@ -16,7 +16,8 @@ _PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
 def add_options(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Write the plain network as ONNX with free batch, height and width and exact pooling at"
-        " every size. The input is float32 (n, C, h, w), normalised. Needs the extra [export]."
+        " every size. The input is float32 (n, C, h, w), normalised. Needs the extra [export]. In int8 weights"
+        " and values have 8 bits, by the ranges of the weights, as QuantizeLinear and DequantizeLinear."
     )
     command.add_argument(
         "--onnx", type=options.path, required=True, metavar="OUT", help="the file to write"
@@ -43,6 +44,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--opset", type=options.count, metavar="N", default=18, help="11 or later (%(default)s)"
     )
     command.add_argument(
+        "--dtype",
+        type=options.dtype,
+        choices=("float32", "int8"),
+        default="float32",
+        help="of weights and values (%(default)s)",
+    )
+    command.add_argument(
         "--output",
         choices=("logits", "labels"),
         default="logits",
@@ -52,8 +60,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
-    pixels = _PIXELS.get(args.pixels)
-    export_onnx(model, args.onnx, args.output, args.size, args.opset, args.fixed_size, pixels)
+    pixels, dtype = _PIXELS.get(args.pixels), options.DTYPES[args.dtype]
+    export_onnx(
+        model, args.onnx, args.output, args.size, args.opset, args.fixed_size, pixels, dtype
+    )
     config = model.config
     n, height, width = (1, *args.size) if args.fixed_size else ("n", "h", "w")
     print(

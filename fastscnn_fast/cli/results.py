@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import bench
-from ..data.pictures import encoded, label_image, overlay
+from ..data.pictures import (
+    CONFIDENCE,
+    LABELS,
+    OVERLAY,
+    encoded,
+    label_image,
+    overlay,
+)
 from ..runtime.fused import FusedFastSCNN
 from ..writing import write_whole
-
-#: What the results of a picture are called, after its name.
-LABELS, CONFIDENCE, OVERLAY = "_labels.png", "_confidence.png", "_overlay"
-#: How overlays are stored.
-OVERLAY_FORMATS = ("png", "jpg")
-#: Endings by which files are known to be results.
-ENDINGS = (LABELS, CONFIDENCE, *(f"{OVERLAY}.{kind}" for kind in OVERLAY_FORMATS))
 
 
 def endings(overlay_format: str | None = "png", confidence: bool = False) -> list[str]:
@@ -61,7 +61,8 @@ def write(
 
 def about(fast: FusedFastSCNN, command: str) -> dict[str, str]:
     """What the measurements of ``fast`` depend on."""
-    return {"backend": fast.backend, **bench.machine(command)}
+    computed = bench.arithmetic_of(fast).name
+    return {"backend": fast.backend, "arithmetic": computed, **bench.machine(command)}
 
 
 def report(results: Sequence[bench.Result], about: dict[str, str]) -> None:
@@ -69,5 +70,5 @@ def report(results: Sequence[bench.Result], about: dict[str, str]) -> None:
     print()
     print(bench.table(results))
     print()
-    print(bench.LEGEND)
+    print(bench.legend(about["arithmetic"]))
     print("\n".join(f"{key}: {value}" for key, value in about.items()))

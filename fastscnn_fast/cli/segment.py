@@ -11,13 +11,21 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoints import load_checkpoint
-from ..data.pictures import Guess, size_of
+from ..data.jobs import Found, Job, find
+from ..data.pictures import (
+    CONFIDENCE,
+    ENDINGS,
+    LABELS,
+    OVERLAY,
+    OVERLAY_FORMATS,
+    Guess,
+    size_of,
+)
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.overlapped import overlapped
 from ..runtime.segment import Classified, Prepared, classify, prepare
 from ..writing import folder
 from . import options, results
-from .jobs import Found, Job, find
 
 #: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
 _MOST_PIXELS = 2**26
@@ -28,13 +36,13 @@ _OF_ONE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 def add_options(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Write, for each picture NAME.*, its class ids as a palette PNG of the picture's own"
-        f" size (NAME{results.LABELS}) and the picture tinted by class with a legend"
-        f" (NAME{results.OVERLAY}.png). Pictures that cannot be read are reported and skipped, as are links in"
+        f" size (NAME{LABELS}) and the picture tinted by class with a legend"
+        f" (NAME{OVERLAY}.png). Pictures that cannot be read are reported and skipped, as are links in"
         " circles, pipes, devices and videos; the exit code is then 1."
     )
     command.epilog = (
         "Folders are searched with their subfolders, which reappear in OUT, and links are followed. A picture"
-        f" that is met again is left out, and said. Earlier results (*{', *'.join(results.ENDINGS)}) in"
+        f" that is met again is left out, and said. Earlier results (*{', *'.join(ENDINGS)}) in"
         " folders are no pictures. Equal names from two folders keep their folders; where two pictures in one"
         " have one name, the second gets its ending added: NAME_png."
     )
@@ -63,12 +71,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--confidence",
         action="store_true",
         help="also write how probable the network takes each pixel's label to be, as a grey PNG in which"
-        f" 255 is certain (NAME{results.CONFIDENCE}); the network then runs twice",
+        f" 255 is certain (NAME{CONFIDENCE}); the network then runs twice",
     )
     overlays = command.add_mutually_exclusive_group()
     overlays.add_argument(
         "--overlay-format",
-        choices=results.OVERLAY_FORMATS,
+        choices=OVERLAY_FORMATS,
         default="png",
         help="of the tinted picture (%(default)s); jpg is smaller and several times faster to write",
     )

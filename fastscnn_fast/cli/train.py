@@ -14,6 +14,7 @@ from ..data.datasets import load
 from ..train import Recipe, Trainer
 from ..train.files import BEST, LAST, read_last
 from ..train.processes import Processes, processes
+from ..train.trainer import said
 from ..writing import claimed
 from . import options
 
@@ -155,7 +156,9 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
         _announce(trainer)
     status = trainer.run()
     if group.rank == 0 and status == 0:
-        print(f"mIoU {trainer.best:.4f} on {args.splits[1]}: {args.out}/{BEST}")
+        history = trainer.history
+        best = next((row for row in history if row.get("miou") == trainer.best), history[-1])
+        print(f"{said(best)} on {args.splits[1]}: {args.out}/{BEST}")
     return status
 
 

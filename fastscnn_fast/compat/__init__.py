@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arch.network import InvertedResidual, resize
 from ..backends import registry
 from ..checkpoints import from_state_dict, unwrapped
+from ..program.arithmetic import floats_of
 from ..runtime.fused import FusedFastSCNN, fuse, fuse_as
 from ..runtime.model import FastSCNN
 
@@ -48,7 +49,7 @@ class Accelerated(FusedFastSCNN):
         """As the original's, of :attr:`dtype` and full size; raises as :class:`FusedFastSCNN`'s."""
         results: tuple[Tensor, ...] = (super().forward(x, out),)
         if self._plain is not None:
-            floats = x if x.dtype == torch.uint8 else x.to(self.dtype)
+            floats = x if x.dtype == torch.uint8 else x.to(floats_of(self.dtype))
             results += self._plain.auxiliary_logits(floats)
         return _map(lambda ours: results[ours.index], self._container, _Ours)
 
@@ -61,7 +62,8 @@ def accelerate(
     The layout is recognised from ``module.state_dict()`` as by :func:`load_checkpoint`; wrappers such as
     ``DataParallel`` do not matter. A float64 copy of ``module`` in eval mode is then compared with our
     network on two random pictures, one of them so bright that ReLU and ReLU6 differ; ``module`` and
-    torch's random numbers are left alone.
+    torch's random numbers are left alone. In torch.int8 the fused copy must equal the reference backend's; it needs
+    the ranges of a :class:`FastSCNN`.
 
     A module that returns a tuple, list or dictionary gets an :class:`Accelerated`, which returns the same, with
     auxiliary logits in their places. Tensors that are neither come back as None, with a logged warning. Logits of
@@ -103,10 +105,16 @@ def accelerate(
             registry.log_once(f"None stands for what {name} returns besides logits of Fast-SCNN")
         kind = FusedFastSCNN if container == _Ours(0) else Accelerated
         fast = fuse_as(kind, model, backend, dtype)
-        x, truth = picture.to(fast.weights.device, fast.dtype), ours.reference(picture)
-        plain = _difference(model.to(fast.dtype).reference(x), truth)
+        floats = floats_of(fast.dtype)
+        x = picture.to(fast.weights.device, floats)
+        if floats == fast.dtype:
+            truth, least = ours.reference(picture), 1e-4
+            plain = _difference(model.to(floats).reference(x), truth)
+        else:  # integers are the same everywhere; how far they are from floats is up to the ranges
+            truth, least, plain = fuse(model, "reference", dtype)(x), 1e-5, 0.0
+            model.to(floats)
         difference = _difference(FusedFastSCNN.forward(fast, x), truth)
-        if not difference <= max(4 * plain, 1e-4):
+        if not difference <= max(4 * plain, least):
             raise ValueError(
                 f"the fused copy of {name} (backend {fast.backend}, {fast.dtype}) is off by"
                 f" {difference:.1e}, plain torch by {plain:.1e}"

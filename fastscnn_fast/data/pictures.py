@@ -78,6 +78,12 @@ _OTHER_STARTS = {
     rb"\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS|0&\xb2u|\0\0\x01[\xba\xb3]|YUV4MPEG2": _VIDEO,
     rb"G.{187}G.{187}G": _VIDEO,  # MPEG-TS
 }
+#: What the results of a picture are called, after its name.
+LABELS, CONFIDENCE, OVERLAY = "_labels.png", "_confidence.png", "_overlay"
+#: How overlays are stored.
+OVERLAY_FORMATS = ("png", "jpg")
+#: Endings by which files are known to be results.
+ENDINGS = (LABELS, CONFIDENCE, *(f"{OVERLAY}.{kind}" for kind in OVERLAY_FORMATS))
 #: The passes of an interlaced PNG: first column and row, distance of columns and of rows.
 _ADAM7 = (
     (0, 0, 8, 8),

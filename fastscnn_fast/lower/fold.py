@@ -64,16 +64,16 @@ def fold_conv(block: ConvBNAct) -> tuple[Tensor, Tensor]:
 
     BN(Wx + b) = s W x + s (b - mean) + beta with s = gamma / sqrt(var + eps).
     """
-    weight = block.conv.weight.detach().double()
+    weight = block.conv.weight.double()
     bias = weight.new_zeros(weight.shape[0])
     if block.conv.bias is not None:
-        bias = block.conv.bias.detach().double()
+        bias = block.conv.bias.double()
     if isinstance(block.bn, nn.modules.batchnorm._BatchNorm):
         bn = block.bn
         mean, variance = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
-        scale = bn.weight.detach().double() / torch.sqrt(variance.double() + bn.eps)
+        scale = bn.weight.double() / torch.sqrt(variance.double() + bn.eps)
         weight = weight * scale[:, None, None, None]
-        bias = (bias - mean.double()) * scale + bn.bias.detach().double()
+        bias = (bias - mean.double()) * scale + bn.bias.double()
     return weight, bias
 
 
@@ -100,8 +100,8 @@ def _dsconv(block: DSConv, layer: Layer, last: nn.Conv2d | None) -> dict[str, Te
         "pointwise_bias": pointwise_bias,
     }
     if last is not None:
-        tensors["last_weight"] = last.weight.detach().double()[:, :, 0, 0]
-        tensors["last_bias"] = cast(Tensor, last.bias).detach().double()
+        tensors["last_weight"] = last.weight.double()[:, :, 0, 0]
+        tensors["last_bias"] = cast(Tensor, last.bias).double()
     return tensors
 
 
@@ -164,18 +164,11 @@ def check_memory_of(model: PlainFastSCNN) -> None:
         check_memory(name, tensor)
 
 
-@torch.no_grad()
-def fold(model: PlainFastSCNN) -> FoldedWeights:
-    """Fold every batch norm of ``model`` (as in eval mode) into the convolution before it.
+def folded_tensors(model: PlainFastSCNN, program: Program) -> tuple[dict[str, Tensor], ...]:
+    """Per layer of ``program``, the model's own, what ``layer.weights()`` names, in float64.
 
-    Raises:
-        RuntimeError: a parameter or buffer has lost its memory.
-        Unfusable: one holds NaN, infinity or a negative variance; the message names it.
+    Every batch norm is as in eval mode; gradients reach its scale and shift, and the convolution before it.
     """
-    check_memory_of(model)
-    for name, tensor in _tensors(model):
-        if (what := unsound(name, tensor)) is not None:
-            raise Unfusable(f"{name} holds {what}")
     config = model.config
     downsample, features, classifier = (
         model.learning_to_downsample,
@@ -191,7 +184,6 @@ def fold(model: PlainFastSCNN) -> FoldedWeights:
             (classifier.dsconv2, classifier.conv),
         )
     )
-    program = fast_scnn(config)
     tensors: list[dict[str, Tensor]] = []
     for layer in program.layers:
         if layer.op == "stem_conv":
@@ -209,4 +201,24 @@ def fold(model: PlainFastSCNN) -> FoldedWeights:
             tensors.append(_fusion(model.feature_fusion, layer))
         else:
             tensors.append({})
-    return FoldedWeights(config, program, tuple(tensors), model.ranges)
+    return tuple(tensors)
+
+
+@torch.no_grad()
+def fold(model: PlainFastSCNN) -> FoldedWeights:
+    """Fold every batch norm of ``model`` (as in eval mode) into the convolution before it.
+
+    Raises:
+        RuntimeError: a parameter or buffer has lost its memory.
+        Unfusable: one holds NaN, infinity or a negative variance; the message names it.
+    """
+    check_memory_of(model)
+    for name, tensor in _tensors(model):
+        if (what := unsound(name, tensor)) is not None:
+            raise Unfusable(f"{name} holds {what}")
+    program = fast_scnn(model.config)
+    tensors = tuple(
+        {name: tensor.detach() for name, tensor in named.items()}
+        for named in folded_tensors(model, program)
+    )
+    return FoldedWeights(model.config, program, tensors, model.ranges)

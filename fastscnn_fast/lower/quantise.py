@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from .fold import FoldedWeights
 LEVELS, MOST = 255, 127
 #: The smallest range that is told from nothing.
 SMALLEST = 1e-6
+#: What an end of a range may be at most.
+MOST_RANGE = 1e30
 #: What a bias may be at most, so that with a sum of products it fits 32 bits.
 MOST_BIAS = 2**30
 
@@ -32,24 +35,41 @@ def check_ranges(program: Program, ranges: Ranges | None) -> Ranges:
     """``ranges`` themselves.
 
     Raises:
-        Unfusable: there are none, one is missing, or one is no range.
+        Unfusable: there are none, they are not those of ``program``'s values, or one is no range.
     """
     if not ranges:
         raise Unfusable(
             "int8 needs the ranges of the network's values, which this model has not: measure them with"
             " fastscnn_fast.calibrate(model, pictures), or `python -m fastscnn_fast quantize`"
         )
+    if not isinstance(ranges, Mapping):
+        raise Unfusable(f"ranges must be a mapping of names to (low, high), got {ranges!r:.80}")
     names = value_names(program)
+    anew = "measure them anew with fastscnn_fast.calibrate(model, pictures)"
     if missing := [name for name in names if name not in ranges]:
         raise Unfusable(
-            f"ranges must hold every value of the network, {missing[0]} is missing: measure them anew with"
-            " fastscnn_fast.calibrate(model, pictures)"
+            f"ranges must hold every value of the network, {missing[0]} is missing: {anew}"
+        )
+    if unknown := [name for name in ranges if name not in names]:
+        raise Unfusable(
+            f"ranges must be of the network's values, it has no {unknown[0]!r:.80}: {anew}"
         )
     for name in names:
-        low, high = ranges[name]
-        if not (isfinite(low) and isfinite(high) and low <= high):
-            raise Unfusable(f"range of {name} must be finite and in order, got {(low, high)}")
+        if not _is_range(ranges[name]):
+            raise Unfusable(
+                f"range of {name} must be two finite numbers in order, got {ranges[name]!r:.80}"
+            )
     return ranges
+
+
+def _is_range(value: Any) -> bool:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        return False
+    if not all(isinstance(end, Real) and not isinstance(end, bool) for end in value):
+        return False
+    low, high = value
+    # An integer of JSON may be larger than any float.
+    return -MOST_RANGE <= low <= high <= MOST_RANGE
 
 
 @dataclass(frozen=True)
@@ -87,12 +107,24 @@ class _Weights(dict[str, Tensor]):
         ``to`` is what becomes of the sums, None: floats. ``name`` ends in "_" or is empty.
         """
         real = weight * inputs
-        unit = torch.maximum(real.abs().amax(1) / MOST, bias.abs() / MOST_BIAS)
+        unit = torch.maximum(real.abs().amax(1) / MOST, bias.abs() / MOST_BIAS).detach()
         unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-        integers = (real / unit[:, None]).round()
-        sums = (bias / unit).round() - integers @ zeros
+        self.keep(name, real / unit[:, None], bias / unit, unit, inputs, zeros, to)
+
+    def keep(
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor,
+        unit: Tensor,
+        inputs: Tensor,
+        zeros: Tensor,
+        to: Value | None,
+    ) -> None:
+        """The same with weight and bias in units (O,) of the sums, which are yet to be rounded."""
+        integers = weight.round()
         self[f"{name}weight"] = integers.to(torch.int8)
-        self[f"{name}bias"] = sums.to(torch.int32)
+        self[f"{name}bias"] = (bias - integers @ zeros).round().to(torch.int32)
         self[f"{name}multiplier"] = (unit if to is None else unit / to.scale).float()
         if to is not None:
             self[f"{name}zero"] = torch.tensor([to.zero], dtype=torch.int32)
@@ -120,37 +152,65 @@ class _Weights(dict[str, Tensor]):
         self[f"{name}_weight"] = self[f"{name}_weight"].view(weight.shape)
 
 
-def _stem(tensors: Mapping[str, Tensor], to: Value) -> _Weights:
+class _Fake(_Weights):
+    """The same as floats, rounded by torch's fake-quantise ops, through which gradients pass."""
+
+    def keep(
+        self,
+        name: str,
+        weight: Tensor,
+        bias: Tensor,
+        unit: Tensor,
+        inputs: Tensor,
+        zeros: Tensor,
+        to: Value | None,
+    ) -> None:
+        ones, none = torch.ones(2, len(unit), device=unit.device)
+        none = torch.zeros_like(none, dtype=torch.int32)
+        rounded = torch.fake_quantize_per_channel_affine(weight, ones, none, 0, -MOST, MOST)
+        moved = rounded.detach() @ zeros
+        most = 2 * MOST_BIAS
+        sums = torch.fake_quantize_per_tensor_affine(bias - moved, 1.0, 0, -most, most) + moved
+        self[f"{name}weight"] = rounded * unit[:, None] / inputs
+        self[f"{name}bias"] = sums * unit
+
+
+def padding_pixels(mean: Tensor) -> Tensor:
+    """The pixels (C,) that surround a picture: the nearest to the normalised zero."""
+    return (LEVELS * mean).round()
+
+
+def _stem(named: _Weights, tensors: Mapping[str, Tensor], to: Value) -> None:
     """``weight`` of pixels q: normalised is (q / 255 - mean) / std."""
     weight, mean, std = tensors["weight"], tensors["mean"], tensors["std"]
     if mean.min() < 0 or mean.max() > 1:
         raise Unfusable(f"int8 needs mean from 0 to 1, that of a picture, got {mean.tolist()}")
-    made = _Weights()
     inputs = (1 / (LEVELS * std))[:, None, None].expand(weight.shape[1:]).reshape(-1)
     zeros = (LEVELS * mean)[:, None, None].expand(weight.shape[1:]).reshape(-1)
-    flat = weight.flatten(1)
-    bias = tensors["bias"] - flat @ (inputs * zeros)
-    made.product("", flat, bias, inputs, 0 * zeros, to)
-    made["weight"] = made["weight"].view(weight.shape)
-    made["pad"] = (LEVELS * mean).round().to(torch.int32)
-    made["scale"] = (LEVELS * std).float()
-    made["shift"] = (LEVELS * mean).float()
-    return made
+    named.product("", weight.flatten(1), tensors["bias"], inputs, zeros, to)
+    named["weight"] = named["weight"].view(weight.shape)
+    named["pad"] = padding_pixels(mean).to(torch.int32)
+    named["scale"] = (LEVELS * std).float()
+    named["shift"] = (LEVELS * mean).float()
 
 
 def _pyramid(
-    layer: Layer, tensors: Mapping[str, Tensor], x: Value, branches: Sequence[Value], out: Value
-) -> _Weights:
-    made = _Weights()
+    named: _Weights,
+    layer: Layer,
+    tensors: Mapping[str, Tensor],
+    x: Value,
+    branches: Sequence[Value],
+    out: Value,
+) -> None:
     parts = []
     for index, to in enumerate(branches):
-        one = _Weights()
-        named = {f"b_{kind}": tensors[f"branch_{kind}"][index] for kind in ("weight", "bias")}
-        one.pointwise("b", named, x, to)
+        one = type(named)()
+        branch = {f"b_{kind}": tensors[f"branch_{kind}"][index] for kind in ("weight", "bias")}
+        one.pointwise("b", branch, x, to)
         parts.append(one)
-    for kind in ("weight", "bias", "multiplier", "zero"):
-        stacked = torch.stack([one[f"b_{kind}"] for one in parts])
-        made[f"branch_{kind}"] = stacked.flatten() if kind == "zero" else stacked
+    for kind in parts[0]:
+        stacked = torch.stack([one[kind] for one in parts])
+        named[kind.replace("b_", "branch_")] = stacked.flatten() if kind == "b_zero" else stacked
     weight = tensors["out_weight"]
     taps = weight.shape[2] * weight.shape[3]
     counts = [layer.in_channels, *[layer.mid_channels] * len(branches)]
@@ -161,16 +221,20 @@ def _pyramid(
 
     scales = spread([x.scale, *(to.scale for to in branches)])
     zeros = spread([x.zero, *(to.zero for to in branches)])
-    made.product("out_", weight.flatten(1), tensors["out_bias"], scales, zeros, out)
-    made["out_weight"] = made["out_weight"].view(weight.shape)
-    return made
+    named.product("out_", weight.flatten(1), tensors["out_bias"], scales, zeros, out)
+    named["out_weight"] = named["out_weight"].view(weight.shape)
 
 
 def _fusion(
-    layer: Layer, tensors: Mapping[str, Tensor], high: Value, low: Value, mid: Value, out: Value
-) -> _Weights:
-    made = _Weights()
-    (made.pointwise if layer.dense else made.depthwise)("refine", tensors, low, mid)
+    named: _Weights,
+    layer: Layer,
+    tensors: Mapping[str, Tensor],
+    high: Value,
+    low: Value,
+    mid: Value,
+    out: Value,
+) -> None:
+    (named.pointwise if layer.dense else named.depthwise)("refine", tensors, low, mid)
     first, second = tensors["low_weight"], tensors["high_weight"]
     both = torch.cat([first, second], 1)
     counts = (first.shape[1], second.shape[1])
@@ -178,10 +242,9 @@ def _fusion(
         torch.cat([first.new_full((n,), v) for n, v in zip(counts, values)])
         for values in ((mid.scale, high.scale), (float(mid.zero), float(high.zero)))
     )
-    made.product("", both, tensors["bias"], scales, zeros, out)
-    joint = made.pop("weight")
-    made["low_weight"], made["high_weight"] = joint[:, : counts[0]], joint[:, counts[0] :]
-    return made
+    named.product("", both, tensors["bias"], scales, zeros, out)
+    joint = named.pop("weight")
+    named["low_weight"], named["high_weight"] = joint[:, : counts[0]], joint[:, counts[0] :]
 
 
 def _activations(layer: Layer) -> tuple[str, ...]:
@@ -196,6 +259,44 @@ def _activations(layer: Layer) -> tuple[str, ...]:
     }.get(layer.op, ())
 
 
+def _layers(
+    program: Program,
+    tensors: Sequence[Mapping[str, Tensor]],
+    ranges: Ranges | None,
+    kind: type[_Weights],
+) -> Iterator[tuple[Layer, list[Value], _Weights]]:
+    """Each layer with its values and, rounded as ``kind`` does, its weights."""
+    known = check_ranges(program, ranges)
+    results: list[Value] = []
+    for layer, folded in zip(program.layers, tensors):
+        values = [
+            Value.of(*known[f"{layer.name}.{name}"], activation)
+            for name, activation in zip(layer.values, _activations(layer))
+        ]
+        x = [results[at] for at in layer.inputs if at != PICTURE]
+        named = kind()
+        if layer.op == "stem_conv":
+            _stem(named, folded, values[0])
+        elif layer.op == "dsconv":
+            named.depthwise("depthwise", folded, x[0], values[0])
+            named.pointwise("pointwise", folded, values[0], values[1])
+            if layer.last_channels:
+                named.pointwise("last", folded, values[1], None)
+        elif layer.op == "inverted_residual":
+            named.pointwise("expand", folded, x[0], values[0])
+            named.depthwise("depthwise", folded, values[0], values[1])
+            named.pointwise("project", folded, values[1], values[2])
+            named["residual_multiplier"] = torch.tensor([x[0].scale / values[2].scale]).float()
+        elif layer.op == "pyramid_pooling":
+            _pyramid(named, layer, folded, x[0], values[:-1], values[-1])
+        elif layer.op == "feature_fusion":
+            _fusion(named, layer, folded, x[0], x[1], *values)
+        if layer.op in ("inverted_residual", "pyramid_pooling"):
+            named["input_zero"] = torch.tensor([x[0].zero], dtype=torch.int32)
+        yield layer, values, named
+        results.append(values[-1] if values else Value(1.0))
+
+
 @torch.no_grad()
 def quantise(folded: FoldedWeights) -> tuple[dict[str, Tensor], ...]:
     """Per layer what ``layer.quantised_weights()`` names, of weights with their ranges.
@@ -203,41 +304,30 @@ def quantise(folded: FoldedWeights) -> tuple[dict[str, Tensor], ...]:
     Raises:
         Unfusable: ranges are missing or wrong, sums may overflow, or a depthwise convolution has no activation before it.
     """
-    program = folded.program
-    known = check_ranges(program, folded.ranges)
-    results: list[Value] = []
+    tensors = [{name: t.double().cpu() for name, t in named.items()} for named in folded.tensors]
     made = []
-    for layer, tensors in zip(program.layers, folded.tensors):
-        tensors = {name: tensor.double().cpu() for name, tensor in tensors.items()}
-        values = [
-            Value.of(*known[f"{layer.name}.{name}"], activation)
-            for name, activation in zip(layer.values, _activations(layer))
-        ]
-        x = [results[at] for at in layer.inputs if at != PICTURE]
-        named = _Weights()
-        if layer.op == "stem_conv":
-            named = _stem(tensors, values[0])
-        elif layer.op == "dsconv":
-            named.depthwise("depthwise", tensors, x[0], values[0])
-            named.pointwise("pointwise", tensors, values[0], values[1])
-            if layer.last_channels:
-                named.pointwise("last", tensors, values[1], None)
-        elif layer.op == "inverted_residual":
-            named.pointwise("expand", tensors, x[0], values[0])
-            named.depthwise("depthwise", tensors, values[0], values[1])
-            named.pointwise("project", tensors, values[1], values[2])
-            named["residual_multiplier"] = torch.tensor([x[0].scale / values[2].scale]).float()
-        elif layer.op == "pyramid_pooling":
-            named = _pyramid(layer, tensors, x[0], values[:-1], values[-1])
-        elif layer.op == "feature_fusion":
-            named = _fusion(layer, tensors, x[0], x[1], *values)
-        if layer.op in ("inverted_residual", "pyramid_pooling"):
-            named["input_zero"] = torch.tensor([x[0].zero], dtype=torch.int32)
+    for layer, _, named in _layers(folded.program, tensors, folded.ranges, _Weights):
         ordered = {name: named[name].contiguous() for name in layer.quantised_weights()}
         check_sums(layer, ordered)
         made.append(ordered)
-        results.append(values[-1] if values else Value(1.0))
     return tuple(made)
+
+
+def fake_quantise(
+    program: Program, tensors: Sequence[Mapping[str, Tensor]], ranges: Ranges
+) -> tuple[list[dict[str, Tensor]], dict[str, Value]]:
+    """What :func:`quantise` rounds, as the float64 that it stands for, through which gradients pass; and all values.
+
+    ``tensors`` are those of :func:`fastscnn_fast.lower.fold.folded_tensors`.
+
+    Raises:
+        Unfusable: as :func:`quantise`, but for overflows.
+    """
+    made, values = [], {}
+    for (layer, own, named), folded in zip(_layers(program, tensors, ranges, _Fake), tensors):
+        made.append({name: named.get(name, folded[name]) for name in layer.weights()})
+        values.update({f"{layer.name}.{name}": value for name, value in zip(layer.values, own)})
+    return made, values
 
 
 def check_sums(layer: Layer, named: Mapping[str, Tensor]) -> None:

@@ -69,6 +69,11 @@ class Program:
         reads = [layer.op == "stem_conv" for layer in self.layers if PICTURE in layer.inputs]
         return bool(reads) and all(reads) and self.layers[-1].op == "upsample_classify"
 
+    def value_read(self, layer: Layer) -> str:
+        """The value that is the layer's input, feature_fusion's low one; empty for the picture."""
+        at = layer.inputs[-1]
+        return "" if at == PICTURE else f"{self.layers[at].name}.{self.layers[at].values[-1]}"
+
     def computed_in(self, arithmetic: Arithmetic) -> Program:
         """This program with the layers marked that ``arithmetic`` computes in another."""
         return Program(

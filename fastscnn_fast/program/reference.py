@@ -1,7 +1,8 @@
 """Each fused op in plain torch: the specification that every kernel is checked against.
 
 All take and return (N, C, H, W) tensors, in any floating dtype; ``weights`` holds the tensors that
-``layer.weights()`` names, in the same dtype. In float64 this is the ref64 of the parity tests.
+``layer.weights()`` names, in the same dtype; those of products may have a convolution's four dimensions, and of branches
+be a list. In float64 this is the ref64 of the parity tests.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .layers import PICTURE, Layer
 from .program import Program
 
 Weights = Mapping[str, Tensor]
-#: Sees each value that has 8 bits in int8, by its name in ``layer.values``; what it returns goes on in its place.
+#: Sees each value that has 8 bits in int8, by its name in ``layer.values``, and again where it was resized; "input" is
+#: the (low) input, pooled or resized. What it returns goes on in the value's place.
 Tap = Callable[[str, Tensor], Tensor]
 
 
@@ -39,11 +41,12 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight[:, :, None, None], bias)
+    return F.conv2d(x, weight if weight.dim() == 4 else weight[:, :, None, None], bias)
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int) -> Tensor:
-    return F.conv2d(x, weight[:, None], bias, stride, dilation, dilation, groups=x.shape[1])
+    weight = weight if weight.dim() == 4 else weight[:, None]
+    return F.conv2d(x, weight, bias, stride, dilation, dilation, groups=x.shape[1])
 
 
 def _resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
@@ -82,14 +85,21 @@ def inverted_residual(x: Tensor, layer: Layer, weights: Weights, tap: Tap = unta
     return tap("project", x + y if layer.residual else y)
 
 
-def pyramid_pooling(x: Tensor, layer: Layer, weights: Weights, tap: Tap = untapped) -> Tensor:
+def pyramid_pooling(
+    x: Tensor,
+    layer: Layer,
+    weights: Weights,
+    tap: Tap = untapped,
+    pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d,
+) -> Tensor:
     """out(concat [x, up(relu(branch_i(pool_i(x)))) ...]) with a 1x1 or 3x3 out-convolution + act."""
     parts = [x]
     branches = zip(layer.bins, weights["branch_weight"], weights["branch_bias"], strict=True)
     for index, (bins, weight, bias) in enumerate(branches):
-        grid = F.relu(_pointwise(F.adaptive_avg_pool2d(x, bins), weight, bias))
-        grid = tap(f"branch{index}", grid)
-        parts.append(_resize(grid, x.shape[2:], layer.align_corners))
+        grid = _pointwise(tap("input", pool(x, bins)), weight, bias)
+        grid = tap(f"branch{index}", F.relu(grid))
+        grid = _resize(grid, x.shape[2:], layer.align_corners)
+        parts.append(tap(f"branch{index}", grid))
     y = F.conv2d(
         torch.cat(parts, 1), weights["out_weight"], weights["out_bias"], padding=layer.kernel // 2
     )
@@ -103,9 +113,9 @@ def feature_fusion(
     refine = weights["refine_weight"], weights["refine_bias"]
     if layer.dense:  # it commutes with the resize
         y = _resize(tap("refine", _pointwise(low, *refine)), high.shape[2:], layer.align_corners)
-        y = F.relu(y)
+        y = F.relu(tap("refine", y))
     else:
-        y = _resize(low, high.shape[2:], layer.align_corners)
+        y = tap("input", _resize(low, high.shape[2:], layer.align_corners))
         y = tap("refine", F.relu(_depthwise(y, *refine, 1, layer.dilation)))
     y = _pointwise(y, weights["low_weight"], weights["bias"])
     y = activate(y + _pointwise(high, weights["high_weight"]), layer.activation)
@@ -186,10 +196,12 @@ def network(
     made: list[Tensor] = []
     for layer, tensors in zip(program.layers, weights, strict=True):
         inputs = [x if index == PICTURE else made[index] for index in layer.inputs]
-        more = {} if tap is None else {"tap": partial(_named, tap, layer.name)}
+        more = {}
+        if tap is not None and layer.values:
+            more["tap"] = partial(_named, tap, layer.name, program.value_read(layer))
         made.append(run(layer, inputs, tensors, x.shape[2:], output, ops, **more))
     return made[-1]
 
 
-def _named(tap: Tap, layer: str, value: str, tensor: Tensor) -> Tensor:
-    return tap(f"{layer}.{value}", tensor)
+def _named(tap: Tap, layer: str, read: str, value: str, tensor: Tensor) -> Tensor:
+    return tap(read if value == "input" else f"{layer}.{value}", tensor)

@@ -15,7 +15,7 @@ from ..backends import registry
 from ..data.classes import Named
 from ..lower.fold import FoldedWeights, fold
 from ..lower.quantise import quantise
-from ..program.arithmetic import choose
+from ..program.arithmetic import choose, floats_of
 from .forked import serial
 from .graphs import Graphs
 
@@ -31,7 +31,8 @@ class FusedFastSCNN(Named, nn.Module):
 
     Input is (N, C, H, W) with any strides: normalised floats of :attr:`dtype` or, where that has 16 bits, of
     torch.float32, which the first kernel rounds, or raw uint8 pixels in RGB, which are normalised by ``config.mean``
-    and ``config.std`` inside the first kernel. It has no parameters and no gradients. Its dtype is that of its packed
+    and ``config.std`` inside the first kernel. In torch.int8 floats are torch.float32, which the first kernel turns
+    back into pixels (raw pixels are faster), and so are logits and probabilities. It has no parameters and no gradients. Its dtype is that of its packed
     weights: ``half()``, ``to(torch.bfloat16)`` and their like raise, :func:`fuse` takes a dtype, and under
     ``torch.autocast`` it computes in and returns its own all the same; 16-bit floats of an x that autocast made are
     cast to it. Works under ``torch.compile(fullgraph=True)`` and ``torch.export``; to torch.fx it is one node, so
@@ -43,7 +44,8 @@ class FusedFastSCNN(Named, nn.Module):
     Attributes:
         config: the architecture, :class:`fastscnn_fast.arch.config.Config`.
         backend: "cpu", "triton" or "reference".
-        dtype: dtype that is computed in, of float input and of the results.
+        dtype: dtype that is computed in; of float input and of the results too, which are torch.float32 where it is
+            torch.int8.
         precision: "highest", or "high": float32 whose products keep about 17 bits on the cpu backend, and
             are TF32, 10 bits, on the triton backend.
     """
@@ -73,7 +75,7 @@ class FusedFastSCNN(Named, nn.Module):
         self.eval()
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits (N, K, H, W) of :attr:`dtype`.
+        """Logits (N, K, H, W) of :attr:`dtype`, of torch.float32 in torch.int8.
 
         Raises:
             ValueError: x of a wrong shape or device, or a picture too small for the first convolution; out
@@ -84,7 +86,7 @@ class FusedFastSCNN(Named, nn.Module):
         return self._run(x, "logits", out)
 
     def probabilities(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Softmax over classes (N, K, H, W) of :attr:`dtype`; raises as :meth:`forward`.
+        """Softmax over classes (N, K, H, W), of the dtype of :meth:`forward`; raises as that.
 
         Of one class alone it is the sigmoid, (N, 1, H, W).
         """
@@ -126,8 +128,9 @@ class FusedFastSCNN(Named, nn.Module):
         Raises:
             TypeError: another dtype is asked for.
         """
-        asked = fn(torch.empty(0, dtype=self.dtype, device=self.weights.device)).dtype
-        if asked != self.dtype:
+        floats = floats_of(self.dtype)
+        asked = fn(torch.empty(0, dtype=floats, device=self.weights.device)).dtype
+        if asked != floats:
             raise TypeError(
                 f"a fused network of {self.dtype} cannot become one of {asked}, its weights are packed:"
                 f" call fuse(model, dtype={asked})"
@@ -154,7 +157,8 @@ def fuse(
     Args:
         backend: "auto" (FASTSCNN_BACKEND, else the best that can run), or one of
             :data:`fastscnn_fast.backends.registry.BACKENDS`.
-        dtype: dtype to compute in; the model's own by default.
+        dtype: dtype to compute in; the model's own by default. torch.int8 needs ``model.ranges``
+            (:func:`fastscnn_fast.calibrate`), which the weights that come along have.
         precision: "highest", or "high", as in torch.set_float32_matmul_precision: float32 networks
             compute each product as three of bfloat16 on the cpu backend, where the processor has AMX (an
             infinite activation becomes NaN there), and in TF32 on the triton backend, where the GPU has it.
@@ -166,8 +170,8 @@ def fuse(
     Raises:
         TypeError: not a FastSCNN.
         ValueError: unknown backend, precision or cuda_graph, or a submodule was replaced or hooked, or a parameter
-            or buffer holds NaN, infinity or a negative variance, or is too large for ``dtype`` once it is folded
-            (:class:`structure.Unfusable`).
+            or buffer holds NaN, infinity or a negative variance, or is too large for ``dtype`` once it is folded,
+            or ``dtype`` is torch.int8 and there are no ranges, or wrong ones (:class:`structure.Unfusable`).
         RuntimeError: a parameter or buffer has lost its memory.
         CannotRun: a RuntimeError: the backend that was asked for cannot run, or not in that precision, and why;
             or cuda_graph is "on" and the model is on no CUDA device.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def save_csv(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
 
 
 def compare(
-    runs: dict[str, Labeller], examples: Examples
+    runs: Mapping[str, Labeller], examples: Examples
 ) -> tuple[dict[str, Confusion], dict[str, float], dict[str, float]]:
     """Confusion, share of pixels labelled as by the first, and seconds, by run."""
     scores = {name: Confusion(len(examples.label_names)) for name in runs}

@@ -253,10 +253,11 @@ def feature_fusion(block: FeatureFusion, high: Tensor, low: Tensor) -> Tensor:
 
 
 def auxiliary_head(block: AuxiliaryHead, x: Tensor) -> Tensor:
-    return cast(Tensor, block.conv(_dropout(block.dropout, conv_bn_act(block.hidden, x))))
+    return cast(Tensor, block.conv(dropped(block.dropout, conv_bn_act(block.hidden, x))))
 
 
-def _dropout(module: nn.Module, x: Tensor) -> Tensor:
+def dropped(module: nn.Module, x: Tensor) -> Tensor:
+    """``module``, a dropout, of x."""
     if type(module) is nn.Dropout and module.training:
         return dropout(x, module.p)
     return cast(Tensor, module(x))
@@ -275,7 +276,7 @@ def low_logits(model: FastSCNN, x: Tensor) -> list[Tensor]:
     taps = {"downsample": high, "global": low}
     head = model.classifier
     x = dsconv(head.dsconv2, dsconv(head.dsconv1, feature_fusion(model.feature_fusion, high, low)))
-    logits = [head.conv(_dropout(head.dropout, x))]
+    logits = [head.conv(dropped(head.dropout, x))]
     for tap, auxiliary in model.auxiliary.items():
         logits.append(auxiliary_head(cast(AuxiliaryHead, auxiliary), taps[tap]))
     return logits

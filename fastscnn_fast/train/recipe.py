@@ -90,9 +90,15 @@ class Recipe:
         0.0, "decay per step of a moving average of the weights, which is then what is kept; 0: off"
     )
     freeze_bn: bool = _choice(False, "keep the statistics of batch norm as they are")
+    quantize: bool = _choice(
+        False,
+        "fine-tune --weights in the arithmetic of int8, with ranges measured anew at each validation; batch norms are"
+        " folded, with their statistics as they are",
+    )
     dtype: str = _choice(
         "auto",
-        "autocast to bfloat16, or none; auto: bfloat16 where the processor has it",
+        "autocast to bfloat16, or none; auto: bfloat16 where the processor has it, but float32 to"
+        " --quantize",
         ("auto", "bfloat16", "float32"),
     )
     seed: int = _choice(0, "of initial weights, order, augmentation and dropout")
@@ -131,6 +137,14 @@ class Recipe:
             "ohem": (0 <= self.ohem <= 1, "must be 0 to 1"),
             "smoothing": (0 <= self.smoothing < 1, "must be at least 0 and below 1"),
             "ema": (0 <= self.ema < 1, "must be at least 0 and below 1"),
+            "weights": (
+                self.weights is not None or not self.quantize,
+                "must be given to start from with quantize",
+            ),
+            "dtype": (
+                self.dtype != "bfloat16" or not self.quantize,
+                "must be float32 with quantize (8 bits times a scale are more than bfloat16 holds)",
+            ),
         }
         for name, (holds, rule) in rules.items():
             if not holds:

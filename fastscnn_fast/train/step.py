@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arch.network import Ranges
 from ..data.datasets import Examples
 from ..runtime.model import FastSCNN
+from . import quantised
 from .dice import upsampled_dice
 from .loss import Targets, hard_examples, upsampled_cross_entropy
 from .ops import low_logits, normalised
@@ -24,7 +26,12 @@ class Objective(nn.Module):
     The loss is the mean over the pixels of all processes; torch averages gradients over processes, so each
     process's sum is divided by its share of ``denominator``, the sum of all pixels' weights. The Dice loss is
     the mean over what each process computes at a time.
+
+    Attributes:
+        ranges: those of the values that int8 rounds, where ``recipe.quantize`` is set.
     """
+
+    ranges: Ranges | None = None
 
     def __init__(self, model: FastSCNN, targets: Targets, recipe: Recipe, world: int) -> None:
         super().__init__()
@@ -33,7 +40,10 @@ class Objective(nn.Module):
     def forward(self, pictures: Tensor, labels: Tensor, denominator: Tensor) -> Any:
         bf16 = self.recipe.dtype == "bfloat16"
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=bf16):
-            logits = low_logits(self.model, normalised(pictures, self.model.config))
+            if self.ranges is None:
+                logits = low_logits(self.model, normalised(pictures, self.model.config))
+            else:
+                logits = quantised.low_logits(self.model, pictures, self.ranges)
         align_corners = self.model.config.align_corners
         loss = torch.zeros((), device=pictures.device)
         for index, z in enumerate(logits):

@@ -9,17 +9,20 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..arch.config import PRESETS, SMALLEST_SIDE, WIDTHS, Config, preset as config_preset
+from ..arch.network import Ranges
 from ..backends.registry import logger
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..data.augmentation import Augmentation
@@ -28,6 +31,7 @@ from ..data.datasets import Batch, Batches, Examples, load
 from ..data.scenery import Pieces, Scenery, Styles
 from ..data.sources import Streets
 from ..program.labels import labels_of
+from ..runtime.calibrate import calibrate
 from ..runtime.model import FastSCNN
 from ..writing import claimed
 from . import evaluate, files
@@ -41,6 +45,7 @@ _MOMENTUM = 0.9
 _SAVE_SECONDS = 120.0
 _SHOW_SECONDS = 2.0
 _STREET_SCENES = 500
+_RANGES_OF = 16  # training pictures
 _RARE_BELOW = 0.03  # share of all labelled pixels
 
 
@@ -107,6 +112,13 @@ def deployable(model: FastSCNN) -> FastSCNN:
     return plain.to(model.classifier.conv.weight.device).eval()
 
 
+def said(row: Mapping[str, float]) -> str:
+    """The scores of a row of the metrics."""
+    score = f"mIoU {row.get('miou', math.nan):.4f}"
+    plain = row.get("miou_float32")
+    return score if plain is None else f"{score} in int8, {plain:.4f} in float32"
+
+
 class Trainer:
     """One run in one folder.
 
@@ -142,7 +154,7 @@ class Trainer:
     ) -> None:
         self.device, self.out, self.command = torch.device(device), out, command
         self.group = Processes() if group is None else group
-        self.recipe = recipe = replace(recipe, dtype=_resolved(recipe.dtype, self.device))
+        self.recipe = recipe = replace(recipe, dtype=_resolved(recipe, self.device))
         self.train, self.val = train, val
         _check_channels(recipe, train, val)
         _check_classes(recipe, train, val, self.group.rank == 0)
@@ -187,11 +199,11 @@ class Trainer:
         )
         weights = class_weights(recipe, train)
         self.targets = Targets(num_classes, train.ignore, weights, recipe.smoothing, self.device)
-        objective = Objective(self.model, self.targets, recipe, self.group.world)
-        self.objective: nn.Module = objective
+        self.plain = Objective(self.model, self.targets, recipe, self.group.world)
+        self.objective: nn.Module = self.plain
         if self.group.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
-            self.objective = DistributedDataParallel(objective, device_ids=ids)
+            self.objective = DistributedDataParallel(self.plain, device_ids=ids)
 
         self.step = 0
         self.best = -1.0
@@ -319,6 +331,8 @@ class Trainer:
             RuntimeError: the loss is not finite.
             OSError: a file cannot be written, which is named; those that were there are whole.
         """
+        if self.recipe.quantize and self.plain.ranges is None:
+            self.plain.ranges = self._measured(self._kept())
         self._mode()
         begun, shown, saved = time.monotonic(), 0.0, time.monotonic()
         mine = claimed(self.out) if self.group.rank == 0 else nullcontext()
@@ -335,7 +349,7 @@ class Trainer:
                     self._validate(time.monotonic() - begun)
                     self._save()
                     begun = saved = time.monotonic()
-                    bar.set_description(f"mIoU {self.history[-1].get('miou', math.nan):.4f}")
+                    bar.set_description(said(self.history[-1]))
                     stop |= self.group.world == 1 and interrupt.signal != 0
                 elif stop or save:
                     self._save()
@@ -400,14 +414,15 @@ class Trainer:
             "seconds": round(seconds, 2),
         }
         self._clear_window()
-        kept = deployable(self.model if self.average is None else self.average)
+        kept = self._kept()
+        if self.recipe.quantize:
+            self.plain.ranges = kept.ranges = self._measured(kept)
         if self.val is not None:
             backend = "auto" if self.device.type == "cpu" else "plain"
-            run = evaluate.labeller(kept, backend, torch.float32)
-            mine = range(self.group.rank, len(self.val), self.group.world)
-            scores = evaluate.score(run, self.val, mine)
-            matrix = torch.from_numpy(scores.matrix).to(self.device)
-            scores.matrix = self.group.sum(matrix).cpu().numpy()
+            scores = self._scores(self.val, evaluate.labeller(kept, backend, torch.float32))
+            if self.recipe.quantize:
+                row["miou_float32"] = scores.miou
+                scores = self._scores(self.val, evaluate.labeller(kept, "auto", torch.int8))
             row |= {"miou": scores.miou, "accuracy": scores.accuracy}
             row |= {
                 f"iou_{name}": iou for name, iou in zip(self.val.label_names, scores.iou.tolist())
@@ -415,6 +430,26 @@ class Trainer:
         self.history.append(row)
         if self.group.rank == 0:
             self._report(row, kept)
+
+    def _kept(self) -> FastSCNN:
+        """The network as it is stored and scored."""
+        return deployable(self.model if self.average is None else self.average)
+
+    def _scores(self, val: Examples, run: evaluate.Labeller) -> evaluate.Confusion:
+        """Over all processes."""
+        scores = evaluate.score(run, val, range(self.group.rank, len(val), self.group.world))
+        matrix = torch.from_numpy(scores.matrix).to(self.device)
+        scores.matrix = self.group.sum(matrix).cpu().numpy()
+        return scores
+
+    def _measured(self, kept: FastSCNN) -> Ranges:
+        """The ranges of its values on training pictures, those of the first process on all of them."""
+        count = min(_RANGES_OF, len(self.train))
+        chosen = np.linspace(0, len(self.train) - 1, count).round().astype(int)
+        found = calibrate(kept, [self.train[k].picture for k in chosen], size=self.recipe.size)
+        ends = torch.tensor(list(found.values()), dtype=torch.float64, device=self.device)
+        shared = self.group.sum(ends if self.group.rank == 0 else torch.zeros_like(ends)).tolist()
+        return {name: (low, high) for name, (low, high) in zip(found, shared)}
 
     def _report(self, row: dict[str, float], kept: FastSCNN) -> None:
         """Writes the metrics so far, and the weights where they are the best."""
@@ -429,6 +464,7 @@ class Trainer:
             "classes": kept.classes,
             "palette": kept.palette,
             "miou": row.get("miou"),
+            **{name: value for name, value in row.items() if name == "miou_float32"},
             "step": row["step"],
             "steps": self.steps,
             "recipe": asdict(self.recipe),
@@ -450,6 +486,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "ranges": self.plain.ranges,
             "window": (self.window, total),
         }
         files.write_last(state, self.out)
@@ -491,6 +528,7 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.plain.ranges = state["ranges"]
         self.step, self.best, self.history = state["step"], state["best"], state["history"]
         self.window, total = state["window"]
         if self.group.rank == 0:  # the sum over all processes
@@ -498,9 +536,11 @@ class Trainer:
             self.seen = total[1:].view_as(self.seen).long()
 
 
-def _resolved(dtype: str, device: torch.device) -> str:
-    if dtype != "auto":
-        return dtype
+def _resolved(recipe: Recipe, device: torch.device) -> str:
+    if recipe.dtype != "auto":
+        return recipe.dtype
+    if recipe.quantize:
+        return "float32"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:

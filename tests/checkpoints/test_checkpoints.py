@@ -36,6 +36,8 @@ from fastscnn_fast.checkpoints import (
     to_layout,
 )
 from fastscnn_fast.data.classes import colours_of, numbered
+from fastscnn_fast.lower.quantise import value_names
+from fastscnn_fast.program.program import fast_scnn
 
 
 def layout_of(name: str) -> str:
@@ -784,3 +786,85 @@ def test_damaged_details_are_named(text, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"net\.safetensors: is damaged: "):
         read_details(path)
+
+
+def ranged(**overrides: Any) -> FastSCNN:
+    """A small network with a range for each of its values, in eval mode."""
+    model = FastSCNN(3, **SMALL, **overrides).eval()
+    names = value_names(fast_scnn(model.config))
+    model.ranges = {name: (-0.1 * k, 1 + 1 / 3 * k) for k, name in enumerate(names)}
+    return model
+
+
+def test_ranges_travel(tmp_path: Path) -> None:
+    """To the last bit, beside weights of half the bytes too; a network without stays without."""
+    model = ranged()
+    for stored in (None, torch.float16):
+        save_checkpoint(model, tmp_path / "net.safetensors", {"miou": 0.5}, stored)
+        loaded = load_checkpoint(tmp_path / "net.safetensors")
+        assert loaded.ranges == model.ranges
+        assert list(loaded.state_dict()) == list(model.state_dict())
+        assert read_details(tmp_path / "net.safetensors") == {"miou": 0.5}
+    model.ranges = None
+    save_checkpoint(model, tmp_path / "net.safetensors")
+    assert load_checkpoint(tmp_path / "net.safetensors").ranges is None
+    model.ranges = {"stem.conv": (0.0, 1.0)}
+    before = (tmp_path / "net.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="ranges must hold every value of the network"):
+        save_checkpoint(model, tmp_path / "net.safetensors")
+    assert (tmp_path / "net.safetensors").read_bytes() == before
+
+
+def test_ranges_stay_with_their_network(tmp_path: Path) -> None:
+    """An override that makes another network of the weights leaves them behind."""
+    path = tmp_path / "net.safetensors"
+    model = ranged()
+    save_checkpoint(model, path)
+    config = model.config
+    for same in ({}, {"size": (64, 96)}, {"dropout": 0.3}, {"mean": config.mean}):
+        assert load_checkpoint(path, **same).ranges == model.ranges, same
+    for other in (
+        {"mean": (0.5, 0.5, 0.5)},
+        {"std": (0.5, 0.5, 0.5)},
+        {"align_corners": True},
+        {"bottleneck_activation": "relu6"},
+    ):
+        assert load_checkpoint(path, **other).ranges is None, other
+
+
+@pytest.mark.usefixtures("thrifty")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no JSON", "damaged or no checkpoint"),
+        ("[" * 100_000, "damaged or no checkpoint"),
+        ("{}", "in its ranges: "),
+        ("[1]", r"in its ranges: ranges must be a mapping of names to \(low, high\), got \[1\]"),
+        ('{"a": [0, 1]}', "in its ranges: ranges must hold every value"),
+        ("+", "in its ranges: ranges must be of the network's values, it has no 'more'"),
+        ("NaN", r"in its ranges: range of fusion.sum must be two finite numbers .* \[0, nan\]"),
+        ("-Infinity", "range of fusion.sum must be two finite numbers in order"),
+        ("1" * 4000, "range of fusion.sum must be two finite numbers in order"),
+        ("-1", "range of fusion.sum must be two finite numbers in order"),
+        ("true", "range of fusion.sum must be two finite numbers in order"),
+        ('"1"', "range of fusion.sum must be two finite numbers in order"),
+        ("[[]]", "range of fusion.sum must be two finite numbers in order"),
+        ("null", "range of fusion.sum must be two finite numbers in order"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_ranges_of_a_hostile_file(text: str, message: str, tmp_path: Path) -> None:
+    model = ranged()
+    assert model.ranges is not None
+    whole = json.dumps({name: list(ends) for name, ends in model.ranges.items()})
+    if text == "+":
+        text = whole.replace("{", '{"more": [0, 1], ')
+    elif len(text) < 5000 and not text.startswith(("no", "{", "[1")):
+        end = f'"fusion.sum": [0, {text}]'
+        text = whole.replace(json.dumps({"fusion.sum": model.ranges["fusion.sum"]})[1:-1], end)
+        assert end in text
+    metadata = {"fastscnn_fast.config": json.dumps(model.config.to_dict())}
+    path = tmp_path / "net.safetensors"
+    save_file(dict(model.state_dict()), path, {**metadata, "fastscnn_fast.ranges": text})
+    with pytest.raises(CheckpointError, match=rf"net\.safetensors: .*{message}"):
+        load_checkpoint(path)

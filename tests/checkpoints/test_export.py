@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
-from helpers import assert_labels, assert_parity, lifelike, noise, randomise
+from helpers import assert_labels, assert_parity, lifelike, noise, randomise, small_network
 from layouts import free_widths
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastscnn_fast import FastSCNN, checkpoints, cli, export, fuse
+from fastscnn_fast import FastSCNN, calibrate, checkpoints, cli, export, fuse, load_checkpoint
 from fastscnn_fast.arch.config import PRESETS, Config, preset as config_preset
+from fastscnn_fast.data.scenes import street
 
 # None of these is the traced one; 32x32 and 33x49 have 1x1 and 2x2 features where the pooling happens.
 SIZES = [(1, 32, 32), (3, 33, 49), (1, 97, 131), (2, 160, 224), (1, 375, 242)]
@@ -116,6 +117,12 @@ def test_what_cannot_be_exported(monkeypatch, tmp_path):
             export.export_onnx(model, tmp_path / "x.onnx", pixels=dtype)
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         export.export_onnx(model, tmp_path)
+    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.int8, got torch.b"):
+        export.export_onnx(model, tmp_path / "x.onnx", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="int8 needs the ranges of the network's values"):
+        export.export_onnx(model, tmp_path / "x.onnx", dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"opset must be at least 18 in torch.int8, got 17"):
+        export.export_onnx(load_checkpoint(), tmp_path / "x.onnx", opset=17, dtype=torch.int8)
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
     with pytest.raises(RuntimeError, match=r"needs torch 2\.6 or newer, got 2\.4\.1"):
         export.export_onnx(model, tmp_path / "x.onnx")
@@ -237,6 +244,54 @@ def test_labels_of_one_class(tmp_path):
         assert_labels(labels, logits, 1e-4)
     x[0, 0, 20, 20] = float("nan")  # reaches every pixel
     assert (run(session, x)[0] == 0).all()
+
+
+@pytest.mark.slow
+def test_int8_as_qdq_labels_streets_as_our_int8_does(tmp_path, capsys):
+    """The weights that come along, by the command line; products of one scale an input become ones of integers."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnx
+
+    path = tmp_path / "int8.onnx"
+    words = ["--dtype", "int8", "--output", "labels", "--size", "64x96"]
+    assert cli.main(["export", "--onnx", str(path), *words]) == 0
+    assert path.stat().st_size < 1.8e6
+    nodes = onnx.load(path).graph.node
+    made = {output: node.op_type for node in nodes for output in node.output}
+    products = [node for node in nodes if node.op_type == "Conv"]
+    quantised = [n for n in products if all(made.get(x) == "DequantizeLinear" for x in n.input[:2])]
+    # All but the stem, which reads floats, and what reads a concatenation: pyramid and fusion, each part of which has
+    # its own scale, and what follows a resize of a value.
+    assert len(products) == 45 and len(quantised) >= 36
+    session, model = onnx_session(path), load_checkpoint()
+    fast = fuse(model, dtype=torch.int8)
+    for seed in (3, 2_000_000):
+        pixels = torch.from_numpy(street(seed, 360, 480)[0]).permute(2, 0, 1)[None]
+        labels = run(session, model._normalised(pixels))
+        assert (labels == fast.labels(pixels)).double().mean() > 0.995
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["mmseg", "segmentron"])
+def test_int8_as_qdq_of_other_networks(preset, tmp_path):
+    """3x3 pyramids, dense fusions: nearer to the integers than the plain network is, at sizes it was not traced at."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model = small_network(preset=preset)
+    calibrate(model, [street(seed, 128, 192)[0] for seed in range(3)])
+    export.export_onnx(model, tmp_path / "net.onnx", size=(64, 96), dtype=torch.int8)
+    session, fast = onnx_session(tmp_path / "net.onnx"), fuse(model, "reference", torch.int8)
+    for n, height, width in ((1, 160, 224), (2, 129, 191)):
+        pixels = (
+            torch.from_numpy(street(7, height, width)[0]).permute(2, 0, 1).expand(n, -1, -1, -1)
+        )
+        exact = fast(pixels)
+        with torch.no_grad():
+            plain = model.reference(pixels)
+        y = run(session, model._normalised(pixels))
+        assert y.shape == exact.shape
+        assert (y - exact).norm() < (plain - exact).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastscnn_fast import __version__, bench, checkpoints, cli, fuse, segment
+from fastscnn_fast import __version__, bench, calibrate, checkpoints, cli, fuse, segment
 from fastscnn_fast.backends import registry
 from fastscnn_fast.cli import demo, options
 from fastscnn_fast.data.classes import CAMVID_PALETTE, colours_of, numbered
@@ -459,3 +459,95 @@ def test_info_and_help_run_as_a_module():
             timeout=120,
         )
         assert run.returncode == 0 and expected in run.stdout, run.stderr
+
+
+def camvid_like(root, count=3):
+    """Labelled streets as files."""
+    for split, seeds in (("train", range(count)), ("val", range(50, 52))):
+        for kind in ("images", "labels"):
+            (root / split / kind).mkdir(parents=True)
+        for seed in seeds:
+            picture, labels = street(seed, 64, 96)
+            Image.fromarray(picture).save(root / split / "images" / f"{seed}.png")
+            Image.fromarray(labels).save(root / split / "labels" / f"{seed}.png")
+    return [str(root), "--classes", "11", "--ignore", "11"]
+
+
+def test_quantize_measures_scores_and_writes(weights, tmp_path, capsys):
+    """And what it wrote runs in int8 by every command that takes it."""
+    data = camvid_like(tmp_path / "data")
+    out = tmp_path / "new" / "int8.safetensors"
+    command = ["quantize", *data, "--weights", str(weights), "-o", str(out)]
+    assert cli.main([*command, "--pictures", "2", "--method", "min-max"]) == 0
+    printed = capsys.readouterr().out
+    assert "ranges of 2 pictures of train, by min-max\n2 pictures of val\n" in printed
+    rows = re.findall(r"^fused, \w+, (\w+) .* ([\d.]+) % +[\d.]+$", printed, re.MULTILINE)
+    assert [name for name, _ in rows] == ["float32", "int8"]
+    assert float(rows[0][1]) == 100 and 50 < float(rows[1][1]) < 100
+    before, after = (checkpoints.load_checkpoint(path) for path in (weights, out))
+    assert before.ranges is None and after.classes == before.classes
+    assert all(map(torch.equal, before.state_dict().values(), after.state_dict().values()))
+    with (
+        Image.open(tmp_path / "data/train/images/0.png") as first,
+        Image.open(tmp_path / "data/train/images/2.png") as last,
+    ):
+        assert after.ranges == calibrate(before, [first, last], "min-max")
+
+    picture = str(tmp_path / "data/val/images/50.png")
+    chosen = ["--weights", str(out), "--dtype", "int8"]
+    assert cli.main(["segment", picture, "-o", str(tmp_path / "out"), *chosen]) == 0
+    with Image.open(tmp_path / "out" / "50_labels.png") as labels:
+        expected = segment(fuse(after, dtype=torch.int8), picture)
+        assert np.array_equal(np.asarray(labels), expected)
+    assert cli.main(["evaluate", *data, *chosen]) == 0
+    assert re.search(r"^fused, \w+, int8 .* [\d.]+ %", capsys.readouterr().out, re.MULTILINE)
+    assert cli.main(["demo", picture, "-o", str(tmp_path / "out"), *chosen]) in (0, 1)
+    printed = capsys.readouterr().out
+    assert "arithmetic: int8" in printed and "Parity allows 0.25 and 1 %" in printed
+
+
+def test_quantize_keeps_what_is_in_the_file(tmp_path, capsys):
+    """Half the bytes stay half the bytes, details stay."""
+    model = UNTRAINED_MODEL(num_classes=11)
+    path, out = tmp_path / "half.safetensors", tmp_path / "int8.safetensors"
+    checkpoints.save_checkpoint(model, path, {"miou": 0.25}, torch.float16)
+    data = camvid_like(tmp_path / "data", 1)
+    assert cli.main(["quantize", *data, "--weights", str(path), "-o", str(out)]) == 0
+    assert "ranges of 1 pictures of train, by least-squares" in capsys.readouterr().out
+    assert checkpoints.read_details(out) == {"miou": 0.25}
+    assert checkpoints.stored_dtype(out) == torch.float16
+    assert 0 < out.stat().st_size - path.stat().st_size < 10_000
+    assert checkpoints.load_checkpoint(out).ranges is not None
+
+
+def test_quantize_refuses(weights, tmp_path, capsys):
+    data = camvid_like(tmp_path / "data", 1)
+    good = str(tmp_path / "o.safetensors")
+    for words, message in (
+        ([*data, "-o", str(tmp_path / "o.pth")], "--out must end in .safetensors, got "),
+        ([*data, "-o", good, "--splits", "test", "val"], "test/images: no such folder"),
+        ([str(tmp_path), "-o", good], "classes.txt: missing"),
+        (["streets:1", "-o", good], "has classes kind 0, kind 1"),
+    ):
+        assert cli.main(["quantize", *words, "--weights", str(weights)]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "o.safetensors").exists()
+    command = ["segment", str(tmp_path / "data/val/images/50.png"), "-o", str(tmp_path / "out")]
+    assert cli.main([*command, "--weights", str(weights), "--dtype", "int8"]) == 2
+    assert "int8 needs the ranges of the network's values" in capsys.readouterr().err
+
+
+def test_bench_in_other_dtypes(tmp_path, capsys):
+    """Ours alone is computed in them; int8 needs weights that mean something."""
+    capsys.readouterr()
+    assert cli.main(["bench", "--dtype", "int8", "--preset", "mmseg"]) == 2
+    assert "--weights must be given for int8, since rounding" in capsys.readouterr().err
+    files = ["--plot", str(tmp_path / "bench.png"), "--csv", str(tmp_path / "bench.csv")]
+    for name in ("bfloat16", "int8"):
+        command = ["bench", "--size", "64x96", "--rounds", "1", "--no-compile", *files]
+        assert cli.main([*command, "--dtype", name]) == 0
+        printed = capsys.readouterr().out
+        assert f"arithmetic: {name}" in printed and "parity failed" not in printed
+        with open(tmp_path / "bench.csv", newline="") as file:
+            found = [row["arithmetic"] for row in csv.DictReader(file)]
+        assert found == ["float32", "float32", name, name]

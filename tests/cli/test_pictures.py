@@ -18,8 +18,8 @@ from PIL import Image
 
 from fastscnn_fast import bench, checkpoints, cli, fuse, segment
 from fastscnn_fast.cli import options, results
-from fastscnn_fast.cli.jobs import find
 from fastscnn_fast.data import pictures
+from fastscnn_fast.data.jobs import find
 from fastscnn_fast.data.scenes import street
 
 UNTRAINED_MODEL = functools.cache(bench.untrained_model)
@@ -344,7 +344,7 @@ def test_an_interruption_leaves_whole_files_alone(weights: Path) -> None:
     assert run.returncode == 130 and error.endswith("fastscnn_fast: interrupted\n")
     written = files()
     assert 6 <= len(written) < 3900 and len(written) % 2 == 0
-    assert all(name.endswith(results.ENDINGS) for name in written)
+    assert all(name.endswith(pictures.ENDINGS) for name in written)
     for name in written:
         with Image.open(Path("out", name)) as image:
             image.load()

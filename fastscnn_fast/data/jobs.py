@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.pictures import PICTURE_SUFFIXES, no_file, no_picture
-from .results import ENDINGS
+from .pictures import ENDINGS, PICTURE_SUFFIXES, no_file, no_picture
 
 
 class Job(NamedTuple):
