@@ -36,6 +36,14 @@ def test_what_they_are(model: FastSCNN) -> None:
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_they_have_ranges_by_which_int8_labels_alike(model: FastSCNN) -> None:
+    scenes = Examples(Streets(2, seed=2_000_000))
+    runs = {str(t): labeller(model, "auto", t) for t in (torch.float32, torch.int8)}
+    scores, equal, _ = compare(runs, scenes)
+    assert equal["torch.int8"] > 0.99
+    assert abs(scores["torch.int8"].miou - scores["torch.float32"].miou) < 0.01
+
+
 def test_they_label_streets_never_seen(model: FastSCNN) -> None:
     """Procedural scenes beyond those of training, at their own shape and at a panorama's."""
     for size, accuracy, miou in (((360, 480), 0.85, 0.55), ((400, 900), 0.75, 0.45)):
