@@ -166,7 +166,7 @@ def test_bits_reach_the_network(tmp_path, capsys, caplog):
         (["--backend", "triton"], "backend triton cannot run: "),
         (
             ["--backend", "cpu", "--dtype", "float16"],
-            "dtype must be torch.float32 or torch.bfloat16, got torch.float16",
+            "dtype must be torch.float32, torch.bfloat16 or torch.int8, got torch.float16",
         ),
         (
             ["--backend", "cpu", "--dtype", "bfloat16", "--precision", "high"],
