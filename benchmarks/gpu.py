@@ -25,7 +25,7 @@ from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu.measure import copies, milliseconds
 from fastscnn_fast.bench import Call, Contestant, Plain, Probe, Result, Timer
-from fastscnn_fast.cli.options import DTYPES, count, size
+from fastscnn_fast.cli.options import GPU_DTYPES as DTYPES, count, size
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program import memory, reference

@@ -53,7 +53,8 @@ struct Sums {
   }
 };
 
-// One step along K, of N panels in turn: whole tiles, or the rest of K. Tiles are numbers in the instructions.
+// One step along K, of N panels in turn: whole tiles, or the rest of K. Tiles are numbers in the
+// instructions.
 template <int N>
 FASTSCNN_INLINE void step(const element* a, size_t lda, const int8_t* b, size_t panel) {
   _tile_loadd(4, a, lda);

@@ -36,7 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--arch", type=options.count, required=True, metavar="N", help="80 for sm_80 and so on"
     )
-    options.add_dtype(command, "float16")
+    options.add_dtype(command, "float16", options.GPU_DTYPES)
     options.add_preset(command)
     command.add_argument(
         "--size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ DTYPES = {
     name: one.dtype
     for name, one in ARITHMETICS.items()
     if one.precision == "highest" and set(one.needs) != {"reference"}
+}
+#: Those that a backend on GPUs has kernels for.
+GPU_DTYPES = {
+    name: chosen
+    for name, chosen in DTYPES.items()
+    if not ARITHMETICS[name].needs.keys().isdisjoint(registry.GPU_BACKENDS)
 }
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -62,11 +69,11 @@ def add_sizes(command: Parser) -> None:
     )
 
 
-def add_dtype(command: Parser, default: str) -> None:
+def add_dtype(command: Parser, default: str, choices: Mapping[str, torch.dtype] = DTYPES) -> None:
     command.add_argument(
         "--dtype",
         type=dtype,
-        choices=DTYPES,
+        choices=choices,
         default=default,
         help=f"dtype to compute in (%(default)s){SHORT}",
     )

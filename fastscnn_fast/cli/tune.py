@@ -31,7 +31,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch", type=options.count, metavar="N", default=1, help="pictures a call (%(default)s)"
     )
-    options.add_dtype(command, "float16")
+    options.add_dtype(command, "float16", options.GPU_DTYPES)
     options.add_precision(command)
 
 

@@ -190,7 +190,12 @@ def test_the_gpu_benchmark_reads_its_options(capsys: pytest.CaptureFixture[str])
     )
     assert args.size == [(64, 96), (33, 49)] and args.arithmetics == ["float16"]
     assert args.batch == 2 and args.preset == "paper" and args.weights is None
-    for wrong in (["--size", "64x"], ["--arithmetics", "int8"], ["--rounds", "0"], ["--parts", "x"]):
+    for wrong in (
+        ["--size", "64x"],
+        ["--arithmetics", "int8"],
+        ["--rounds", "0"],
+        ["--parts", "x"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(wrong)
     with pytest.raises(SystemExit, match="0"):
