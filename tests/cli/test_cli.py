@@ -290,7 +290,7 @@ def test_help_has_what_users_and_what_developers_run_apart(capsys):
     printed = capsys.readouterr().out
     users, developers = printed.split("\ncommands:")[1].split("commands for work on the kernels:")
     assert re.findall(r"^  (\w+)  ", users, re.MULTILINE) == [
-        *("segment", "demo", "train", "evaluate", "export", "info")
+        *("segment", "demo", "train", "quantize", "evaluate", "export", "info")
     ]
     assert re.findall(r"^  (\w+)  ", developers, re.MULTILINE) == ["bench", "tune", "dump"]
 
@@ -543,8 +543,8 @@ def test_bench_in_other_dtypes(tmp_path, capsys):
     assert cli.main(["bench", "--dtype", "int8", "--preset", "mmseg"]) == 2
     assert "--weights must be given for int8, since rounding" in capsys.readouterr().err
     files = ["--plot", str(tmp_path / "bench.png"), "--csv", str(tmp_path / "bench.csv")]
-    for name in ("bfloat16", "int8"):
-        command = ["bench", "--size", "64x96", "--rounds", "1", "--no-compile", *files]
+    for name in ("bfloat16", "int8"):  # rounding tells in the labels of tiny pictures
+        command = ["bench", "--size", "256x384", "--rounds", "1", "--no-compile", *files]
         assert cli.main([*command, "--dtype", name]) == 0
         printed = capsys.readouterr().out
         assert f"arithmetic: {name}" in printed and "parity failed" not in printed
