@@ -544,7 +544,7 @@ def test_bench_in_other_dtypes(tmp_path, capsys):
     assert "--weights must be given for int8, since rounding" in capsys.readouterr().err
     files = ["--plot", str(tmp_path / "bench.png"), "--csv", str(tmp_path / "bench.csv")]
     for name in ("bfloat16", "int8"):
-        command = ["bench", "--size", "64x96", "--rounds", "1", "--no-compile", *files]
+        command = ["bench", "--size", "384x512", "--rounds", "1", "--no-compile", *files]
         assert cli.main([*command, "--dtype", name]) == 0
         printed = capsys.readouterr().out
         assert f"arithmetic: {name}" in printed and "parity failed" not in printed
