@@ -234,7 +234,7 @@ def test_values_that_are_always_zero_get_some_range(model: FastSCNN) -> None:
         ([(PIXELS[0], PIXELS[1])], TypeError, "got tuple"),
         ({"a": PIXELS[0]}, ValueError, "a: does not exist"),
         ("nowhere.png", ValueError, r"nowhere\.png: does not exist"),
-        (PIXELS[0].astype(np.float32), ValueError, "must be a uint8 array, got float32"),
+        (PIXELS[0].astype(np.float32), ValueError, "must be a uint8 or uint16 array, got float32"),
         (torch.zeros(1, 4, 64, 64), ValueError, r"\(N, 3, H, W\) .* got shape \(4, 64, 64\)"),
         (torch.zeros(3, 31, 64), ValueError, r"from 32x32 up, got shape \(3, 31, 64\)"),
         (torch.zeros(64, 64), ValueError, r"got shape \(64, 64\)"),
