@@ -82,7 +82,7 @@ def test_each_value_is_what_the_integers_make_of_the_same(
         by, q = next(coming)
         off = (levels - q).abs()
         assert off.max() < 1.01, by
-        assert by != "requantise" or (off > 0.5).double().mean() < 1e-3
+        assert by != "requantise" or (off > 0.5).sum() <= 2 + 1e-3 * off.numel()
         return (q.to(dtype) - to.zero) * to.scale
 
     monkeypatch.setattr(quantised, "round_value", compared)
