@@ -5,7 +5,7 @@ A time is reported only where the result passed the parity bound in the same run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import nan
 from typing import Any
@@ -87,7 +87,9 @@ class Plain(nn.Module):
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.layer, self.size, self.output = case.step.layer, case.step.output[1:], case.variant
-        self.ops = integers.OPS if case.one.quantised else reference.OPS
+        self.ops: Mapping[str, Callable[..., Tensor]] = (
+            integers.OPS if case.one.quantised else reference.OPS
+        )
         self.names = tuple(weights)
         for name, tensor in weights.items():
             self.register_buffer(name, tensor)
