@@ -87,9 +87,9 @@ class Plain(nn.Module):
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.layer, self.size, self.output = case.step.layer, case.step.output[1:], case.variant
-        self.ops: Mapping[str, Callable[..., Tensor]] = (
-            integers.OPS if case.one.quantised else reference.OPS
-        )
+        self.ops: Mapping[str, Callable[..., Tensor]] = reference.OPS
+        if case.one.quantised:
+            self.ops = integers.OPS
         self.names = tuple(weights)
         for name, tensor in weights.items():
             self.register_buffer(name, tensor)
