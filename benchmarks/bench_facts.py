@@ -18,9 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastscnn_fast import FusedFastSCNN, bench, fuse
+from fastscnn_fast import FastSCNN, FusedFastSCNN, bench, fuse
 from fastscnn_fast.backends import registry
 from fastscnn_fast.cli.options import count
+from fastscnn_fast.program.arithmetic import floats_of
 
 SIZES = ((1024, 2048), (1080, 1920), (375, 1242), (719, 1283))
 BATCH, BATCH_SIZE = 8, (256, 512)
@@ -41,14 +42,19 @@ def _name(size: tuple[int, int]) -> str:
 
 
 def _fused(arithmetic: str, preset: str = "paper") -> FusedFastSCNN:
-    return fuse(bench.untrained_model(preset), "cpu", *registry.CPU_ARITHMETICS[arithmetic].asked)
+    return fuse(_model(arithmetic, preset), "cpu", *registry.CPU_ARITHMETICS[arithmetic].asked)
+
+
+def _model(arithmetic: str, preset: str) -> FastSCNN:
+    model = bench.untrained_model(preset)
+    return bench.calibrated(model) if registry.CPU_ARITHMETICS[arithmetic].quantised else model
 
 
 def _tasks(
     fast: FusedFastSCNN, batch: int, size: tuple[int, int]
 ) -> dict[str, Callable[[], Tensor]]:
     """Calls that fill memory of their own."""
-    x = torch.randn(batch, 3, *size).to(fast.dtype)
+    x = torch.randn(batch, 3, *size).to(floats_of(fast.dtype))
     return {
         "logits": partial(fast, x, out=fast(x)),
         "labels": partial(fast.labels, x, out=fast.labels(x)),
@@ -102,16 +108,25 @@ def start(arithmetic: str, rounds: int) -> Iterator[Row]:
     """Fusing, the first call and the memory that calls keep, in a fresh process each."""
     for preset in ARENA_PRESETS:
         for size in ARENA_SIZES:
-            arguments = (arithmetic, preset, size, torch.get_num_threads(), rounds)
-            with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                yield fresh.apply(_start, arguments)
+            row, arena = _started(arithmetic, preset, size, rounds)
+            wide = arena if arithmetic == "float32" else _started("float32", preset, size, 1)[1]
+            yield row | {"/ float32's": f"{arena / wide:.2f}"}
 
 
-def _start(arithmetic: str, preset: str, size: tuple[int, int], threads: int, rounds: int) -> Row:
+def _started(arithmetic: str, preset: str, size: tuple[int, int], rounds: int) -> tuple[Row, int]:
+    arguments = (arithmetic, preset, size, torch.get_num_threads(), rounds)
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        return fresh.apply(_start, arguments)
+
+
+def _start(
+    arithmetic: str, preset: str, size: tuple[int, int], threads: int, rounds: int
+) -> tuple[Row, int]:
+    """The row, and the bytes that calls keep."""
     torch.set_num_threads(threads)
     with torch.inference_mode():
-        model = bench.untrained_model(preset)
-        x = torch.randn(1, 3, *size).to(registry.CPU_ARITHMETICS[arithmetic].dtype)
+        model = _model(arithmetic, preset)
+        x = torch.randn(1, 3, *size).to(registry.CPU_ARITHMETICS[arithmetic].floats)
         out = torch.zeros(1, model.config.num_classes, *size, dtype=x.dtype)
         times = [time.perf_counter()]
         fast = fuse(model, "cpu", *registry.CPU_ARITHMETICS[arithmetic].asked)
@@ -120,6 +135,7 @@ def _start(arithmetic: str, preset: str, size: tuple[int, int], threads: int, ro
         times.append(time.perf_counter())
         fused, first = ((b - a) * 1e3 for a, b in itertools.pairwise(times))
         warm = _medians({"": partial(fast, x, out=out)}, rounds)[""]
+    arena = registry.cpu_module().scratch_bytes()
     return {
         "arithmetic": arithmetic,
         "preset": preset,
@@ -128,8 +144,8 @@ def _start(arithmetic: str, preset: str, size: tuple[int, int], threads: int, ro
         "first call ms": f"{first:.1f}",
         "warm ms": f"{warm:.1f}",
         "first / warm": f"{first / warm:.2f}",
-        "arena MB": f"{registry.cpu_module().scratch_bytes() / 1e6:.1f}",
-    }
+        "arena MB": f"{arena / 1e6:.1f}",
+    }, arena
 
 
 def imports(rounds: int) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import argparse
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -33,9 +33,13 @@ from fastscnn_fast.program.parity import Parity
 from fastscnn_fast.program.program import layer_sizes
 
 OURS, ORT, OPENVINO, OPENVINO_BF16 = "fastscnn_fast", "onnxruntime", "OpenVINO", "OpenVINO bfloat16"
+ORT_INT8, OPENVINO_INT8 = "onnxruntime int8", "OpenVINO int8"
 FRESH = ", fresh output"
 COPY = "copy"
 TASKS = ("logits", "labels")
+
+#: Left out of untrained networks, where their labels would differ too often to be timed.
+ROUGH = ("high", "int8")
 
 _ROOF_SECONDS = 0.02
 _COPIED = 1 << 25  # floats: 128 MiB, more than a core's caches hold
@@ -71,10 +75,10 @@ class Input:
 
     @cached_property
     def eager(self) -> dict[str, Parity]:
-        """How far eager torch is from the truth in each arithmetic's dtype."""
+        """How far eager torch is from the truth in each arithmetic's dtype of floats."""
         return {
             name: Parity.of(
-                Plain(self.model, "logits", one.dtype)(self.x.to(one.dtype)), self.exact
+                Plain(self.model, "logits", one.floats)(self.x.to(one.floats)), self.exact
             )
             for name, one in registry.CPU_ARITHMETICS.items()
         }
@@ -108,6 +112,13 @@ class Input:
             export_onnx(self.model, path, "labels" if task == "labels" else "logits")
         return str(path)
 
+    def calibration(self) -> list[dict[str, Any]]:
+        """Pictures to measure the ranges of int8 on, as the network's inputs in ONNX."""
+        return [
+            {"x": bench.normalised(self.model, pixels).contiguous().numpy()}
+            for pixels in bench.calibration_pictures()
+        ]
+
 
 # ---------------------------------------------------------------- contestants
 
@@ -118,7 +129,8 @@ def ours(
     for arithmetic, fast in nets.items():
         name = f"{OURS} {arithmetic}"
         run = fast.labels if task == "labels" else fast
-        x, out = given.x.to(fast.dtype), given.result(task, fast.dtype)
+        floats = registry.CPU_ARITHMETICS[arithmetic].floats
+        x, out = given.x.to(floats), given.result(task, floats)
         yield Contestant(name, partial(run, x, out=out), arithmetic)
         if task == "labels":
             yield Contestant(
@@ -128,25 +140,28 @@ def ours(
             yield Contestant(name + FRESH, partial(run, x), arithmetic)
 
 
-def eager(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
+def eager(given: Input, task: str, wanted: Collection[str], fresh: bool) -> Iterator[Contestant]:
     last = given.x.contiguous(memory_format=torch.channels_last)
     for name, arithmetic, x in (
         (bench.EAGER, "float32", given.x),
         (bench.EAGER_LAST, "float32", last),
         (f"{bench.EAGER_LAST}, bfloat16", "bfloat16", last.bfloat16()),
     ):
-        plain = Plain(given.model, task, x.dtype, channels_last=x is not given.x)
-        yield Contestant(name, partial(plain, x), arithmetic)
+        if arithmetic in wanted:
+            plain = Plain(given.model, task, x.dtype, channels_last=x is not given.x)
+            yield Contestant(name, partial(plain, x), arithmetic)
 
 
-def compiled(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
+def compiled(given: Input, task: str, wanted: Collection[str], fresh: bool) -> Iterator[Contestant]:
     x = given.x.contiguous(memory_format=torch.channels_last)
     call = bench.frozen(Plain(given.model, task, channels_last=True), x)
     if call is not None:
         yield Contestant(bench.COMPILED, call)
 
 
-def onnxruntime(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
+def onnxruntime(
+    given: Input, task: str, wanted: Collection[str], fresh: bool
+) -> Iterator[Contestant]:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -155,29 +170,66 @@ def onnxruntime(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
     n, _, h, w = given.x.shape
     for axis, length in {"n": n, "h": h, "w": w}.items():
         options.add_free_dimension_override_by_name(axis, length)
-    session = ort.InferenceSession(given.onnx(task), options, ["CPUExecutionProvider"])
 
-    out, binding = given.result(task), session.io_binding()
-    for bind, name, array in (
-        (binding.bind_input, "x", given.x.numpy()),
-        (binding.bind_output, task, out.numpy()),
-    ):
-        bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    def contestants(name: str, arithmetic: str, network: str) -> Iterator[Contestant]:
+        session = ort.InferenceSession(network, options, ["CPUExecutionProvider"])
+        out, binding = given.result(task), session.io_binding()
+        for bind, value, array in (
+            (binding.bind_input, "x", given.x.numpy()),
+            (binding.bind_output, task, out.numpy()),
+        ):
+            bind(value, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-    def run() -> Tensor:
-        session.run_with_iobinding(binding)
-        return out
+        def run() -> Tensor:
+            session.run_with_iobinding(binding)
+            return out
 
-    yield Contestant(ORT, run)
-    if fresh:
-        pictures = {"x": given.x.numpy()}
-        yield Contestant(ORT + FRESH, lambda: torch.from_numpy(session.run([task], pictures)[0]))
+        yield Contestant(name, run, arithmetic)
+        if fresh:
+            pictures = {"x": given.x.numpy()}
+            yield Contestant(
+                name + FRESH,
+                lambda: torch.from_numpy(session.run([task], pictures)[0]),
+                arithmetic,
+            )
+
+    yield from contestants(ORT, "float32", given.onnx(task))
+    if "int8" in wanted:
+        yield from contestants(ORT_INT8, "int8", _onnxruntime_int8(given, task))
 
 
-def openvino(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
+def _onnxruntime_int8(given: Input, task: str) -> str:
+    """A file of the network quantised by onnxruntime, for any size: all operators that it can, per channel."""
+    from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path, prepared = (str(given.folder / f"{task}_{kind}.onnx") for kind in ("int8", "prepared"))
+    if not Path(path).exists():
+        # Symbolic shapes, which it would leave in the current folder, fail on a network of free size.
+        quant_pre_process(given.onnx(task), prepared, skip_symbolic_shape=True)
+        pictures = iter(given.calibration())
+
+        class Reader(q.CalibrationDataReader):  # type: ignore[misc]
+            def get_next(self) -> dict[str, Any] | None:
+                return next(pictures, None)
+
+        q.quantize_static(
+            prepared,
+            path,
+            Reader(),
+            quant_format=q.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=q.QuantType.QUInt8,
+            weight_type=q.QuantType.QInt8,
+        )
+    return path
+
+
+def openvino(given: Input, task: str, wanted: Collection[str], fresh: bool) -> Iterator[Contestant]:
     import openvino as ov
 
     core = ov.Core()
+    halves = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
     def tensor(t: Tensor) -> Any:
         """The same memory."""
@@ -186,12 +238,12 @@ def openvino(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
         return ov.Tensor(t.numpy(), shared_memory=True)
 
     def contestant(name: str, arithmetic: str, reuse: bool) -> Contestant:
-        dtype, _ = registry.CPU_ARITHMETICS[arithmetic].asked
-        x, out = given.x.to(dtype), given.result(task, dtype)
-        network = core.read_model(given.onnx(task))
+        floats = registry.CPU_ARITHMETICS[arithmetic].floats
+        x, out = given.x.to(floats), given.result(task, floats)
+        int8 = arithmetic == "int8"
+        network = core.read_model(_openvino_int8(given, task) if int8 else given.onnx(task))
         network.reshape({"x": list(x.shape)})
-        half = arithmetic == "bfloat16"
-        if half:  # its input and logits too, as ours
+        if arithmetic == "bfloat16":  # its input and logits too, as ours
             types = ov.preprocess.PrePostProcessor(network)
             types.input().tensor().set_element_type(ov.Type.bf16)
             if task == "logits":
@@ -199,7 +251,8 @@ def openvino(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
             network = types.build()
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
+            # What int8 leaves in floats is fastest in bfloat16 too.
+            "INFERENCE_PRECISION_HINT": "bf16" if halves and arithmetic != "float32" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
@@ -218,15 +271,38 @@ def openvino(given: Input, task: str, fresh: bool) -> Iterator[Contestant]:
         return Contestant(name + FRESH, lambda: fill(torch.empty_like(out)), arithmetic)
 
     names = {OPENVINO: "float32"}
-    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if halves and "bfloat16" in wanted:
         names[OPENVINO_BF16] = "bfloat16"
+    if "int8" in wanted:
+        if find_spec("nncf") is None:
+            print(f"{OPENVINO_INT8} is left out: nncf not installed (the extra bench has it)")
+        else:
+            names[OPENVINO_INT8] = "int8"
     for name, arithmetic in names.items():
         yield contestant(name, arithmetic, reuse=True)
         if fresh:
             yield contestant(name, arithmetic, reuse=False)
 
 
-PEERS: dict[str, Callable[[Input, str, bool], Iterator[Contestant]]] = {
+def _openvino_int8(given: Input, task: str) -> str:
+    """A file of the network quantised by nncf, for any size."""
+    import nncf
+    import openvino as ov
+
+    path = given.folder / f"{task}_int8.xml"
+    if not path.exists():
+        pictures = given.calibration()
+        quantised = nncf.quantize(
+            ov.Core().read_model(given.onnx(task)),
+            nncf.Dataset(pictures),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            subset_size=len(pictures),
+        )
+        ov.save_model(quantised, path, compress_to_fp16=False)
+    return str(path)
+
+
+PEERS: dict[str, Callable[[Input, str, Collection[str], bool], Iterator[Contestant]]] = {
     "eager": eager,
     "compile": compiled,
     "onnxruntime": onnxruntime,
@@ -241,7 +317,10 @@ def paired(contestants: Sequence[Contestant]) -> list[Contestant]:
     wide = wide or [name for name, c in peers.items() if c.arithmetic == "float32"]
 
     def against(c: Contestant) -> tuple[str, ...]:
-        names = [*wide, OPENVINO_BF16] if c.arithmetic == "bfloat16" else wide
+        names = {
+            "bfloat16": [*wide, OPENVINO_BF16],
+            "int8": [name for name in peers if not name.endswith(FRESH)],
+        }.get(c.arithmetic, wide)
         return tuple(name + FRESH for name in names) if c.name.endswith(FRESH) else tuple(names)
 
     return [replace(c, against=against(c)) for c in contestants]
@@ -287,12 +366,9 @@ class Report:
         args: argparse.Namespace,
     ) -> None:
         contestants = list(ours(given, task, nets, args.fresh))
+        wanted = {"float32", *nets} | ({"bfloat16"} if "int8" in nets else set())
         for name in peers:
-            contestants += [
-                c
-                for c in PEERS[name](given, task, args.fresh)
-                if c.arithmetic in nets or c.arithmetic == "float32"
-            ]
+            contestants += PEERS[name](given, task, wanted, args.fresh)
         results, samples = bench.race(
             given.where | {"task": task},
             paired(contestants),
@@ -303,17 +379,24 @@ class Report:
             {name: multiply_adds(name) for name in nets} | {COPY: copying()},
         )
         rates = {name: float(np.median(values)) for name, values in samples.items()}
+        medians = {r.name: r.median for r in results if r.passed}
         rows = []
         for r in results:
+            own = medians.get(r.name.replace(f"{OURS} int8", f"{OURS} bfloat16"))
+            quantised = r.passed and r.name.startswith(f"{OURS} int8")
+            by_own = r.median / own if quantised and own is not None else None
             rate = rates.get(r.arithmetic)
             roof = None if rate is None else sum(given.flops.values()) / rate / 1e6
             compared = {
-                "ratio": "" if r.ratio is None else f"{r.ratio:.2f}",
-                "/ roof": "" if roof is None else f"{r.median / roof:.2f}",
+                "ratio": _figure(r.ratio),
+                **({"/ bfloat16": _figure(by_own)} if "int8" in nets else {}),
+                "/ roof": _figure(None if roof is None else r.median / roof),
             }
             rows.append(bench.row(r, compared))
             rates_of_row = {"gflop_per_s": rate, "copy_gb_per_s": rates[COPY]}
-            self.records.append({**r.fields(), "roof": roof, **rates_of_row})
+            self.records.append(
+                {**r.fields(), "by_own_bfloat16": by_own, "roof": roof, **rates_of_row}
+            )
         self.results += results
         self.show(rows)
         self.show(
@@ -324,7 +407,7 @@ class Report:
         """Where the time of one picture to logits goes, beside the roof measured in turns with it."""
         rows = []
         for arithmetic, fast in nets.items():
-            x = given.x[:1].to(fast.dtype)
+            x = given.x[:1].to(registry.CPU_ARITHMETICS[arithmetic].floats)
             run = partial(ops.network_stages, x, fast.weights, fast.program, dtype=fast.dtype)
             turns: list[dict[str, float]] = []
 
@@ -374,9 +457,14 @@ def _rate(name: str, rate: float) -> str:
     return f"{rate:.1f} GB" if name == COPY else f"{rate:.0f} GFLOP"
 
 
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 LEGEND = (
     "ratio: the median by that of the fastest of onnxruntime and OpenVINO in float32 (where neither ran: of any peer in"
-    " float32), for bfloat16 also of OpenVINO in bfloat16. / roof: the median by the time that the network's operations"
+    " float32), for bfloat16 also of OpenVINO in bfloat16, for int8 of any peer in any arithmetic. / bfloat16: our int8's"
+    " median by that of our bfloat16. / roof: the median by the time that the network's operations"
     " take on registers alone. Times are of one picture. error and other labels: against the plain network in float64,"
     " checked first."
 )
@@ -420,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     several(
         "--arithmetics",
         choices=registry.CPU_ARITHMETICS,
-        help="all; high only with --weights, as untrained networks amplify what it rounds off",
+        help="all; high and int8 only with --weights, as untrained networks amplify what they round off",
     )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--batch", type=count, default=1, metavar="N")
@@ -449,7 +537,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = args.weights is not None
     model = load_checkpoint(args.weights) if trained else bench.untrained_model(args.preset)
     if args.arithmetics is None:
-        args.arithmetics = [name for name in registry.CPU_ARITHMETICS if trained or name != "high"]
+        args.arithmetics = [n for n in registry.CPU_ARITHMETICS if trained or n not in ROUGH]
+        if not trained:
+            rough = " and ".join(ROUGH)
+            print(
+                f"{rough} are left out: untrained networks amplify what they round off (--weights)"
+            )
+    if "int8" in args.arithmetics:
+        bench.calibrated(model)
     nets, peers, report = _nets(model, args.arithmetics), _installed(args.peers), Report()
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for one in args.size:

@@ -5,7 +5,7 @@ A time is reported only where the result passed the parity bound in the same run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import nan
 from typing import Any
@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from helpers import BOUNDS, assert_labels, assert_parity, random_weights
+from integers import random_integers
 from torch import Tensor, nn
 
 from fastscnn_fast import ops
 from fastscnn_fast.arch.config import Config, preset
 from fastscnn_fast.backends import registry
-from fastscnn_fast.program import reference
+from fastscnn_fast.program import integers, reference
+from fastscnn_fast.program.arithmetic import Arithmetic
 from fastscnn_fast.program.layers import Shape, SizedLayer
 from fastscnn_fast.program.program import layer_sizes
 
@@ -45,8 +47,16 @@ class Case:
         return " ".join(filter(None, (self.step.layer.name, self.variant, self.arithmetic)))
 
     @property
+    def one(self) -> Arithmetic:
+        """What it is computed in: in int8 the last resize is that of float32."""
+        whole = registry.CPU_ARITHMETICS[self.arithmetic]
+        own = whole.layers.get(self.step.layer.op, whole.name) if whole.quantised else whole.name
+        return registry.CPU_ARITHMETICS[own]
+
+    @property
     def dtype(self) -> torch.dtype:
-        return registry.CPU_ARITHMETICS[self.arithmetic].dtype
+        """Of the results of floats; and of the inputs, but where these are integers."""
+        return self.one.floats
 
     @property
     def shape(self) -> str:
@@ -77,23 +87,24 @@ class Plain(nn.Module):
     def __init__(self, case: Case, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.layer, self.size, self.output = case.step.layer, case.step.output[1:], case.variant
+        self.ops: Mapping[str, Callable[..., Tensor]] = reference.OPS
+        if case.one.quantised:
+            self.ops = integers.OPS
+        self.names = tuple(weights)
         for name, tensor in weights.items():
             self.register_buffer(name, tensor)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if self.layer.op == "upsample_classify":
-            (x,) = inputs
-            return reference.upsample_classify(x, self.layer, self.size, self.output)
-        weights = {name: self.get_buffer(name) for name in self.layer.weights()}
-        result: Tensor = getattr(reference, self.layer.op)(*inputs, self.layer, weights)
-        return result
+        weights = {name: self.get_buffer(name) for name in self.names}
+        return reference.run(self.layer, inputs, weights, self.size, self.output, self.ops)
 
 
 @dataclass(frozen=True)
 class Work:
     """A case with random channels-last inputs, weights, torch's own result and the true one.
 
-    All but the last, which is float64, are of the case's dtype. Of labels, the true one is the logits.
+    All but the last, which is float64, are of the case's dtype. Of labels, the true one is the logits. In int8
+    inputs and weights are integers, and both results what program/integers.py says.
     """
 
     case: Case
@@ -104,15 +115,17 @@ class Work:
 
     def check(self, y: Tensor) -> None:
         """Raises AssertionError where ``y`` is not equal, as the parity tests define it."""
-        if self.case.variant == "labels":
+        if self.case.one.quantised:
+            assert torch.equal(y, self.own), "integers must be those of program/integers.py"
+        elif self.case.variant == "labels":
             wide = self.case.dtype == torch.float32
             assert_labels(y, self.ref64, 1e-4 if wide else 2**-7 * self.ref64.abs().max().item())
         else:
-            assert_parity(y, self.own, self.ref64, *BOUNDS[self.case.arithmetic].op)
+            assert_parity(y, self.own, self.ref64, *BOUNDS[self.case.one.name].op)
 
     @property
     def bytes(self) -> int:
-        """SizedLayer.elements x 4 or, in bfloat16, x 2; less for pictures and labels of bytes."""
+        """SizedLayer.elements x 4, x 2 in bfloat16, about x 1 in int8; less for pictures and labels of bytes."""
         return sum(t.nbytes for t in (*self.inputs, *self.weights.values(), self.own))
 
 
@@ -122,6 +135,8 @@ def _reference(work: Work) -> Run:
 
 
 def _compile(work: Work) -> Run:
+    if work.case.one.quantised:
+        pytest.skip("torch.compile cannot freeze the weights of products of integers")
     torch.compiler.reset()
     compiled = torch.compile(Plain(work.case, work.weights), dynamic=False)
     with torch.no_grad(), inductor.patch(freezing=True):
@@ -134,14 +149,12 @@ def _ours(work: Work) -> Run:
     if reason is not None:
         pytest.skip(reason)
     case, layer = work.case, work.case.step.layer
-    packed = ops.pack(
-        [layer], [work.weights], "cpu", *registry.CPU_ARITHMETICS[case.arithmetic].asked
-    )
+    packed = ops.pack([layer], [work.weights], "cpu", *case.one.asked)
     op = getattr(ops, layer.op)
     if layer.op == "upsample_classify":
         return lambda: op(*work.inputs, packed, layer, case.step.output[1:], case.variant)
     if layer.op == "stem_conv":
-        return lambda: op(*work.inputs, packed, layer, dtype=case.dtype)
+        return lambda: op(*work.inputs, packed, layer, dtype=case.one.dtype)
     return lambda: op(*work.inputs, packed, layer)
 
 
@@ -175,6 +188,11 @@ def work(request: pytest.FixtureRequest, seed: int) -> Work:
     case: Case = request.param
     torch.manual_seed(seed)
     inputs = tuple(_random(shape, case) for shape in case.step.inputs)
+    if case.one.quantised:
+        weights = random_integers(case.step.layer)
+        with torch.no_grad():
+            own = Plain(case, weights)(*inputs)
+        return Work(case, inputs, weights, own, own.double())
     weights = {n: t.to(case.dtype) for n, t in random_weights(case.step.layer).items()}
     exact = {name: tensor.double() for name, tensor in weights.items()}
     wide = (x if x.dtype == torch.uint8 else x.double() for x in inputs)
@@ -185,7 +203,8 @@ def work(request: pytest.FixtureRequest, seed: int) -> Work:
 
 
 def _random(shape: Shape, case: Case) -> Tensor:
-    if case.variant == "uint8":
+    between = case.one.quantised and case.step.layer.op != "stem_conv"
+    if case.variant == "uint8" or between:
         x = torch.randint(256, (1, *shape), dtype=torch.uint8)
     else:
         x = torch.randn(1, *shape, dtype=case.dtype)
@@ -204,7 +223,7 @@ def test_op(
 ) -> None:
     case = work.case
     if isa:
-        if isa not in registry.isas(case.arithmetic):
+        if isa not in registry.isas(case.one.name):
             pytest.skip(
                 f"{isa} has no kernels of its own for {case.arithmetic}, or does not run here"
             )
@@ -229,7 +248,7 @@ def test_op(
         "flops": case.step.flops,
         "gb_per_s": work.bytes / seconds / 1e9,
         "gflop_per_s": rate / 1e9,
-        "of_roof": rate / _roof(case.arithmetic),
+        "of_roof": rate / _roof(case.one.name),
         "threads": int(machine["threads"]),
     }
     results.append(benchmark.extra_info)

@@ -25,6 +25,7 @@ from .plots import figure, png
 from .program.arithmetic import ARITHMETICS, Arithmetic, choose
 from .program.labels import labels_of
 from .program.parity import Bounds, Parity
+from .runtime.calibrate import calibrate
 from .runtime.fused import FusedFastSCNN
 from .runtime.model import FastSCNN
 from .writing import write_whole
@@ -107,6 +108,18 @@ def untrained_model(preset: str = "paper", num_classes: int = 19) -> FastSCNN:
     scale = 1 / logits.std(1)
     last.weight *= scale[:, None, None, None]
     last.bias.copy_((last.bias - logits.mean(1)) * scale)
+    return model
+
+
+def calibration_pictures() -> list[Tensor]:
+    """Drawn streets, raw uint8 (1, 3, 256, 512), to measure the ranges of int8 on: everyone's."""
+    return [picture_tensor(street(seed, 256, 512)[0]) for seed in range(8)]
+
+
+def calibrated(model: FastSCNN) -> FastSCNN:
+    """``model`` with its own ranges, or those of :func:`calibration_pictures` where it has none."""
+    if model.ranges is None:
+        calibrate(model, calibration_pictures())
     return model
 
 

@@ -26,7 +26,7 @@ computed in float64, which holds them exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ def feature_fusion(high: Tensor, low: Tensor, layer: Layer, weights: Weights) ->
     return requantise(sums, weights["multiplier"], weights["zero"])
 
 
-OPS = {
+OPS: dict[str, Callable[..., Tensor]] = {
     "stem_conv": stem_conv,
     "dsconv": dsconv,
     "inverted_residual": inverted_residual,

@@ -86,7 +86,16 @@ finally:
 def test_import_is_light() -> None:
     """On top of torch: under a second of CPU time, and nothing that only some uses of the package need."""
     seconds, *modules = run(sys.executable, "-c", IMPORT_TIME).stdout.split()
-    heavy = {"tqdm", "matplotlib", "triton", "onnx", "onnxscript", "onnxruntime", "openvino"}
+    heavy = {
+        "tqdm",
+        "matplotlib",
+        "triton",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "openvino",
+        "nncf",
+    }
     assert not heavy & {name.partition(".")[0] for name in modules}
     assert not [name for name in modules if name.startswith(RARE)]
     assert float(seconds) < 1.0
