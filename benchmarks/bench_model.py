@@ -90,7 +90,7 @@ class Input:
         blocks = 0
         for step in layer_sizes(self.model.config, *self.pixels.shape[2:]):
             part = step.layer.name.split(".")[0]
-            stage = {"stem": "downsample", "fusion": "classifier", "upsample": "output"}.get(
+            stage = {"stem": "downsample", "fusion": "classifier", "upsample": "classifier"}.get(
                 part, part
             )
             if step.layer.op == "inverted_residual":

@@ -518,12 +518,10 @@ void upsample_classify(const Call& call, Batch x, Output output, void* out, int 
   require_classes(output, l.in);
   const size_t bytes = element_of(output, p.loaded.result) * pieces_of(output, l.in) * h * w;
   prefer_huge_pages(out, x.n * bytes);
-  for_each_image(x.n, p.threads,
-                 [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
-                   return p.ops.upsample_classify(l, image_of(x, i, l.in, p.loaded.input), output,
-                                                  static_cast<char*>(out) + i * bytes, h, w, team,
-                                                  shared, shared_bytes, scratch);
-                 });
+  for_each_image(x.n, p.threads, [&](const Team& team, int i, Bump, size_t*, Bump scratch) {
+    return p.ops.upsample_classify(l, image_of(x, i, l.in, p.loaded.input), output,
+                                   static_cast<char*>(out) + i * bytes, h, w, team, scratch);
+  });
 }
 
 namespace {

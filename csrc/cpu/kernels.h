@@ -109,7 +109,7 @@ struct Ops {
   // null, is told of the end of each of the network's stages by the first thread. All layers of
   // the network compute in this arithmetic, but the stem of `high` in float32.
   size_t (*upsample_classify)(const Layer&, Plane x, Output, void* out, int h, int w, const Team&,
-                              Bump shared, size_t* shared_bytes, Bump scratch);
+                              Bump scratch);
   size_t (*network)(const Chain&, const Picture&, int image, Output, void* out, const Team&,
                     Reached* reached, Bump shared, size_t* shared_bytes, Bump scratch);
   // The fastest loop of the arithmetic's products, in registers alone: the roof. Returns the

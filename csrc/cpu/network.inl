@@ -1,6 +1,6 @@
 // The whole network on one image. Depth-first row chains: picture -> stem -> dsconv -> dsconv, and
-// resize -> fusion -> dsconv -> dsconv -> 1x1; in memory are only the 1/8 features, two 1/16 or
-// smaller planes, the 1/32 features and the low-resolution logits.
+// resize -> fusion -> dsconv -> dsconv -> 1x1 -> result; in memory are only the 1/8 features, two
+// 1/16 or smaller planes and the 1/32 features.
 static size_t network(const Chain& chain, const Picture& picture, int image, Output output,
                       void* out, const Team& team, Reached* reached, Bump shared,
                       size_t* shared_bytes, Bump scratch) {
@@ -67,35 +67,34 @@ static size_t network(const Chain& chain, const Picture& picture, int image, Out
       most, pyramid_pooling(pyramid, chain.pyramid->weights, x, branches, features, team, scratch));
   end_stage("pyramid");
 
-  // Feature fusion and classifier.
-  LowLogits low(chain.tail->layer.last, high.h, high.w, shared);
+  // Feature fusion, classifier, and the rows of the result between each two of its rows.
   *shared_bytes = shared.used;
   FusionRows fused(fusion, chain.fusion->weights, high, features);
   DsconvRows<FusionRows> third(chain.head->layer, chain.head->weights, fused, high.w, high.h);
-  DsconvRows<DsconvRows<FusionRows>> last(chain.tail->layer, chain.tail->weights, third, high.w,
-                                          high.h);
-  rows = scratch;
-  last.place(rows);
-  const int channels = last.last_pitch;
-  float* logits = rows.take<float>(size_t(high.w) * channels);
-  most = largest(most, rows.used);
-  if (!measuring) {
-    const Tiles tiles;
-    last.source.source.source.x =
-        refine_dense(fusion, chain.fusion->weights, features, next_plane(x.h, x.w), team);
-    for_each_row(last, high.h, team, [&](int y) {
+  struct Logits {
+    DsconvRows<DsconvRows<FusionRows>> last;
+    int pitch;
+    float* logits;
+    int halo() const { return last.halo(); }
+    void start(int y) { last.start(y); }
+    const float* row(int y) {
       last.row(y, logits);
-      low.take_row(y, logits, channels);
-    });
-  }
-  end_stage("classifier");
-
-  Upsample full{&chain.upsample->layer, &low, picture.h, picture.w, {}, nullptr};
+      return logits;
+    }
+  } logits{{chain.tail->layer, chain.tail->weights, third, high.w, high.h}, 0, nullptr};
+  logits.pitch = logits.last.last_pitch;
+  UpsampleRows<Logits> full(chain.upsample->layer, logits, high.h, high.w, picture.h, picture.w,
+                            output, out);
   rows = scratch;
-  full.place(rows, output);
+  logits.last.place(rows);
+  logits.logits = rows.take<float>(size_t(high.w) * logits.pitch);
+  full.place(rows);
   most = largest(most, rows.used);
   if (measuring) return most;
-  full.run(output, out, team);
-  if (reached) end_stage("output");
+  const Tiles tiles;
+  logits.last.source.source.source.x =
+      refine_dense(fusion, chain.fusion->weights, features, next_plane(x.h, x.w), team);
+  full.run(team);
+  if (reached) end_stage("classifier");
   return most;
 }

@@ -44,31 +44,36 @@ struct ColumnBlocks {
   }
 };
 
-// The low-resolution logits, one row of columns per class, each row's own labels, and whether the
-// row is finite throughout.
+// The last rows of the low-resolution logits, one row of columns per class, each row's own labels,
+// and whether the row is finite throughout. Results of several are made at a time: each class has a
+// plane of its own, and short turns at many planes are slower than long ones.
 struct LowLogits {
+  static constexpr int kRows = 32;
   int classes, h, w;
   size_t pitch;
-  float* rows;      // [h][classes][pitch]
-  uint8_t* labels;  // [h][pitch]
-  uint8_t* finite;  // [h]
+  float* rows = nullptr;      // [kRows][classes][pitch]
+  uint8_t* labels = nullptr;  // [kRows][pitch]
+  bool finite[kRows];
 
-  LowLogits(int classes_, int h_, int w_, Bump& shared)
-      : classes(classes_), h(h_), w(w_), pitch((size_t(w_) + 15) / 16 * 16 + 16) {
-    rows = shared.take<float>(size_t(h) * classes * pitch);
-    labels = shared.take<uint8_t>(size_t(h) * pitch);
-    finite = shared.take<uint8_t>(h);
+  LowLogits(int classes_, int h_, int w_)
+      : classes(classes_), h(h_), w(w_), pitch((size_t(w_) + 15) / 16 * 16 + 16) {}
+  void place(Bump& scratch) {
+    const size_t held = min_of(h, kRows);
+    rows = scratch.take<float>(held * classes * pitch);
+    labels = scratch.take<uint8_t>(held * pitch);
   }
   bool alone() const { return classes == 1; }
   // What a logit must be above to have a label at all, and the label of the first class.
   FASTSCNN_INLINE vf floor() const { return splat(alone() ? 0 : -__builtin_inff()); }
   int first() const { return alone(); }
-  const float* row(int y, int c) const { return rows + (size_t(y) * classes + c) * pitch; }
+  const float* row(int y, int c) const { return rows + (size_t(y % kRows) * classes + c) * pitch; }
+  const uint8_t* labels_of(int y) const { return labels + (y % kRows) * pitch; }
+  bool is_finite(int y) const { return finite[y % kRows]; }
   // Takes row y from (w, channels) logits, kLanes pixels at a time; the last pixel fills the last
   // vector.
   template <class T>
   void take_row(int y, const T* in, size_t channels) {
-    float* planes = rows + size_t(y) * classes * pitch;
+    float* planes = rows + size_t(y % kRows) * classes * pitch;
     vf sum{};  // of zeros: NaN where a logit, or a difference of two, may be infinite or NaN
     for (int x = 0; x < w; x += kLanes) {
       const T* pixel[kLanes];
@@ -82,11 +87,11 @@ struct LowLogits {
         sum += v * splat(2.0f) * splat(0.0f);
         keep_larger<false>(v, vi{} + (c + first()), best, label);
       }
-      store_bytes(labels + size_t(y) * pitch + x, label);
+      store_bytes(labels + (y % kRows) * pitch + x, label);
     }
     bool zeros = true;
     for (int i = 0; i < kLanes; i++) zeros &= sum[i] == 0;
-    finite[y] = zeros;
+    finite[y % kRows] = zeros;
   }
 };
 
@@ -195,7 +200,6 @@ struct Upsample {
                     out + (size_t(c) * h + y) * w);
       }
     }
-    stream_fence();
   }
 
   template <bool WINDOWED>
@@ -223,7 +227,6 @@ struct Upsample {
       }
       y = g.end;
     }
-    stream_fence();
   }
   static vf sigmoid(vf v) {
     const vf zero = splat(0), one = splat(1.0f), e = exp_negative(v > zero ? zero - v : v);
@@ -274,8 +277,8 @@ struct Upsample {
   // The label that a block's corners agree on, else -1. A bilinear sample is a convex combination
   // of its corners, so what wins at all of them wins everywhere between.
   int common_label(RowGroup g, int block) const {
-    const uint8_t* upper = low->labels + size_t(g.low) * low->pitch + columns.base[block];
-    const uint8_t* lower = low->labels + size_t(g.high) * low->pitch + columns.base[block];
+    const uint8_t* upper = low->labels_of(g.low) + columns.base[block];
+    const uint8_t* lower = low->labels_of(g.high) + columns.base[block];
     const int last = columns.high[block * kLanes + kLanes - 1], label = upper[0];
     for (int i = 0; i <= last; i++)
       if (upper[i] != label || lower[i] != label) return -1;
@@ -309,7 +312,7 @@ struct Upsample {
   void labels(uint8_t* out, Range rows) const {
     for (int y = rows.begin; y < rows.end;) {
       const RowGroup g = row_group(y, rows.end, low->h, h, layer->align_corners);
-      if (low->finite[g.low] && low->finite[g.high])
+      if (low->is_finite(g.low) && low->is_finite(g.high))
         label_group<WINDOWED, false>(g, out);
       else
         label_group<WINDOWED, true>(g, out);
@@ -323,9 +326,23 @@ struct Upsample {
     if (output == Output::probabilities) probabilities<WINDOWED>(static_cast<logit*>(out), rows);
     if (output == Output::labels) labels<WINDOWED>(static_cast<uint8_t*>(out), rows);
   }
-  void run(Output output, void* out, const Team& team) {
-    const Range rows = share(h, team);
-    columns.fill(low->w, w, layer->align_corners);
+  // The first row of the result whose upper low row is `y` or below it.
+  int first_row(int y) const {
+    int begin = 0, end = h;
+    while (begin < end) {
+      const int middle = (begin + end) / 2;
+      if (sample(middle, low->h, h, layer->align_corners).low < y)
+        begin = middle + 1;
+      else
+        end = middle;
+    }
+    return begin;
+  }
+  // The rows of the result between the first and the last of low rows, and those below the very
+  // last.
+  void between(Range low_rows, Output output, void* out) const {
+    const int last = low_rows.end - 1;
+    const Range rows{first_row(low_rows.begin), last == low->h - 1 ? h : first_row(last)};
     if (columns.windowed)
       run<true>(output, out, rows);
     else
@@ -333,19 +350,73 @@ struct Upsample {
   }
 };
 
+// Rows of low-resolution logits, every few followed by the rows of the result that lie between
+// them. Source: row(y) gives a row of pixels `pitch` apart.
+template <class Source>
+struct UpsampleRows {
+  Source& source;
+  LowLogits low;
+  Upsample full;
+  Output output;
+  void* out;
+  Range taken{0, 0};  // the low rows between which results are still to be made
+
+  UpsampleRows(const Layer& l, Source& source_, int low_h, int low_w, int h, int w, Output output_,
+               void* out_)
+      : source(source_),
+        low(l.in, low_h, low_w),
+        full{&l, &low, h, w, {}, nullptr},
+        output(output_),
+        out(out_) {}
+  UpsampleRows(const UpsampleRows&) = delete;
+  void place(Bump& scratch) {
+    low.place(scratch);
+    full.place(scratch, output);
+  }
+  int halo() const { return source.halo() + 1; }
+  void start(int y) {
+    make();
+    const int first = max_of(y - 1, 0);
+    source.start(first);
+    taken = {first, first};
+    if (y > 0) take(first);
+  }
+  void take(int y) {
+    low.take_row(y, source.row(y), source.pitch);
+    taken.end = y + 1;
+  }
+  void row(int y) {
+    take(y);
+    if (taken.size() == LowLogits::kRows) make();
+  }
+  void make() {
+    if (taken.size() == 0) return;
+    full.between(taken, output, out);
+    taken.begin = taken.end == low.h ? low.h : taken.end - 1;
+  }
+  void run(const Team& team) {
+    full.columns.fill(low.w, full.w, full.layer->align_corners);
+    for_each_row(*this, low.h, team, [&](int y) { row(y); });
+    make();
+    stream_fence();
+  }
+};
+
 #if FASTSCNN_ARITHMETIC != FASTSCNN_INT8
+struct PlaneOfLogits {
+  Plane x;
+  int pitch;
+  int halo() const { return 0; }
+  void start(int) {}
+  const logit* row(int y) const { return row_of(x, y, pitch); }
+};
+
 static size_t upsample_classify(const Layer& l, Plane x, Output output, void* out, int h, int w,
-                                const Team& team, Bump shared, size_t* shared_bytes, Bump scratch) {
-  LowLogits low(l.in, x.h, x.w, shared);
-  *shared_bytes = shared.used;
-  Upsample stage{&l, &low, h, w, {}, nullptr};
-  stage.place(scratch, output);
-  if (scratch.measuring()) return scratch.used;
-  const Range rows = share(x.h, team);
-  const int channels = pixel_pitch(l.in);
-  for (int y = rows.begin; y < rows.end; y++) low.take_row(y, row_of(x, y, channels), channels);
-  team.wait();
-  stage.run(output, out, team);
+                                const Team& team, Bump scratch) {
+  PlaneOfLogits source{x, pixel_pitch(l.in)};
+  UpsampleRows<PlaneOfLogits> stage(l, source, x.h, x.w, h, w, output, out);
+  stage.place(scratch);
+  if (!scratch.measuring()) stage.run(team);
   return scratch.used;
 }
 constexpr auto kUpsampleClassify = upsample_classify;

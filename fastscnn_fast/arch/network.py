@@ -270,7 +270,7 @@ class PlainFastSCNN(nn.Module):
         config: the architecture.
         ranges: what int8 must know of the network's values, by name (lowest, highest); None before they were
             measured (:func:`fastscnn_fast.calibrate`). They hold for the weights that they were measured with:
-            a forward in training mode and :meth:`load_state_dict` drop them. After writes by hand measure anew.
+            a forward in training mode and ``load_state_dict`` drop them. After writes by hand measure anew.
 
     Raises:
         ValueError: an impossible combination, or input of a wrong shape.
