@@ -477,6 +477,9 @@ void pyramid_pooling(const Call& call, Batch x, Batch out) {
   const Layer& l = p.layer;
   require_nonempty(x);
   require_size("out", out, x.n, x.h, x.w);
+  constexpr int64_t kMostSummed = int64_t(1) << 23;  // pixels of 255 in an int32
+  require(p.loaded.input != Type::u8 || int64_t(x.h) * x.w <= kMostSummed,
+          "x must have at most 2^23 pixels in int8, got " + size_text(x.h, x.w));
   for_each_image(x.n, p.threads,
                  [&](const Team& team, int i, Bump shared, size_t* shared_bytes, Bump scratch) {
                    Branch branches[kMaxBins];

@@ -98,6 +98,7 @@ FASTSCNN_INLINE void block(const Product<E>& p, Sums<N>& sums, int row, int colu
   }
   for (int i = 0; i < p.segment_count; i++) {
     const Segment& s = p.segments[i];
+    if (!s.a) continue;
     const element* a = s.a + row * s.lda;
     const int8_t* rows_of_b = b + size_t(s.first) * kPanel;
     int k = 0;

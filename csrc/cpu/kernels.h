@@ -93,7 +93,8 @@ using Reached = void(const char* stage, int block);
 // bytes of scratch that it needs, and only that where scratch is measuring. Results go to (h', w',
 // pixel_pitch(channels)) elements, of upsample_classify and network to (K, H, W) or (H, W).
 struct Ops {
-  // Null in `high`: its products are too short for taking them apart to pay.
+  // Null in an arithmetic whose networks compute this op in another (kRecords): the stem of `high`,
+  // whose products are too short for taking them apart to pay, and the last resize of int8.
   size_t (*stem_conv)(const Layer&, const Weights&, const Picture&, int image, Plane out,
                       const Team&, Bump scratch);
   size_t (*dsconv)(const Layer&, const Weights&, Plane x, Plane out, const Team&, Bump scratch);
@@ -106,8 +107,7 @@ struct Ops {
   size_t (*feature_fusion)(const Layer&, const Weights&, Plane high, Plane low, Plane refined,
                            Plane out, const Team&, Bump scratch);
   // `shared` is the team's buffer, whose size comes back in shared_bytes. `reached`, where not
-  // null, is told of the end of each of the network's stages by the first thread. All layers of
-  // the network compute in this arithmetic, but the stem of `high` in float32.
+  // null, is told of the end of each of the network's stages by the first thread.
   size_t (*upsample_classify)(const Layer&, Plane x, Output, void* out, int h, int w, const Team&,
                               Bump scratch);
   size_t (*network)(const Chain&, const Picture&, int image, Output, void* out, const Team&,

@@ -22,6 +22,8 @@ LEVELS, MOST = 255, 127
 SMALLEST = 1e-6
 #: What an end of a range may be at most.
 MOST_RANGE = 1e30
+#: The least normal float32.
+LEAST = torch.finfo(torch.float32).tiny
 #: What a bias may be at most, so that with a sum of products it fits 32 bits.
 MOST_BIAS = 2**30
 
@@ -125,7 +127,8 @@ class _Weights(dict[str, Tensor]):
         integers = weight.round()
         self[f"{name}weight"] = integers.to(torch.int8)
         self[f"{name}bias"] = (bias - integers @ zeros).round().to(torch.int32)
-        self[f"{name}multiplier"] = (unit if to is None else unit / to.scale).float()
+        multiplier = (unit if to is None else unit / to.scale).float()
+        self[f"{name}multiplier"] = torch.where(multiplier < LEAST, 0.0, multiplier)
         if to is not None:
             self[f"{name}zero"] = torch.tensor([to.zero], dtype=torch.int32)
 
@@ -165,8 +168,8 @@ class _Fake(_Weights):
         zeros: Tensor,
         to: Value | None,
     ) -> None:
-        ones, none = torch.ones(2, len(unit), device=unit.device)
-        none = torch.zeros_like(none, dtype=torch.int32)
+        ones = torch.ones_like(unit, dtype=torch.float32)
+        none = torch.zeros_like(unit, dtype=torch.int32)
         rounded = torch.fake_quantize_per_channel_affine(weight, ones, none, 0, -MOST, MOST)
         moved = rounded.detach() @ zeros
         most = 2 * MOST_BIAS
@@ -286,7 +289,8 @@ def _layers(
             named.pointwise("expand", folded, x[0], values[0])
             named.depthwise("depthwise", folded, values[0], values[1])
             named.pointwise("project", folded, values[1], values[2])
-            named["residual_multiplier"] = torch.tensor([x[0].scale / values[2].scale]).float()
+            ratio = x[0].scale / values[2].scale if layer.residual else 0.0
+            named["residual_multiplier"] = torch.tensor([ratio]).float()
         elif layer.op == "pyramid_pooling":
             _pyramid(named, layer, folded, x[0], values[:-1], values[-1])
         elif layer.op == "feature_fusion":
@@ -331,14 +335,24 @@ def fake_quantise(
 
 
 def check_sums(layer: Layer, named: Mapping[str, Tensor]) -> None:
-    """No sum of products may leave 32 bits, nor what becomes of it, whatever the input is.
+    """No sum of products may leave 32 bits, nor what becomes of it, whatever the input is; zero points have 8 bits.
+
+    Multipliers are no denormals, which kernels take for 0.
 
     Raises:
-        Unfusable: one may.
+        Unfusable: one may, or is.
     """
-    for name in named:
+    for name, tensor in named.items():
+        integral = name.endswith("zero") or name == "pad"
+        if integral and not bool(((tensor >= 0) & (tensor <= LEVELS)).all()):
+            got = tensor.flatten().tolist()
+            raise Unfusable(
+                f"{name} of {layer.op} {layer.name} must be from 0 to {LEVELS}, got {got}"
+            )
         if not name.endswith("multiplier"):
             continue
+        if bool(((tensor != 0) & (tensor.abs() < LEAST)).any()):
+            raise Unfusable(f"{name} of {layer.op} {layer.name} must be 0 or at least {LEAST:.3g}")
         if name == "residual_multiplier":
             if not (abs(float(named[name])) < 2**22):
                 raise Unfusable(
@@ -347,8 +361,8 @@ def check_sums(layer: Layer, named: Mapping[str, Tensor]) -> None:
             continue
         prefix = name.removesuffix("multiplier")
         bias, multiplier = named[f"{prefix}bias"].double(), named[name].double()
-        parts = [f"{prefix}weight"] if layer.op != "feature_fusion" or prefix else []
-        parts = parts or ["low_weight", "high_weight"]
+        joint = layer.op == "feature_fusion" and not prefix
+        parts = ["low_weight", "high_weight"] if joint else [f"{prefix}weight"]
         most = bias.abs()
         for part in parts:
             weight = named[part].double().abs()

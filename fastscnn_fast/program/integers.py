@@ -17,6 +17,7 @@ Weights are int8 with one scale an output channel, from -127 to 127, sums are in
   themselves, NaN as 0.
 - **Means** of pooling: ``rint(float(sum) * (1 / float(count)))``, in the input's own scale and zero point.
 - **Resizing** is in fixed point, first along y, then along x (:func:`sample`, :func:`resize`).
+- **Multipliers** are 0 or normal numbers: kernels run with denormals flushed.
 - **Several inputs** of a product (pyramid, fusion) keep their own scales: these are in the weights.
 - **Logits** at 1/8 are ``float(sum) * multiplier``; their resize is that of float32.
 
@@ -145,7 +146,11 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     values = x.int() << GUARD
     for axis in (2, 3):
         table = torch.tensor(
-            [sample(i, x.shape[axis], size[axis - 2], align_corners) for i in range(size[axis - 2])]
+            [
+                sample(i, x.shape[axis], size[axis - 2], align_corners)
+                for i in range(size[axis - 2])
+            ],
+            device=x.device,
         )
         low, high = (values.index_select(axis, table[:, side]) for side in (0, 1))
         share = table[:, 2].int()[:, None] if axis == 2 else table[:, 2].int()

@@ -1,4 +1,4 @@
-"""How activations lie in memory, channels-last with each pixel a multiple of 64 bytes (of uint8 32), the rest zeros; and buffers."""
+"""How activations lie in memory, channels-last with each pixel a multiple of 64 bytes (of uint8 32), the rest zeros (of uint8 anything); and buffers."""
 
 from __future__ import annotations
 

@@ -67,9 +67,10 @@ class FusedFastSCNN(Named, nn.Module):
         self.dtype = dtype
         self.precision = precision
         self._pictures = ops.picture_dtypes(dtype)
-        program = folded.program.computed_in(choose(backend, dtype, precision))
+        arithmetic = choose(backend, dtype, precision)
+        program = folded.program.computed_in(arithmetic)
         self.program = program.text
-        tensors = folded.tensors if dtype.is_floating_point else quantise(folded)
+        tensors = quantise(folded) if arithmetic.quantised else folded.tensors
         packed = ops.pack(program.layers, tensors, backend, dtype, precision)
         self.register_buffer("weights", packed)
         self.eval()

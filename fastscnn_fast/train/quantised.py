@@ -36,7 +36,7 @@ def low_logits(
     Batch norms of the network itself are folded with the statistics that they have, which stay; weights, biases and
     all values of 8 bits are rounded where the integers are (:mod:`fastscnn_fast.program.integers`), by torch's
     fake-quantise ops. What comes out differs from the integers' results where a float lies beside the middle of two
-    levels: by one level of that value. Resizes in fixed point err by up to 1/128 of a level more.
+    levels: by one level of that value. Resizes in fixed point err by up to 1/64 of a level more.
 
     Args:
         model: in training mode it drops out what it does.

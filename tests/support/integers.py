@@ -10,18 +10,28 @@ from fastscnn_fast.program.layers import Layer
 
 
 def random_integers(layer: Layer) -> dict[str, Tensor]:
-    """All that a layer's tensors may hold, with multipliers that leave most values within 8 bits."""
-    named = {}
+    """All that a layer's tensors may hold, with multipliers by which most results lie within 8 bits.
+
+    A quarter of the multipliers are powers of two, so that results lie in the middle of two integers too.
+    """
+    named, terms = {}, 1
     for name, (shape, dtype) in layer.quantised_weights().items():
         if dtype == torch.int8:
             value = torch.randint(-127, 128, shape)
+            if name != "high_weight":  # which is summed with low_weight's
+                terms = 0
+            terms += value[(0,) * (2 if name == "branch_weight" else 1)].numel()
         elif name.endswith("bias"):
-            value = torch.randint(-(2**16), 2**16, shape)
+            most = int(8000 * terms**0.5)
+            value = torch.randint(-most, most, shape)
+        elif name.endswith("multiplier") and name != "residual_multiplier":
+            value = (1.5e-2 * torch.rand(shape) + 1e-5) / terms**0.5
+            value = torch.where(torch.rand(shape) < 0.25, value.log2().round().exp2(), value)
         elif dtype == torch.int32:  # zero points and the pad
             value = torch.randint(256, shape)
         else:
-            most = {"scale": 100.0, "shift": 255.0, "residual_multiplier": 2.0}.get(name, 1e-2)
-            value = torch.rand(shape) * most
+            ends = {"scale": 100.0, "shift": 255.0, "residual_multiplier": 2.0}
+            value = torch.rand(shape) * ends[name]
         named[name] = value.to(dtype)
     return named
 

@@ -69,7 +69,7 @@ def test_each_value_is_what_the_integers_make_of_the_same(
 
     The integers round the product of sum and multiplier to float32, twice, so up to 255 levels by 2^-23 of
     themselves, which crosses a middle for one of 16000 values at most, where those are anywhere between levels; sums in
-    float32 err by a few times that. Means and resizes fall on middles often, and resizes in fixed point err by 1/128
+    float32 err by a few times that. Means and resizes fall on middles often, and resizes in fixed point err by 1/64
     of a level: there only the one level is the bound.
     """
     model = ready(preset)
