@@ -85,9 +85,8 @@ struct Layer {
 //   float32   [n / 16][k][16] floats
 //   bfloat16  [n / 16][k / 2][16][2] bf16: neighbouring rows in pairs, as dot products take them
 //   high      the same, each panel's upper halves before its lower: b = upper + lower
-//   int8      [n / 16][k / 4][16][4] int8, the columns in the order in which sums become bytes,
-//   `place_of`;
-//             so are bias and multiplier
+//   int8      [n / 16][k / 4][16][4] int8; columns, biases and multipliers in the order of
+//             `place_of`, in which sums become bytes, those of logits in their own
 constexpr int kPanel = 16;
 struct Gemm {
   void* panels;
