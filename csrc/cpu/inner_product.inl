@@ -1,5 +1,6 @@
-// The inner product in registers. What one step along K takes from A is 32 bits wide: a float, or
-// two neighbouring bf16, which meet a pair of B's rows; `unit_any` as it may lie in A.
+// The inner product in registers. What one step along K takes from A is 32 bits wide: a float,
+// two neighbouring bf16 or four bytes, which meet as many of B's rows; `unit_any` as it may lie in
+// A.
 #if FASTSCNN_ARITHMETIC == FASTSCNN_INT8
 using sum = int32_t;
 typedef int32_t unit __attribute__((may_alias));

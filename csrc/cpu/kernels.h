@@ -13,7 +13,7 @@
 namespace fastscnn {
 
 // A picture batch (N, C, H, W) with any strides, in elements: of the network's own type, floats to
-// be rounded to that, or raw uint8 to be normalised.
+// be rounded to that (int8: to become pixels), or raw uint8 to be normalised (int8: as they are).
 struct Picture {
   const void* data;
   Type type;

@@ -1,7 +1,7 @@
 // C[m][n] = epilogue(bias + sum over segments of A_s[m][k] * B_s[k][n]): epilogue.inl.
 // A's rows are pixels. Several segments are several inputs, or the taps of a convolution, whose
 // products are summed before anything is stored. B's layout: layer.h, Gemm. How it is computed:
-// gemm.inl or gemm_amx.inl.
+// gemm.inl, gemm_amx.inl or gemm_amx_int8.inl.
 
 struct Segment {
   const element* a;  // null: an all-zero input, skipped

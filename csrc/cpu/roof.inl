@@ -1,4 +1,4 @@
-// What the arithmetic's products can reach at most: the instruction that gemm.inl or gemm_amx.inl
+// What the arithmetic's products can reach at most: the instruction that gemm.inl or gemm_amx*.inl
 // multiplies with, on registers alone. Returns the floating-point operations done.
 #if FASTSCNN_ARITHMETIC == FASTSCNN_INT8 && FASTSCNN_AMX
 static double roof(int64_t iterations) {
