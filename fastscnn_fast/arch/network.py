@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -252,6 +254,18 @@ class AuxiliaryHead(nn.Module):
 Ranges = Mapping[str, tuple[float, float]]
 
 
+def _fingerprint(model: nn.Module) -> bytes:
+    """Of all that runs in eval mode: parameters and statistics; of tensors without memory nothing."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        left_out = name.startswith("auxiliary.") or name.endswith("num_batches_tracked")
+        if left_out or tensor.is_meta or not tensor.untyped_storage().nbytes():
+            continue
+        bytes_ = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(bytes_.numpy().data)
+    return digest.digest()
+
+
 class PlainFastSCNN(nn.Module):
     """Fast-SCNN in plain torch: (N, C, H, W) normalised floats -> logits (N, num_classes, H, W).
 
@@ -270,13 +284,36 @@ class PlainFastSCNN(nn.Module):
         config: the architecture.
         ranges: what int8 must know of the network's values, by name (lowest, highest); None before they were
             measured (:func:`fastscnn_fast.calibrate`). They hold for the weights that they were measured with:
-            a forward in training mode and ``load_state_dict`` drop them. After writes by hand measure anew.
+            a forward in training mode and ``load_state_dict`` drop them, and after any other change of weights
+            (:meth:`has_stale_ranges`) they are neither used nor saved.
 
     Raises:
         ValueError: an impossible combination, or input of a wrong shape.
     """
 
-    ranges: Ranges | None = None
+    _ranges: Ranges | None = None
+    _ranged = b""  # the fingerprint of the weights that they are of
+
+    @property
+    def ranges(self) -> Ranges | None:
+        return self._ranges
+
+    @ranges.setter
+    def ranges(self, ranges: Ranges | None) -> None:
+        self._ranges = ranges
+        self._ranged = b"" if ranges is None else _fingerprint(self)
+
+    def has_stale_ranges(self) -> bool:
+        """Whether a parameter or buffer has changed since :attr:`ranges` were set, in any way but its dtype and device."""
+        return self._ranges is not None and self._ranged != _fingerprint(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``half`` and their like come to."""
+        stale = self.has_stale_ranges()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._ranges is not None and not stale:
+            self._ranged = _fingerprint(self)
+        return self
 
     def __init__(
         self, num_classes: int = 19, preset: str = "paper", aux: bool = False, **overrides: Any
@@ -307,8 +344,8 @@ class PlainFastSCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Logits (N, K, H, W); in training with auxiliary heads ``(logits, (aux, ...))``."""
-        if self.training and self.ranges is not None:
-            self.ranges = None  # of weights and statistics that are about to change
+        if self.training and self._ranges is not None:
+            self._ranges = None  # of weights and statistics that are about to change
         x = self._normalised(x)
         size = x.shape[2:]
         features = {"downsample": self.learning_to_downsample(x)}

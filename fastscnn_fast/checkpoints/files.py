@@ -25,7 +25,7 @@ from ..arch.config import Config
 from ..arch.network import Ranges
 from ..arch.structure import Unfusable
 from ..backends import registry
-from ..lower.quantise import check_ranges
+from ..lower.quantise import STALE, check_ranges
 from ..program.program import fast_scnn
 from ..runtime.forked import serial
 from ..runtime.model import FastSCNN
@@ -171,7 +171,9 @@ def save_checkpoint(
     if stored_as is not None:
         metadata[_DTYPE] = str(model.classifier.conv.weight.dtype).removeprefix("torch.")
         tensors = {name: _stored(name, t, stored_as) for name, t in tensors.items()}
-    if model.ranges is not None and config == model.config:
+    if model.has_stale_ranges():
+        registry.log_once(f"{path}: saved without ranges: {STALE}")
+    elif model.ranges is not None and config == model.config:
         ranges = check_ranges(fast_scnn(config), model.ranges)
         metadata[_RANGES] = json.dumps({name: list(map(float, r)) for name, r in ranges.items()})
     if model.named and "classes" not in (details or {}) and _fits(model, config):

@@ -24,6 +24,11 @@ SMALLEST = 1e-6
 MOST_RANGE = 1e30
 #: The least normal float32.
 LEAST = torch.finfo(torch.float32).tiny
+#: What is said of ranges that are not used.
+STALE = (
+    "ranges must be of the weights as they are, which have changed since they were measured: measure them anew with"
+    " fastscnn_fast.calibrate(model, pictures)"
+)
 #: What a bias may be at most, so that with a sum of products it fits 32 bits.
 MOST_BIAS = 2**30
 
@@ -308,6 +313,8 @@ def quantise(folded: FoldedWeights) -> tuple[dict[str, Tensor], ...]:
     Raises:
         Unfusable: ranges are missing or wrong, sums may overflow, or a depthwise convolution has no activation before it.
     """
+    if folded.stale:
+        raise Unfusable(STALE)
     tensors = [{name: t.double().cpu() for name, t in named.items()} for named in folded.tensors]
     made = []
     for layer, _, named in _layers(folded.program, tensors, folded.ranges, _Weights):

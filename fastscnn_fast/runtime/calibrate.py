@@ -186,7 +186,7 @@ def calibrate(
         low, high = METHODS[method](histogram)
         # What was always zero may have any scale: the sums before it must fit.
         ranges[name] = (low, high) if high > low or low != 0 else (0.0, 1.0)
-    quantise(replace(folded, ranges=ranges))
+    quantise(replace(folded, ranges=ranges, stale=False))
     model.ranges = ranges
     return ranges
 
@@ -213,11 +213,30 @@ def _measure(
     with torch.autocast(device.type, enabled=False):
         for x in inputs:
             x = x.to(device, torch.float32, memory_format=torch.channels_last)
+            x = _as_pixels(x, folded.config)
             reference.network(x, folded.program, tensors, tap=count)
             seen += 1
     if not seen:
         raise ValueError("pictures must be at least one, got none")
     return found
+
+
+def _as_pixels(x: Tensor, config: Config) -> Tensor:
+    """Normalised floats as int8 sees them, whose stem clamps them to pixels.
+
+    Raises:
+        ValueError: more than a tenth of them are no pixels: they are not normalised.
+    """
+    mean, std = (255 * x.new_tensor(v)[:, None, None] for v in (config.mean, config.std))
+    pixels = x * std + mean
+    clamped = pixels.clamp(0, 255)
+    outside = float(((pixels - clamped).abs() > 1).double().mean())
+    if outside > 0.1:
+        raise ValueError(
+            "pictures of floats must be normalised by the model's mean and std (or be uint8 pixels), got floats of which"
+            f" {outside:.0%} are no pixels"
+        )
+    return (clamped - mean) / std
 
 
 class _Inputs:

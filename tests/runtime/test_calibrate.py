@@ -14,9 +14,13 @@ import torch
 from helpers import small_network
 from PIL import Image
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
-from fastscnn_fast import FastSCNN, accelerate, calibrate, fuse, segment
+from fastscnn_fast import FastSCNN, accelerate, calibrate, fuse, load_checkpoint, segment
+from fastscnn_fast.arch.network import normalise
 from fastscnn_fast.arch.structure import Unfusable
+from fastscnn_fast.backends import registry
+from fastscnn_fast.checkpoints import save_checkpoint
 from fastscnn_fast.compat import tramac
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.lower.fold import fold
@@ -239,8 +243,8 @@ def test_values_that_are_always_zero_get_some_range(model: FastSCNN) -> None:
         (torch.zeros(3, 31, 64), ValueError, r"from 32x32 up, got shape \(3, 31, 64\)"),
         (torch.zeros(64, 64), ValueError, r"got shape \(64, 64\)"),
         (torch.zeros(3, 64, 64, dtype=torch.int64), TypeError, "got torch.int64"),
-        (torch.full((3, 64, 64), torch.nan), ValueError, "values of stem.conv must be from"),
-        (torch.full((3, 64, 64), torch.inf), ValueError, "values of stem.conv must be from"),
+        (torch.full((3, 64, 64), torch.nan), ValueError, "must be normalised by"),
+        (torch.full((3, 64, 64), torch.inf), ValueError, "must be normalised by"),
     ],
     ids=str,
 )
@@ -377,3 +381,60 @@ def test_accelerate_in_int8(model: FastSCNN) -> None:
     assert torch.equal(logits, fuse(theirs, "reference", torch.int8)(x))
     with torch.no_grad():
         assert torch.allclose(auxiliary, theirs.auxiliary_logits(x)[0], atol=1e-5)
+
+
+CHANGES: dict[str, Callable[[FastSCNN], object]] = {
+    "data": lambda m: m.classifier.conv.weight.data.mul_(1.01),
+    "a statistic": lambda m: m.classifier.dsconv1.pointwise.bn.running_mean.add_(0.1),
+    "a part loaded": lambda m: m.classifier.load_state_dict(
+        {k: v * 1.01 for k, v in m.classifier.state_dict().items()}
+    ),
+    "a part in training": lambda m: m.global_features.train()(torch.randn(2, 64, 8, 8)),
+    "a step in eval mode": lambda m: [
+        m.reference(torch.randn(1, 3, 64, 64)).sum().backward(),
+        torch.optim.SGD(m.parameters(), 1e-3).step(),
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_ranges_of_other_weights_are_neither_used_nor_saved(
+    change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_checkpoint()
+    assert not model.has_stale_ranges()
+    CHANGES[change](model)
+    model.eval()
+    assert model.has_stale_ranges()
+    with pytest.raises(ValueError, match="which have changed since they were measured"):
+        fuse(model, dtype=torch.int8)
+    registry.log_once.cache_clear()
+    save_checkpoint(model, tmp_path / "weights.safetensors")
+    assert "saved without ranges" in caplog.text
+    assert load_checkpoint(tmp_path / "weights.safetensors").ranges is None
+
+
+def test_an_average_does_not_keep_the_ranges_of_what_it_averages() -> None:
+    model = load_checkpoint()
+    average = AveragedModel(model, use_buffers=True)
+    model.classifier.conv.weight.data.mul_(1.5)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    assert average.module.has_stale_ranges()
+
+
+def test_ranges_hold_for_copies_of_another_dtype() -> None:
+    model = load_checkpoint()
+    for other in (copy.deepcopy(model), copy.deepcopy(model).half(), copy.deepcopy(model).double()):
+        assert not other.has_stale_ranges() and other.ranges == model.ranges
+
+
+def test_floats_that_are_not_normalised_are_refused() -> None:
+    model, x = load_checkpoint(), torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="must be normalised by the model's mean and std"):
+        calibrate(model, x.float())
+    ranges = calibrate(model, x)
+    beyond = normalise(x, model.config, torch.float32)
+    beyond[..., :2] = 1e6  # which int8's stem takes for the brightest pixel
+    beyond_ranges = calibrate(model, beyond)
+    assert beyond_ranges["stem.conv"][1] < 2 * ranges["stem.conv"][1]
