@@ -243,7 +243,7 @@ def test_values_that_are_always_zero_get_some_range(model: FastSCNN) -> None:
         (torch.zeros(3, 31, 64), ValueError, r"from 32x32 up, got shape \(3, 31, 64\)"),
         (torch.zeros(64, 64), ValueError, r"got shape \(64, 64\)"),
         (torch.zeros(3, 64, 64, dtype=torch.int64), TypeError, "got torch.int64"),
-        (torch.full((3, 64, 64), torch.nan), ValueError, "must be normalised by"),
+        (torch.full((3, 64, 64), torch.nan), ValueError, "values of stem.conv must be from"),
         (torch.full((3, 64, 64), torch.inf), ValueError, "must be normalised by"),
     ],
     ids=str,
