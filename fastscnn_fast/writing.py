@@ -15,6 +15,20 @@ _PART = ".fastscnn-{}.part"
 _CLAIMED: ContextVar[frozenset[Path]] = ContextVar("_CLAIMED", default=frozenset())
 
 
+def check_path(path: object) -> None:
+    """Refuses what names no file, before it is opened or written.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is empty, which would be the current folder.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        got = repr(path) if path is None or isinstance(path, bytes) else type(path).__name__
+        raise TypeError(f"path must be a str or os.PathLike, got {got}")
+    if path == "":
+        raise ValueError("path must name a file, got ''")
+
+
 def write_whole(
     path: str | os.PathLike[str], content: bytes | memoryview, durable: bool = True
 ) -> None:

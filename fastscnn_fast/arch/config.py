@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -15,6 +17,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 #: An inverted residual's width after expansion, its output channels and the stride of its depthwise convolution.
 Block = tuple[int, int, int]
 Stages = tuple[tuple[Block, ...], ...]
+#: (height, width), or the side of a square.
+Size = Sequence[int] | int
 
 #: The short way to write bottlenecks, with the paper's values (Table 1): :func:`bottlenecks`.
 SHORT: dict[str, Any] = {
@@ -35,6 +39,11 @@ MOST_BLOCKS = 64
 
 #: The smallest height and width of the network's input: one pixel of the 1/32 features.
 SMALLEST_SIDE = 32
+
+#: The most pixels of a size that is asked for. What a network keeps of a picture takes tens of bytes a pixel, so that
+#: beyond it a machine of tens of gigabytes ends the process without a word; no camera or scanner is near it, and
+#: Pillow refuses files of a sixth.
+MOST_PIXELS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,8 @@ class Config:
         good = isinstance(value, tuple) and len(value) == 2 and all(map(_is_count, value))
         rule = f"must be None or (height, width), each at least {SMALLEST_SIDE}"
         _rule(value is None or (good and min(value) >= SMALLEST_SIDE), "size", rule, value)
+        if value is not None:
+            picture_size(value)
 
     @property
     def pyramid_branch_channels(self) -> int:
@@ -178,6 +189,61 @@ class Config:
             ValueError: an unknown field, or a rule of :class:`Config` is broken.
         """
         return replace(_PAPER, **_written_out(values))
+
+
+_SIZE = "must be (height, width), two integers, or the side of a square"
+
+
+def picture_size(value: Any) -> tuple[int, int]:
+    """The (height, width) that ``value``, a size that is asked for, means: itself, or the square of that side.
+
+    Raises:
+        TypeError: it is neither an integer nor a sequence of them.
+        ValueError: it has other than two sides, one below 32, or more than 2^30 pixels.
+    """
+    sides = _sides(value)
+    _rule(len(sides) == 2, "size", _SIZE, value)
+    height, width = sides
+    if min(sides) < SMALLEST_SIDE:
+        rule = f"size must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
+        raise ValueError(f"{rule}, got {height}x{width}")
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"size must be at most {MOST_PIXELS} pixels, got {height}x{width}, which takes {height * width} bytes"
+            " for each channel of the picture alone"
+        )
+    return height, width
+
+
+def _sides(value: Any) -> tuple[int, ...]:
+    """An integer twice; the integers of a list, tuple, array or tensor."""
+    try:
+        if isinstance(value, (bool, bytes, bytearray, Mapping, set, frozenset)):
+            raise TypeError  # though they count, or hold integers
+        if hasattr(value, "__index__") and not getattr(value, "ndim", 0):
+            return (operator.index(value),) * 2
+        return tuple(map(operator.index, value))
+    except TypeError:
+        raise TypeError(f"size {_SIZE}, got {value!r}") from None
+
+
+def amended(config: Config, **values: Any) -> Config:
+    """``config`` with other values in some fields.
+
+    Raises:
+        ValueError: an unknown field, or a rule of :class:`Config` is broken.
+    """
+    _check_known(values, {field.name for field in fields(Config)})
+    return replace(config, **values)
+
+
+def _check_known(names: Iterable[str], known: set[str]) -> None:
+    if unknown := sorted(set(names) - known):
+        like = difflib.get_close_matches(unknown[0], sorted(known), 1, 0.7)
+        raise ValueError(
+            f"overrides must be fields of Config ({', '.join(sorted(known))}), got {unknown[0]!r}"
+            + (f", did you mean {like[0]}?" if like else "")
+        )
 
 
 def bottlenecks(
@@ -219,11 +285,7 @@ def _written_out(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an unknown field, or bottlenecks in both ways.
     """
     known = {*(field.name for field in fields(Config)), *SHORT}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(
-            f"overrides must be fields of Config ({', '.join(sorted(known))}), got {unknown[0]!r}"
-        )
+    _check_known(values, known)
     full = {name: value for name, value in values.items() if name not in SHORT}
     short = {name: _frozen(value) for name, value in values.items() if name in SHORT}
     if "bottlenecks" in full:

@@ -67,6 +67,15 @@ class Unfusable(ValueError):
     """The model computes something else than its config says; the message says where."""
 
 
+def unwrapped(module: Any) -> Any:
+    """What DataParallel, DistributedDataParallel, an averaged model or torch.compile wrap; else the module itself."""
+    while isinstance(
+        inner := getattr(module, "module", getattr(module, "_orig_mod", None)), nn.Module
+    ):
+        module = inner
+    return module
+
+
 def submodules(model: PlainFastSCNN) -> list[tuple[str, nn.Module]]:
     """The submodules that run in eval mode, by name; one used twice is listed twice."""
     named = model.named_modules(remove_duplicate=False)

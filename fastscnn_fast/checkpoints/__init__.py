@@ -5,6 +5,7 @@ keys, which preset and which widths from its shapes. No file can make this packa
 allocate more memory than the file's own size.
 """
 
+from ..arch.structure import unwrapped
 from .files import (
     CAMVID11,
     MAX_BYTES,
@@ -16,7 +17,7 @@ from .files import (
 )
 from .layouts import LAYOUTS, layout_names, to_layout
 from .recognise import from_state_dict
-from .wrappers import CheckpointError, unwrapped
+from .wrappers import CheckpointError
 
 __all__ = [
     "CAMVID11",

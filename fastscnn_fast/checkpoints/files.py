@@ -11,7 +11,7 @@ import pickletools
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ..arch.config import Config
 from ..arch.network import Ranges
-from ..arch.structure import Unfusable
+from ..arch.structure import Unfusable, unwrapped
 from ..backends import registry
 from ..lower.quantise import STALE, check_ranges
 from ..program.program import fast_scnn
 from ..runtime.forked import serial
 from ..runtime.model import FastSCNN
-from ..writing import write_whole
+from ..writing import check_path, write_whole
 from .layouts import tensors_of
 from .recognise import (
     DTYPES,
@@ -39,7 +39,7 @@ from .recognise import (
     recognise_own,
     tensors_in,
 )
-from .wrappers import CheckpointError, Place, places, unwrapped
+from .wrappers import CheckpointError, Place, places
 
 MAX_BYTES = 1 << 30
 """Files larger than this are refused unread; a Fast-SCNN takes 5 MB, with its optimizer 10 to 20."""
@@ -102,14 +102,19 @@ def load_checkpoint(
     Raises:
         CheckpointError: a truncated, empty, huge, foreign or malicious file, one whose weights hold NaN,
             infinity or a negative variance, whose ranges are none, or one of several networks that nothing tells apart. Nothing in
-            it is executed.
+            it is executed. Or an override that is no field of :class:`Config`.
+        TypeError: ``path`` is none.
         OSError: the file cannot be opened.
     """
+    if isinstance(path, Mapping):
+        raise TypeError(
+            "path must be a str or os.PathLike, got a dict: from_state_dict takes those"
+        )
+    check_path(path)
     source = str(path)
-    if mean is not None:
-        overrides["mean"] = tuple(mean)
-    if std is not None:
-        overrides["std"] = tuple(std)
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None:  # of what holds no values, Config says so
+            overrides[name] = tuple(values) if isinstance(values, Iterable) else values
     likely, config, dtype, ranges = _opened(path)
     if config is None:
         found = recognise(likely, preset, source, **overrides)
@@ -145,7 +150,9 @@ def save_checkpoint(
     """Writes weights, config (mean, std and size too), ranges and names of classes to a ``.safetensors`` file, whole or not at all.
 
     Of a model whose last or first convolution was replaced by one of other classes or channels, or any
-    by narrower ones, the config that is written has the numbers that it has now, and its ranges are left out.
+    by narrower ones, the config that is written has the numbers that it has now, and its ranges are left out. Of
+    other input channels, ``mean`` and ``std`` follow as :func:`load_checkpoint` has it, with a warning; set
+    ``model.config`` to save others.
 
     Args:
         model: may be wrapped, by torch.compile or DataParallel.
@@ -158,10 +165,16 @@ def save_checkpoint(
         ValueError: another ending, by which :func:`load_checkpoint` would not know the file; weights that
             are too large for ``stored_as``; a model of which a submodule was replaced by what a config does not
             describe, which would come back as another; ranges that are not the network's.
+        TypeError: ``path`` is none, or ``stored_as`` no torch.dtype.
         OSError: the file cannot be written; what was there before still is.
     """
     from safetensors.torch import save
 
+    check_path(path)
+    if stored_as is not None and not isinstance(stored_as, torch.dtype):
+        raise TypeError(
+            f"stored_as must be a torch.dtype, such as torch.float16, got {stored_as!r}"
+        )
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
     model = cast(FastSCNN, unwrapped(model))

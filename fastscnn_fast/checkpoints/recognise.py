@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..arch.config import MOST_BLOCKS, PRESETS, SHORT, Block, Config, preset as config_preset
+from ..arch.config import (
+    MOST_BLOCKS,
+    PRESETS,
+    SHORT,
+    Block,
+    Config,
+    amended,
+    preset as config_preset,
+)
 from ..arch.network import PlainFastSCNN
 from ..arch.structure import changed, unsound
 from ..backends import registry
@@ -75,7 +83,7 @@ def recognise_own(place: Place, config: Config, source: str, **overrides: Any) -
         CheckpointError: the tensors are not those of ``config``; the message names what differs.
     """
     asked = {name: overrides.pop(name) for name in _REFITTED if name in overrides}
-    config = config_of(source, replace, config, **overrides)
+    config = config_of(source, amended, config, **overrides)
     shapes = _shapes_in(place, source)
     for name, value in _derive(shapes, OURS, config).items():
         stated = getattr(config, name)
@@ -356,8 +364,7 @@ def _refitted(model: FastSCNN, source: str, asked: Mapping[str, Any]) -> FastSCN
     values = dict(asked)
     channels = values.get("in_channels", before.in_channels)
     if channels != before.in_channels and channels in range(1, 5):
-        for name in ("mean", "std"):
-            values.setdefault(name, _in_turn(getattr(before, name), channels))
+        values = _normalisation(before, channels) | values
     config = config_of(source, replace, before, **values)
     if (config.num_classes, channels) == (before.num_classes, before.in_channels):
         model.config = config
@@ -387,6 +394,11 @@ def _refitted(model: FastSCNN, source: str, asked: Mapping[str, Any]) -> FastSCN
     return new
 
 
+def _normalisation(config: Config, channels: int) -> dict[str, Any]:
+    """``mean`` and ``std`` of ``config`` for another number of input channels."""
+    return {name: _in_turn(getattr(config, name), channels) for name in ("mean", "std")}
+
+
 def _in_turn(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """One of ``values`` for each channel, in turn; their mean for a single one."""
     if channels == 1:
@@ -404,7 +416,8 @@ def _adapted(weight: Tensor, channels: int) -> Tensor:
 
 def config_followed(model: PlainFastSCNN) -> Config:
     """The config that describes ``model`` as it is now: its own, or, where its head, first convolution or
-    widths were replaced since, that with the numbers of the tensors.
+    widths were replaced since, that with the numbers of the tensors; mean and std follow the input channels, with
+    a warning.
 
     Raises:
         ValueError: it is no longer a network that a config describes; the message names what was replaced.
@@ -413,6 +426,15 @@ def config_followed(model: PlainFastSCNN) -> Config:
     derived = _derive(shapes, OURS, model.config)
     if derived["pyramid_bins"] is None:
         del derived["pyramid_bins"]
+    channels = derived["in_channels"]
+    if channels != model.config.in_channels and channels in range(1, 5):
+        derived |= _normalisation(model.config, channels)
+        registry.logger.warning(
+            "model has %d input channels now, %d by its config: mean %s and std %s go with them; set model.config for"
+            " others",
+            *(channels, model.config.in_channels),
+            *(tuple(round(v, 4) for v in derived[name]) for name in ("mean", "std")),
+        )
     rule = "model must be a network that a file can describe"
     try:
         config = replace(model.config, **derived)

@@ -10,7 +10,7 @@ from functools import cache
 from operator import itemgetter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arch.config import Config
 from .layouts import LAYOUTS, Layout
@@ -77,15 +77,6 @@ class Place:
         parts = (*self.path, *self.prefix)
         ranks = (_KNOWN.index(p) if p in _KNOWN else len(_KNOWN) for p in parts)
         return 1 + max(ranks, default=0)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """What DataParallel, DistributedDataParallel, an averaged model or torch.compile wrap; else the module itself."""
-    while isinstance(
-        inner := getattr(module, "module", getattr(module, "_orig_mod", None)), nn.Module
-    ):
-        module = inner
-    return module
 
 
 def places(state: Any, source: str, size: float = math.inf) -> list[Place]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..arch.network import InvertedResidual, resize
+from ..arch.structure import unwrapped
 from ..backends import registry
-from ..checkpoints import from_state_dict, unwrapped
+from ..checkpoints import from_state_dict
 from ..program.arithmetic import floats_of
 from ..runtime.fused import FusedFastSCNN, fuse, fuse_as
 from ..runtime.model import FastSCNN

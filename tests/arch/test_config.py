@@ -104,6 +104,10 @@ RULES = [
         {"size": (720, 31)},
         "size must be None or (height, width), each at least 32, got (720, 31)",
     ),
+    (
+        {"size": (10**6, 10**6)},
+        "size must be at most 1073741824 pixels, got 1000000x1000000, which takes 1000000000000 bytes for each channel of the picture alone",
+    ),
     ({"size": 720}, "size must be None or (height, width), each at least 32, got 720"),
 ]
 

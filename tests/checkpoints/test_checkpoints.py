@@ -13,6 +13,7 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from helpers import ROOT
 from layouts import SMALL, free_widths, key_lists, random_state
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN, fuse, load_checkpoint
 from fastscnn_fast.arch.config import PRESETS, preset
@@ -530,6 +531,57 @@ def test_not_a_file(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe.pth")
         with pytest.raises(CheckpointError, match="not a regular file"):
             load_checkpoint(tmp_path / "pipe.pth")
+
+
+def test_what_is_no_path_is_named(tmp_path: Path) -> None:
+    model = FastSCNN(2, **SMALL)
+    for path, got in ((None, "None"), (b"c.pth", "b'c.pth'"), (model, "FastSCNN"), (3, "int")):
+        for use in (load_checkpoint, lambda path: save_checkpoint(model, path)):
+            with pytest.raises(TypeError, match=f"^path must be a str or os.PathLike, got {got}$"):
+                use(path)
+    with pytest.raises(TypeError, match=r"^path must be .*, got a dict: from_state_dict takes"):
+        load_checkpoint(model.state_dict())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^path must name a file, got ''$"):
+        load_checkpoint("")
+    with pytest.raises(TypeError, match="^stored_as must be a torch.dtype, .*, got 'float16'$"):
+        save_checkpoint(model, tmp_path / "a.safetensors", stored_as="float16")  # type: ignore[arg-type]
+
+
+def test_unknown_fields_are_named(tmp_path: Path) -> None:
+    model = FastSCNN(2, **SMALL)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    save_checkpoint(model, tmp_path / "a.safetensors")
+    for name in ("a.pth", "a.safetensors"):
+        rule = rf"{name}: overrides must be fields of Config \(.*\), got"
+        with pytest.raises(CheckpointError, match=f"{rule} 'foo'$"):
+            load_checkpoint(tmp_path / name, foo=1)
+        with pytest.raises(CheckpointError, match=f"{rule} 'in_chanels', did you mean in_channels"):
+            load_checkpoint(tmp_path / name, in_chanels=1)
+        with pytest.raises(
+            CheckpointError, match=r"mean must hold one finite number .*, got 0\.5$"
+        ):
+            load_checkpoint(tmp_path / name, mean=0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_mean_and_std_follow_a_first_convolution_replaced_by_hand(
+    channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FastSCNN(4).eval()
+    model.learning_to_downsample.stem.conv = nn.Conv2d(channels, 32, 3, 2, 1, bias=False)
+    save_checkpoint(model, tmp_path / "own.safetensors")
+    assert f"model has {channels} input channels now, 3 by its config: mean" in caplog.text
+    loaded = load_checkpoint(tmp_path / "own.safetensors")
+    save_checkpoint(FastSCNN(4), tmp_path / "rgb.safetensors")
+    as_asked = load_checkpoint(tmp_path / "rgb.safetensors", in_channels=channels).config
+    assert loaded.config == as_asked
+    wanted = {1: (0.449,), 2: (0.485, 0.456), 4: (0.485, 0.456, 0.406, 0.485)}[channels]
+    assert loaded.config.mean == pytest.approx(wanted)
+    x = torch.randn(1, channels, 64, 64)
+    model.config = replace(model.config, in_channels=channels, mean=wanted, std=wanted)
+    assert torch.equal(loaded.reference(x), model.reference(x))
+    save_checkpoint(model, tmp_path / "own.safetensors")
+    assert load_checkpoint(tmp_path / "own.safetensors").config.std == wanted
 
 
 def test_huge_sparse_file_is_not_read(tmp_path: Path) -> None:
