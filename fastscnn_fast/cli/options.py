@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arch.config import PRESETS, SMALLEST_SIDE
+from ..arch.config import PRESETS, SMALLEST_SIDE, picture_size
 from ..backends import registry
 from ..checkpoints import CAMVID11
 from ..data.sources import Source, open_source
@@ -187,7 +187,10 @@ def size(text: str) -> tuple[int, int]:
     ):
         rule = f"must be HEIGHTxWIDTH or the side of a square, each at least {SMALLEST_SIDE}"
         raise argparse.ArgumentTypeError(f"{rule}, got {text!r}")
-    return int(sides[0]), int(sides[-1])
+    try:
+        return picture_size((int(sides[0]), int(sides[-1])))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("size ")) from None
 
 
 def count(text: str) -> int:

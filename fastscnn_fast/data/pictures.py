@@ -145,7 +145,7 @@ def read_picture(picture: Picture, channels: int = 3, bits: int | None = None) -
             warning where it is not 16 (a dark picture may use more); PGM files say it themselves.
 
     Raises:
-        TypeError: it is nothing of these.
+        TypeError: it is nothing of these, or ``bits`` is no integer.
         ValueError: it cannot be read, has no pixels, values of more than ``bits``, or another dtype or shape;
             the message names the file where there is one.
         RuntimeError: a tensor has lost its memory.
@@ -161,9 +161,7 @@ def pixels_of(
     tell: Callable[[Guess], None] = Guess.tell,
 ) -> NDArray[np.uint8]:
     """As :func:`read_picture`; errors call what has no name of its own ``name``, and ``tell`` hears of guesses."""
-    if bits is not None and not 8 <= bits <= 16:
-        raise ValueError(f"bits must be 8 to 16, got {bits}")
-    to_eight = _Bits(bits, name, tell)
+    to_eight = _Bits(None if bits is None else _depth(bits), name, tell)
     if isinstance(picture, Tensor):
         return _array_pixels(_tensor_array(picture, name), channels, to_eight)
     if isinstance(picture, np.ndarray):
@@ -190,6 +188,15 @@ def pixels_of(
     if callable(getattr(picture, "read", None)):
         return _content_pixels(_rewound(picture, name), channels, to_eight.of(picture))
     raise TypeError(f"{name} must be {_TAKEN}, got {type(picture).__name__}")
+
+
+def _depth(bits: Any) -> int:
+    """The number of ``bits``, as an int of Python: numpy's of 8 bits would shift beyond themselves."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
+        raise TypeError(f"bits must be an integer from 8 to 16, got {bits!r}")
+    if not 8 <= bits <= 16:
+        raise ValueError(f"bits must be 8 to 16, got {bits}")
+    return int(bits)
 
 
 def no_file(path: str) -> str | None:

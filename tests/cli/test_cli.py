@@ -266,6 +266,9 @@ def test_a_size_is_two_sides_or_one_of_a_square():
             argparse.ArgumentTypeError, match="HEIGHTxWIDTH or the side of a square"
         ):
             options.size(wrong)
+    for wrong in ("1000000x1000000", "32769"):
+        with pytest.raises(argparse.ArgumentTypeError, match="^must be at most 1073741824 pixels"):
+            options.size(wrong)
 
 
 @pytest.mark.parametrize("name", ["float16", "fp16", "FP16", "torch.float16"])
