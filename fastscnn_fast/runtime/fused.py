@@ -169,7 +169,7 @@ def fuse(
             the scratch memory; the 8 shapes used last are kept. Not measured on a GPU.
 
     Raises:
-        TypeError: not a FastSCNN.
+        TypeError: not a FastSCNN, or ``dtype`` is no torch.dtype.
         ValueError: unknown backend, precision or cuda_graph, or a submodule was replaced or hooked, or a parameter
             or buffer holds NaN, infinity or a negative variance, or is too large for ``dtype`` once it is folded,
             or ``dtype`` is torch.int8 and there are no ranges, or wrong ones (:class:`structure.Unfusable`).
@@ -201,6 +201,8 @@ def fuse_as(
     structure.check(model)
     weight = model.classifier.conv.weight
     dtype = weight.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, such as torch.float16, got {dtype!r}")
     chosen = registry.choose(backend, model.config, weight.device, dtype, precision)
     precision = registry.choose_precision(precision, backend, chosen, weight.device, dtype)
     Graphs(cuda_graph).check(weight.device)

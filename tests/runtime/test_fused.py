@@ -6,9 +6,11 @@ import copy
 import importlib.util
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -626,6 +628,10 @@ def test_what_cannot_be_fused(model, fast):
     for other in (nn.Conv2d(3, 3, 3), fast, None):
         with pytest.raises(TypeError, match="model must be a fastscnn_fast.FastSCNN"):
             fuse(other)
+    for other in ("int8", np.float32, float):
+        message = f"dtype must be a torch.dtype, such as torch.float16, got {other!r}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            fuse(model, dtype=other)
     with pytest.raises(ValueError, match="backend must be auto or one of cuda, .*, got 'gpu'"):
         fuse(model, "gpu")
     with pytest.raises(
