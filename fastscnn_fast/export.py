@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import io
 import json
 import logging
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from . import qdq
+from .arch.config import Size, picture_size
 from .arch.network import PyramidPooling, normalise
 from .lower.quantise import STALE, check_ranges
 from .program.labels import labels_of
 from .program.program import fast_scnn
+from .runtime.fused import FusedFastSCNN
 from .runtime.model import FastSCNN
-from .writing import folder_of, write_whole
+from .writing import check_path, folder_of, write_whole
 
 _LEAST_OPSET = 11  # before it a resize has its corners elsewhere
 _EXPORTER = 18  # the least opset that torch's exporter writes
@@ -79,7 +82,7 @@ def export_onnx(
     model: FastSCNN,
     path: str | os.PathLike[str],
     output: Literal["logits", "labels"] = "logits",
-    size: tuple[int, int] = (512, 1024),
+    size: Size = (512, 1024),
     opset: int = 18,
     fixed_size: bool = False,
     pixels: torch.dtype | None = None,
@@ -94,7 +97,7 @@ def export_onnx(
     "normalised" or "pixels".
 
     Args:
-        size: (height, width) to trace at. The file does not depend on it, unless ``fixed_size``.
+        size: (height, width) to trace at, or the side of a square. The file does not depend on it, unless ``fixed_size``.
         opset: from 11 on, the first whose resize is torch's. Those below 18 are written by torch's older exporter.
         fixed_size: x is (1, C, *size) and nothing else, for runtimes that plan ahead; no node computes a shape.
         pixels: x is raw pixels 0 to 255 of this dtype, torch.uint8 or torch.float32, normalised in the graph.
@@ -107,14 +110,15 @@ def export_onnx(
         RuntimeError: torch is older than 2.6, whose exporter cannot do this, or cannot write this opset.
         ValueError: unknown output, opset, dtype or dtype of pixels, a size below 32, labels of more than 256 classes, or
             torch.int8 for a model without ranges or an opset below 18.
-        OSError: the file cannot be written; what was there before still is.
+        TypeError: ``model`` is no FastSCNN, or ``path`` no path.
+        OSError: the file cannot be written, or is a folder; what was there before still is.
     """
-    _check(model, output, size, opset, pixels, dtype)
+    _check(model, path, output, opset, pixels, dtype)
+    height, width = picture_size(size)
     with folder_of(Path(path)):
         network = _Exportable(model, output, pixels is not None, dtype == torch.int8)
-        x = torch.zeros(
-            1 if fixed_size else 2, model.config.in_channels, *size, dtype=pixels or torch.float32
-        )
+        shape = (1 if fixed_size else 2, model.config.in_channels, height, width)
+        x = torch.zeros(shape, dtype=pixels or torch.float32)
         export = _export if opset >= _EXPORTER else _export_older
         with _quiet():
             file = export(network, x, output, opset, fixed_size)
@@ -181,12 +185,22 @@ def _export_older(
 
 def _check(
     model: FastSCNN,
+    path: str | os.PathLike[str],
     output: str,
-    size: tuple[int, int],
     opset: int,
     pixels: torch.dtype | None,
     dtype: torch.dtype,
 ) -> None:
+    if not isinstance(model, FastSCNN):
+        fused = ", not its fused copy" if isinstance(model, FusedFastSCNN) else ""
+        raise TypeError(
+            f"model must be a fastscnn_fast.FastSCNN{fused}, got {type(model).__name__}"
+        )
+    check_path(path)
+    if Path(path).is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "path must name the file to write, got a folder", os.fspath(path)
+        )
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -201,12 +215,10 @@ def _check(
         raise ValueError(
             f"output labels takes at most 256 classes, the model has {model.config.num_classes}"
         )
-    if min(size) < 32:
-        raise ValueError(f"size must be at least 32x32, got {size[0]}x{size[1]}")
     if pixels not in (None, torch.uint8, torch.float32):
-        raise ValueError(f"pixels must be torch.uint8 or torch.float32, got {pixels}")
+        raise ValueError(f"pixels must be torch.uint8 or torch.float32, got {pixels!r}")
     if dtype not in (torch.float32, torch.int8):
-        raise ValueError(f"dtype must be torch.float32 or torch.int8, got {dtype}")
+        raise ValueError(f"dtype must be torch.float32 or torch.int8, got {dtype!r}")
     if dtype == torch.int8:
         if model.has_stale_ranges():
             raise ValueError(STALE)

@@ -117,6 +117,19 @@ def test_what_cannot_be_exported(monkeypatch, tmp_path):
             export.export_onnx(model, tmp_path / "x.onnx", pixels=dtype)
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         export.export_onnx(model, tmp_path)
+    with pytest.raises(IsADirectoryError, match="path must name the file to write, got a folder"):
+        export.export_onnx(model, str(tmp_path))
+    for path, kind, got in ((None, TypeError, "None"), ("", ValueError, "''")):
+        with pytest.raises(kind, match=f"^path must .*, got {got}$"):
+            export.export_onnx(model, path)
+    for other, rule in (
+        (fuse(model, "reference"), "FastSCNN, not its fused copy, got FusedFastSCNN"),
+        (torch.nn.Conv2d(3, 3, 1), "FastSCNN, got Conv2d"),
+    ):
+        with pytest.raises(TypeError, match=f"^model must be a fastscnn_fast.{rule}$"):
+            export.export_onnx(other, tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match=r"^size must be .*, got \(96, 160, 3\)$"):
+        export.export_onnx(model, tmp_path / "x.onnx", size=(96, 160, 3))
     with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.int8, got torch.b"):
         export.export_onnx(model, tmp_path / "x.onnx", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="int8 needs the ranges of the network's values"):
