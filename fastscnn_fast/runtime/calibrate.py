@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..arch import structure
-from ..arch.config import SMALLEST_SIDE, Config
+from ..arch.config import SMALLEST_SIDE, Config, Size, picture_size
 from ..arch.network import PlainFastSCNN, Ranges, normalise
 from ..data.jobs import find
 from ..lower.fold import FoldedWeights, fold
 from ..lower.quantise import LEVELS, MOST_RANGE, quantise, value_names
 from ..program import reference
+from ..program.memory import check_memory
 from .forked import serial
 from .segment import prepare
 
@@ -136,7 +137,7 @@ def calibrate(
     model: PlainFastSCNN,
     pictures: Any,
     method: str = "least-squares",
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     bits: int | None = None,
 ) -> Ranges:
     """Measures the ranges of the network's values on pictures, and keeps them as ``model.ranges``.
@@ -154,7 +155,7 @@ def calibrate(
             them with labels, the first counts.
         method: "least-squares": the range whose 256 levels are nearest to the values, which may cut off a few;
             "min-max": from the least to the largest; "percentile": all but 0.005 % of the values at each end.
-        size: (height, width) to run pictures at, as in :func:`segment`; tensors run as they are.
+        size: (height, width) to run pictures at, or the side of a square, as in :func:`segment`; tensors run as they are.
         bits: of pictures of more than 8 a channel, as in :func:`segment`.
 
     Returns:
@@ -165,6 +166,7 @@ def calibrate(
         ValueError: no pictures, one that cannot be read, a tensor of another shape, an unknown method, a model in
             training mode, or one whose values are not finite; or a network that int8 cannot compute
             (:class:`fastscnn_fast.arch.structure.Unfusable`). ``model.ranges`` is then what it was.
+        RuntimeError: a tensor has lost its memory.
     """
     if not isinstance(model, PlainFastSCNN):
         raise TypeError(f"model must be a fastscnn_fast.FastSCNN, got {type(model).__name__}")
@@ -174,12 +176,10 @@ def calibrate(
         )
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if size is not None and min(size) < SMALLEST_SIDE:
-        rule = f"size must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
-        raise ValueError(f"{rule}, got {size[0]}x{size[1]}")
+    run_at = None if size is None else picture_size(size)
     structure.check(model)
     folded = fold(model)
-    inputs = _Inputs(model.config, size, bits)
+    inputs = _Inputs(model.config, run_at, bits)
     found = _measure(folded, inputs.of(pictures), model.classifier.conv.weight.device)
     ranges: dict[str, tuple[float, float]] = {}
     for name, histogram in found.items():
@@ -248,6 +248,7 @@ class _Inputs:
     def of(self, pictures: Any) -> Iterator[Tensor]:
         """With a progress bar."""
         items: Iterable[Any] = [pictures]
+        _check_memory(pictures)
         if _is_folder(pictures):
             items = _folder(Path(pictures))
         elif isinstance(pictures, (np.ndarray, Tensor)) and pictures.ndim == 4:
@@ -263,6 +264,7 @@ class _Inputs:
         """One of an iterable: a picture, or several."""
         if isinstance(item, (tuple, list)) and item and _is_batch(item[0]):
             item = item[0]
+        _check_memory(item)
         if _is_folder(item):
             yield from map(self._picture, _folder(Path(item)))
         elif isinstance(item, Tensor):
@@ -293,12 +295,23 @@ class _Inputs:
         return x[None]
 
 
+def _check_memory(value: Any) -> None:
+    """Of a tensor, before it is taken apart."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type == "meta":
+            raise ValueError(
+                f"picture must be a tensor with pixels, got {value.layout} on {value.device}"
+            )
+        check_memory("picture", value)
+
+
 def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 4
 
 
 def _is_folder(value: Any) -> bool:
-    return isinstance(value, (str, os.PathLike)) and Path(value).is_dir()
+    # The empty path is no folder, though pathlib takes it for the current one.
+    return isinstance(value, (str, os.PathLike)) and value != "" and os.path.isdir(value)
 
 
 def _is_picture(value: Any) -> bool:

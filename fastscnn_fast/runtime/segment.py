@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..arch.config import SMALLEST_SIDE, Config
+from ..arch.config import SMALLEST_SIDE, Config, Size, picture_size
+from ..arch.structure import unwrapped
 from ..data.pictures import Guess, Picture, pixels_of, resized
 from ..program.labels import labels_of, probabilities_of
 from .forked import serial
@@ -29,7 +30,7 @@ Several = list[Any] | tuple[Picture, ...]
 def segment(
     fast: FusedFastSCNN | FastSCNN,
     picture: Picture,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     bits: int | None = None,
     confidence: Literal[False] = False,
 ) -> Labels: ...
@@ -39,7 +40,7 @@ def segment(
 def segment(
     fast: FusedFastSCNN | FastSCNN,
     picture: Picture,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     bits: int | None = None,
     *,
     confidence: Literal[True],
@@ -50,7 +51,7 @@ def segment(
 def segment(
     fast: FusedFastSCNN | FastSCNN,
     picture: Several,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     bits: int | None = None,
     confidence: Literal[False] = False,
 ) -> list[Labels]: ...
@@ -60,7 +61,7 @@ def segment(
 def segment(
     fast: FusedFastSCNN | FastSCNN,
     picture: Several,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     bits: int | None = None,
     *,
     confidence: Literal[True],
@@ -70,7 +71,7 @@ def segment(
 def segment(
     fast: FusedFastSCNN | FastSCNN,
     picture: Picture | Several,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     bits: int | None = None,
     confidence: bool = False,
 ) -> Any:
@@ -79,25 +80,33 @@ def segment(
     A network of one class gives 1 where that is, and 0 for the background.
 
     Args:
-        fast: the network; a :class:`FastSCNN` must be in eval mode and is fused at its first picture.
+        fast: the network; a :class:`FastSCNN` must be in eval mode and is fused at its first picture. It may be
+            wrapped, by torch.compile or DataParallel: what is inside runs.
         picture: a path, a PIL image, the bytes of a picture's file, a file opened in binary mode, an array of
             uint8 or uint16 pixels (H, W) or (H, W, C), a tensor of them (C, H, W), or a list or tuple of all
             these, turned upright and brought to the network's channels as
             :func:`~fastscnn_fast.data.pictures.read_picture` says. Colours are RGB: OpenCV's frames, which
             are BGR, are ``frame[:, :, ::-1]``.
-        size: (height, width) to run the network at, by default :func:`run_size`; the labels come back by
-            nearest neighbour.
+        size: (height, width) to run the network at, or the side of a square, by default :func:`run_size`; the
+            labels come back by nearest neighbour.
         bits: how many bits a channel a picture stored in more than 8 uses, by default a guess by
             :func:`~fastscnn_fast.data.pictures.read_picture`, which warns of it.
         confidence: also return how probable the network takes each pixel's label to be, float32 (H, W) from 0
             to 1: a pair of labels and confidence for each picture. The network runs twice for it.
 
     Raises:
-        TypeError: a picture is nothing of these.
-        ValueError: a picture cannot be read or has no pixels, ``size`` is below 32 a side, the model is in
-            training mode or has more than 256 classes.
+        TypeError: ``fast`` is no such network, a picture is nothing of these, ``size`` or ``bits`` no integers.
+        ValueError: a picture cannot be read or has no pixels, ``size`` is below 32 a side or has more than 2^30
+            pixels, the model is in training mode or has more than 256 classes.
         RuntimeError: a tensor has lost its memory.
     """
+    fast = unwrapped(fast)
+    if not isinstance(fast, (FusedFastSCNN, FastSCNN)):
+        other = " (fastscnn_fast.accelerate takes other implementations)"
+        raise TypeError(
+            "fast, the first argument, must be a model: a fastscnn_fast.FastSCNN or its fused copy, got"
+            f" {type(fast).__name__}{other if isinstance(fast, nn.Module) else ''}"
+        )
     if isinstance(picture, (list, tuple)):
         names = (f"picture[{index}]" for index in range(len(picture)))
         pairs = [
@@ -111,7 +120,7 @@ def segment(
 def _segmented(
     fast: FusedFastSCNN | FastSCNN,
     picture: Picture,
-    size: tuple[int, int] | None,
+    size: Size | None,
     bits: int | None,
     confidence: bool,
     name: str = "picture",
@@ -156,7 +165,7 @@ class Classified(NamedTuple):
 def prepare(
     picture: Picture,
     config: Config,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     bits: int | None = None,
     name: str = "picture",
     tell: Callable[[Guess], None] = Guess.tell,
@@ -165,11 +174,9 @@ def prepare(
 
     Errors call a picture without a name of its own ``name``, and ``tell`` hears of guessed bits.
     """
-    if size is not None and min(size) < SMALLEST_SIDE:
-        rule = f"size must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
-        raise ValueError(f"{rule}, got {size[0]}x{size[1]}")
+    run_at = None if size is None else picture_size(size)
     pixels = pixels_of(picture, config.in_channels, bits, name, tell)
-    return Prepared(pixels, _tensor_of(pixels, config, size))
+    return Prepared(pixels, _tensor_of(pixels, config, run_at))
 
 
 @serial()

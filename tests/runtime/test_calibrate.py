@@ -254,6 +254,24 @@ def test_no_pictures(model: FastSCNN, pictures: Any, kind: type[Exception], mess
     assert model.ranges is None
 
 
+def test_tensors_without_memory_and_empty_paths(model: FastSCNN) -> None:
+    for shape in ((3, 64, 64), (2, 3, 64, 64)):
+        emptied = torch.zeros(shape)
+        emptied.untyped_storage().resize_(0)
+        needed = emptied.numel() * 4
+        message = f"^picture must have memory of {needed} bytes, its storage holds 0$"
+        for pictures in (emptied, [emptied], [(emptied, None)] if len(shape) == 4 else emptied):
+            with pytest.raises(RuntimeError, match=message):
+                calibrate(model, pictures)
+    for nothing in (torch.zeros(3, 64, 64, device="meta"), torch.zeros(3, 64, 64).to_sparse()):
+        with pytest.raises(ValueError, match="^picture must be a tensor with pixels, got torch"):
+            calibrate(model, nothing)
+    for pictures in ("", [""]):
+        with pytest.raises(ValueError, match="^picture must be a path, .*, got the path ''$"):
+            calibrate(model, pictures)
+    assert model.ranges is None
+
+
 def test_folders_without_pictures_or_with_labels(model: FastSCNN, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot all be read: .*: no pictures in this folder"):
         calibrate(model, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import socket
 import struct
 import zlib
@@ -13,8 +14,9 @@ import pytest
 import torch
 from helpers import png
 from PIL import Image
+from torch import nn
 
-from fastscnn_fast import FastSCNN, bench, fuse, segment
+from fastscnn_fast import FastSCNN, bench, calibrate, fuse, segment
 from fastscnn_fast.data import classes as data
 from fastscnn_fast.data.pictures import _TOLD, label_image, overlay, read_picture
 from fastscnn_fast.data.scenes import street
@@ -251,6 +253,18 @@ def test_the_bits_that_deep_grey_uses(bits, tmp_path, pixels, caplog):
             read_picture(images[0], bits=wrong)
 
 
+@pytest.mark.parametrize("wrong", [12.0, "12", True, (12,)], ids=str)
+def test_bits_that_are_no_integer_are_named(fast, tmp_path, wrong):
+    values = np.full((40, 50), 4095, np.uint16)
+    Image.fromarray(values).save(tmp_path / "u12.png")
+    for picture in (values, tmp_path / "u12.png"):
+        message = f"bits must be an integer from 8 to 16, got {wrong!r}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            segment(fast, picture, bits=wrong)
+        for twelve in (np.uint8(12), np.int64(12)):
+            assert (read_picture(picture, 1, bits=twelve) == 255).all()
+
+
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_the_bits_that_deep_colours_use(channels, bits, tmp_path, pixels, caplog):
@@ -331,6 +345,40 @@ def test_size_is_the_networks_and_the_labels_stay_the_pictures(fast, pixels):
     assert np.array_equal(labels, np.asarray(at_64))
     with pytest.raises(ValueError, match="size must be at least 32x32, got 31x64"):
         segment(fast, pixels, (31, 64))
+    for size in ([64, 96], np.array([64, 96]), torch.tensor([64, 96]), torch.Size((64, 96))):
+        assert np.array_equal(segment(fast, pixels, size), labels)
+    for side in (64, np.int64(64)):
+        assert np.array_equal(segment(fast, pixels, side), segment(fast, pixels, (64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "message"),
+    [
+        ("96x160", TypeError, r"size must be \(height, width\).* side of a square, got '96x160'$"),
+        (b"ab", TypeError, "size must be .*, got b'ab'$"),
+        (96.0, TypeError, r"size must be .*, got 96\.0$"),
+        ((96.0, 160.0), TypeError, r"size must be .*, got \(96\.0, 160\.0\)$"),
+        (True, TypeError, "size must be .*, got True$"),
+        ({96, 160}, TypeError, "size must be .*, got {"),
+        ((96, 160, 3), ValueError, r"size must be .* two integers.*, got \(96, 160, 3\)$"),
+        ((), ValueError, r"size must be .*, got \(\)$"),
+        (31, ValueError, "size must be at least 32x32, got 31x31$"),
+        (-512, ValueError, "size must be at least 32x32, got -512x-512$"),
+        (
+            (10**6, 10**6),
+            ValueError,
+            "size must be at most 1073741824 pixels, got 1000000x1000000, which takes 1000000000000 bytes",
+        ),
+        (1 << 15 | 1, ValueError, "size must be at most 1073741824 pixels, got 32769x32769"),
+    ],
+    ids=str,
+)
+def test_what_is_no_size_is_named(fast, model, pixels, size, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        segment(fast, pixels, size)
+    with pytest.raises(kind, match=f"^{message}"):
+        calibrate(model, pixels, size=size)
+    assert model.ranges is None
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (31, 32)])
@@ -538,6 +586,30 @@ def test_an_interlaced_png_of_fewer_rows_is_no_whole_picture(tmp_path):
 def test_a_model_in_training_mode_is_refused(pixels):
     with pytest.raises(ValueError, match="must be in eval mode"):
         segment(FastSCNN(3), pixels)
+
+
+def test_what_wraps_a_model_is_looked_through(model, fast, pixels):
+    expected = segment(model, pixels)
+    for wrapped in (
+        nn.DataParallel(model),
+        nn.DataParallel(fast),
+        torch.optim.swa_utils.AveragedModel(model).eval(),
+        torch.compile(model),
+    ):
+        assert np.array_equal(segment(wrapped, pixels), expected)
+
+
+def test_what_is_no_model_is_named(fast, pixels):
+    rule = "fast, the first argument, must be a model: a fastscnn_fast.FastSCNN or its fused copy"
+    for other, picture, got in (
+        (nn.Conv2d(3, 3, 1), pixels, r"Conv2d \(fastscnn_fast.accelerate takes other"),
+        (nn.DataParallel(nn.Conv2d(3, 3, 1)), pixels, "Conv2d"),
+        (pixels, fast, "ndarray$"),
+        ("camvid.pth", pixels, "str$"),
+        (None, [pixels], "NoneType$"),
+    ):
+        with pytest.raises(TypeError, match=f"^{rule}, got {got}"):
+            segment(other, picture)
 
 
 def test_more_classes_than_a_byte_holds_are_refused(pixels):
