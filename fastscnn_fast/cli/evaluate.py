@@ -11,7 +11,7 @@ import torch
 from ..arch.config import Config
 from ..backends import registry
 from ..checkpoints import load_checkpoint
-from ..data.classes import label_names, numbered
+from ..data.classes import counted, label_names, numbered
 from ..data.datasets import Examples, load
 from ..runtime.model import FastSCNN
 from ..train.evaluate import Confusion, Labeller, compare, labeller, save_csv, save_picture
@@ -92,7 +92,7 @@ def labelled(
     examples = load(source, memory=_MEMORY, workers=2)
     if len(examples.classes) != model.config.num_classes:
         raise ValueError(
-            f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "
+            f"{args.weights}: has {counted(model.config.num_classes)}, {args.data} has "
             f"{len(examples.classes)}"
         )
     known = [c for c in (model.classes, examples.classes) if c != numbered(len(c))]
@@ -127,4 +127,4 @@ def described(examples: Examples, asked: tuple[int, int] | None, config: Config)
     """How many pictures are scored, and at what size."""
     size = asked or config.size
     where = f", {'run' if asked else 'trained'} at {size[0]}x{size[1]}" if size else ""
-    return f"{len(examples)} pictures{where}"
+    return f"{counted(len(examples), 'picture')}{where}"

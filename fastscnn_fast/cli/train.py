@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from ..data.classes import counted
 from ..data.datasets import load
 from ..train import Recipe, Trainer
 from ..train.files import BEST, LAST, read_last
@@ -164,9 +165,9 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
 
 def _announce(trainer: Trainer) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    crop, classes = trainer.batches.augmentation.crop, len(trainer.train.classes)
+    crop, classes = trainer.batches.augmentation.crop, counted(len(trainer.train.classes))
     print(
-        f"{len(trainer.train)} examples, {classes} class{'es' * (classes > 1)}, crops {crop[0]}x{crop[1]};"
+        f"{counted(len(trainer.train), 'example')}, {classes}, crops {crop[0]}x{crop[1]};"
         f" {parameters} parameters, {trainer.recipe.dtype}, {trainer.group.world} x {trainer.device};"
         f" step {trainer.step} of {trainer.steps}"
     )

@@ -513,7 +513,7 @@ def test_quantize_keeps_what_is_in_the_file(tmp_path, capsys):
     checkpoints.save_checkpoint(model, path, {"miou": 0.25}, torch.float16)
     data = camvid_like(tmp_path / "data", 1)
     assert cli.main(["quantize", *data, "--weights", str(path), "-o", str(out)]) == 0
-    assert "ranges of 1 pictures of train, by least-squares" in capsys.readouterr().out
+    assert "ranges of 1 picture of train, by least-squares" in capsys.readouterr().out
     assert checkpoints.read_details(out) == {"miou": 0.25}
     assert checkpoints.stored_dtype(out) == torch.float16
     assert 0 < out.stat().st_size - path.stat().st_size < 10_000

@@ -533,7 +533,7 @@ def test_masks_of_0_and_255_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing to learn.*class 1 .*they hold 0 and 255.*masks"):
         Trainer(SMALL, masks(tmp_path / "wrong", 0, 255), right, tmp_path)
     with pytest.raises(
-        ValueError, match=r"labels are the same, .* nothing to learn.*class class 0 [^;]*$"
+        ValueError, match=r"labels are the same, .* nothing to learn.*no pixel is of class 0 [^;]*$"
     ):
         Trainer(SMALL, masks(tmp_path / "one", 1, 255), right, tmp_path)
     Trainer(SMALL, right, right, tmp_path)
