@@ -313,6 +313,10 @@ def test_no_gpu_is_said_to_be_none(monkeypatch, tmp_path, capsys):
     for backend in registry.GPU_BACKENDS:
         assert f"backend {backend}: cannot run: there is no GPU, torch finds none\n" in printed
     assert "must be cuda" not in printed
+    for backend in registry.GPU_BACKENDS:
+        assert cli.main(["segment", "a.png", "-o", str(tmp_path), "--backend", backend]) == 2
+        said = f"backend {backend} cannot run: there is no GPU, torch finds none"
+        assert capsys.readouterr().err == f"fastscnn_fast: error: {said}\n"
     monkeypatch.setattr(registry, "find_spec", lambda name: None)
     assert registry.report()["triton"] == "the package triton is not installed"
     for command in (["tune"], ["evaluate", "streets:1", "--device", "cuda"]):
@@ -437,7 +441,8 @@ def test_the_untrained_model_is_always_the_same_and_predicts_every_class():
     assert len(labels.unique()) == 5
 
 
-def test_info_tells_instruction_sets_by_arithmetic(capsys):
+def test_info_tells_instruction_sets_by_arithmetic(monkeypatch, capsys):
+    monkeypatch.delenv("FASTSCNN_ISA", raising=False)
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     if not registry.isas():
@@ -446,7 +451,8 @@ def test_info_tells_instruction_sets_by_arithmetic(capsys):
     for arithmetic in registry.CPU_ARITHMETICS:
         sets = ", ".join(registry.isas(arithmetic)) or "none"
         assert f"instruction sets that run here, {arithmetic}: {sets}\n" in printed
-    assert f"instruction set in use: {registry.isa()}\n" in printed
+        best = sets.split(", ")[-1]
+        assert f"instruction set in use, {arithmetic}: {best}\n" in printed
     assert "backend in use for torch.bfloat16 on the CPU: cpu\n" in printed
 
 
