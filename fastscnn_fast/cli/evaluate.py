@@ -15,7 +15,6 @@ from ..data.classes import counted, label_names, numbered
 from ..data.datasets import Examples, load
 from ..runtime.model import FastSCNN
 from ..train.evaluate import Confusion, Labeller, compare, labeller, save_csv, save_picture
-from ..writing import folder
 from . import options
 
 _MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
@@ -53,7 +52,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with folder(args.out) if args.out else nullcontext():
+    with options.out(args.out) if args.out else nullcontext():
         return _evaluate(args)
 
 
