@@ -47,21 +47,17 @@ class CannotRun(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """``why_not(config, device, dtype)`` is None where the backend can run, else the reason.
-
-    ``lacking()`` is what it would need to be installed for that, on any device, None where nothing.
-    """
+    """``why_not(config, device, dtype)`` is None where the backend can run, else the reason."""
 
     name: str
     why_not: Callable[[Config, torch.device, torch.dtype], str | None]
-    lacking: Callable[[], str | None] = lambda: None
 
 
 def _cpu_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
     if _cpu_module is None:
         return _cpu_missing
     if device.type != "cpu":
-        return f"device must be cpu, got {device}"
+        return not_on("cpu", device)
     if (unknown := _unknown("cpu", dtype)) is not None:
         return unknown
     try:
@@ -85,27 +81,26 @@ def _unknown(backend: str, dtype: torch.dtype) -> str | None:
     return None if known else f"{arithmetic.dtype_rule(backend)}, got {dtype}"
 
 
-def _triton_lacking() -> str | None:
-    return "the package triton is not installed" if find_spec("triton") is None else None
-
-
 def _triton_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    if (lacking := _triton_lacking()) is not None:
-        return lacking
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
     if (unknown := _unknown("triton", dtype)) is not None:
         return unknown
     if device.type == "cpu":
-        return (
-            None
-            if _interpreted()
-            else "device must be cuda (or cpu with TRITON_INTERPRET=1), got cpu"
-        )
+        return None if _interpreted() else not_on("cuda", device)
     if device.type != "cuda":
-        return f"device must be cuda, got {device}"
+        return not_on("cuda", device)
     found = architecture(device)
     if isinstance(found, int) and found < int(arithmetic.choose("triton", dtype).needs["triton"]):
         return f"{dtype} needs a newer GPU than one of compute capability {found / 10}"
     return None
+
+
+def not_on(wanted: str, device: torch.device) -> str:
+    """Why what needs a device of type ``wanted`` cannot run on ``device``."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        return NO_GPU
+    return f"device must be {wanted}, got {device}"
 
 
 def _interpreted() -> bool:
@@ -131,10 +126,6 @@ def _architecture(device: torch.device) -> gpus.Architecture:
     return 10 * major + minor
 
 
-def _cuda_lacking() -> str | None:
-    return _cuda_missing if _cuda_module is None else None
-
-
 def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
     if _cuda_module is None:
         return _cuda_missing
@@ -142,7 +133,7 @@ def _cuda_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> s
         return unknown
     wanted = "cpu" if _cuda_module.on_host else "cuda"  # tests run the kernels on the host
     if device.type != wanted:
-        return f"device must be {wanted}, got {device}"
+        return not_on(wanted, device)
     if len(config.pyramid_bins) > 8 or max(config.pyramid_bins, default=0) > 255:
         return f"pyramid_bins must be at most 8, of at most 255 each, got {config.pyramid_bins}"
     found = architecture(device)
@@ -179,9 +170,9 @@ def cuda_code() -> str:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", _cuda_why_not, _cuda_lacking),
+        Backend("cuda", _cuda_why_not),
         Backend("cpu", _cpu_why_not),
-        Backend("triton", _triton_why_not, _triton_lacking),
+        Backend("triton", _triton_why_not),
         Backend("reference", _reference_why_not),
     )
 }
@@ -291,11 +282,10 @@ def report() -> dict[str, str | None]:
 
     def reason(backend: Backend) -> str | None:
         why_not = backend.why_not(Config(), torch.device("cpu"), torch.float32)
-        if why_not is None or backend.name not in GPU_BACKENDS:
+        there = backend.name in GPU_BACKENDS and torch.cuda.is_available()
+        if why_not is None or not there:
             return why_not
-        if torch.cuda.is_available():
-            return backend.why_not(Config(), torch.device("cuda"), torch.float32)
-        return backend.lacking() or NO_GPU
+        return backend.why_not(Config(), torch.device("cuda"), torch.float32)
 
     return {name: reason(backend) for name, backend in BACKENDS.items()}
 
@@ -344,6 +334,17 @@ def isa() -> str:
         ValueError: FASTSCNN_ISA names one that cannot run here.
     """
     return _isa(os.environ.get("FASTSCNN_ISA") or None)
+
+
+def isa_of(name: str) -> str:
+    """The instruction set whose kernels that arithmetic runs: the best up to :func:`isa` that has some, else "none".
+
+    Raises:
+        ValueError: as :func:`isa`.
+    """
+    known: list[str] = list(cpu_module().instruction_sets())
+    upto = known[: known.index(isa()) + 1]
+    return next((own for own in reversed(isas(name)) if own in upto), "none")
 
 
 @cache

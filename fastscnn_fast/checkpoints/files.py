@@ -186,7 +186,7 @@ def save_checkpoint(
         tensors = {name: _stored(name, t, stored_as) for name, t in tensors.items()}
     if model.has_stale_ranges():
         registry.log_once(f"{path}: saved without ranges: {STALE}")
-    elif model.ranges is not None and config == model.config:
+    elif model.ranges and config == model.config:
         ranges = check_ranges(fast_scnn(config), model.ranges)
         metadata[_RANGES] = json.dumps({name: list(map(float, r)) for name, r in ranges.items()})
     if model.named and "classes" not in (details or {}) and _fits(model, config):
@@ -339,9 +339,12 @@ def _safetensors(
     return state, config, dtypes[metadata[_DTYPE]], ranges
 
 
-def _ranges_in(path: Path, config: Config, text: str) -> Ranges:
+def _ranges_in(path: Path, config: Config, text: str) -> Ranges | None:
+    values = json.loads(text)
+    if values in (None, {}):  # a network without, as other writers may say it
+        return None
     try:
-        ranges = check_ranges(fast_scnn(config), json.loads(text))
+        ranges = check_ranges(fast_scnn(config), values)
     except Unfusable as error:
         raise CheckpointError(f"{path}: in its ranges: {error}") from None
     return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}

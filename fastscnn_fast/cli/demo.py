@@ -12,7 +12,8 @@ from ..checkpoints import load_checkpoint
 from ..data.classes import CAMVID_CLASSES, CAMVID_PALETTE
 from ..data.pictures import overlay, read_picture, resized, save_png
 from ..data.scenes import street
-from ..runtime.fused import fuse
+from ..runtime.fused import FusedFastSCNN, fuse
+from ..runtime.model import FastSCNN
 from ..runtime.segment import run_size, segment
 from ..train.evaluate import Confusion
 from . import options, results
@@ -46,7 +47,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype])
-    args.out.mkdir(parents=True, exist_ok=True)
+    with options.out(args.out):
+        return _demo(args, model, fast)
+
+
+def _demo(args: argparse.Namespace, model: FastSCNN, fast: FusedFastSCNN) -> int:
     files, truth = [], None
     if args.image is None:
         name = "street"

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     shape = args.shape and (args.shape[0], args.shape[1])
     step = dump.step(preset(args.preset), args.op, args.layer, args.size, shape)
     plan = dump.launches(step, dtype, args.arch, args.output, args.raw, args.backend)
-    for path in dump.write(args.out, step, plan, args.arch):
-        print(f"wrote {path}")
+    with options.out(args.out):
+        for path in dump.write(args.out, step, plan, args.arch):
+            print(f"wrote {path}")
     return 0

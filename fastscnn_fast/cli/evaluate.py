@@ -11,11 +11,10 @@ import torch
 from ..arch.config import Config
 from ..backends import registry
 from ..checkpoints import load_checkpoint
-from ..data.classes import label_names, numbered
+from ..data.classes import counted, label_names, numbered
 from ..data.datasets import Examples, load
 from ..runtime.model import FastSCNN
 from ..train.evaluate import Confusion, Labeller, compare, labeller, save_csv, save_picture
-from ..writing import folder
 from . import options
 
 _MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
@@ -53,7 +52,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with folder(args.out) if args.out else nullcontext():
+    with options.out(args.out) if args.out else nullcontext():
         return _evaluate(args)
 
 
@@ -92,7 +91,7 @@ def labelled(
     examples = load(source, memory=_MEMORY, workers=2)
     if len(examples.classes) != model.config.num_classes:
         raise ValueError(
-            f"{args.weights}: has {model.config.num_classes} classes, {args.data} has "
+            f"{args.weights}: has {counted(model.config.num_classes)}, {args.data} has "
             f"{len(examples.classes)}"
         )
     known = [c for c in (model.classes, examples.classes) if c != numbered(len(c))]
@@ -127,4 +126,4 @@ def described(examples: Examples, asked: tuple[int, int] | None, config: Config)
     """How many pictures are scored, and at what size."""
     size = asked or config.size
     where = f", {'run' if asked else 'trained'} at {size[0]}x{size[1]}" if size else ""
-    return f"{len(examples)} pictures{where}"
+    return f"{counted(len(examples), 'picture')}{where}"

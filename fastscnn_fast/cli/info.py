@@ -35,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
         for arithmetic in registry.CPU_ARITHMETICS:
             sets = ", ".join(registry.isas(arithmetic)) or "none"
             print(f"instruction sets that run here, {arithmetic}: {sets}")
-        print(f"instruction set in use: {_or_error(registry.isa)}")
-        if _or_error(registry.isa) == "portable":
+            in_use = _or_error(partial(registry.isa_of, arithmetic))
+            print(f"instruction set in use, {arithmetic}: {in_use}")
+        if _or_error(partial(registry.isa_of, "int8")) == "portable":
             print("int8 is slower than float32 here: it pays from AVX2 on")
     else:
         print("C++ kernels: not built")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..backends import registry
 from ..checkpoints import CAMVID11
 from ..data.sources import Source, open_source
 from ..program.arithmetic import ARITHMETICS, PRECISIONS
+from ..writing import folder
 
 #: A parser, or a group of its options.
 Parser = argparse._ActionsContainer
@@ -157,6 +159,25 @@ def device(name: str) -> torch.device:
             raise registry.CannotRun(f"device {name} cannot be used: {registry.NO_GPU}")
         torch.cuda.set_device(chosen)
     return chosen
+
+
+@contextmanager
+def out(
+    path: Path, hold: Callable[[Path], AbstractContextManager[None]] = folder
+) -> Iterator[None]:
+    """The folder that ``--out`` names, as :func:`~fastscnn_fast.writing.folder` or another of its kind holds it.
+
+    Raises:
+        ValueError: it cannot be made or written to; and as ``hold``.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(path))
+        except OSError as error:
+            rule = "--out must be a folder that can be made and written to"
+            where = "" if error.filename == str(path) else f"{error.filename}: "
+            raise ValueError(f"{rule}, got {path} ({where}{error.strerror})") from error
+        yield
 
 
 def filled(text: str) -> str:

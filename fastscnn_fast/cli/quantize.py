@@ -9,6 +9,7 @@ import torch
 
 from ..backends import registry
 from ..checkpoints import load_checkpoint, read_details, save_checkpoint, stored_dtype
+from ..data.classes import counted
 from ..runtime.calibrate import METHODS, calibrate
 from ..train.evaluate import labeller
 from ..writing import folder_of
@@ -77,7 +78,7 @@ def _quantize(args: argparse.Namespace) -> int:
         runs[f"fused, {backend}, {name}"] = labeller(model, backend, dtype, args.size)
     _, text = evaluate.table(runs, examples)
     save_checkpoint(model, args.out, read_details(args.weights), stored_dtype(args.weights))
-    print(f"ranges of {len(pictures)} pictures of {train}, by {args.method}")
+    print(f"ranges of {counted(len(pictures), 'picture')} of {train}, by {args.method}")
     print(f"{evaluate.described(examples, args.size, model.config)} of {val}\n{text}")
     print(f"wrote {args.out}")
     return 0

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import bench
+from ..backends import registry
 from ..data.pictures import (
     CONFIDENCE,
     LABELS,
@@ -62,7 +63,10 @@ def write(
 def about(fast: FusedFastSCNN, command: str) -> dict[str, str]:
     """What the measurements of ``fast`` depend on."""
     computed = bench.arithmetic_of(fast).name
-    return {"backend": fast.backend, "arithmetic": computed, **bench.machine(command)}
+    said = {"backend": fast.backend, "arithmetic": computed, **bench.machine(command)}
+    if fast.backend == "cpu":
+        said["instruction set"] = registry.isa_of(computed)
+    return said
 
 
 def report(results: Sequence[bench.Result], about: dict[str, str]) -> None:

@@ -24,7 +24,6 @@ from ..data.pictures import (
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.overlapped import overlapped
 from ..runtime.segment import Classified, Prepared, classify, prepare
-from ..writing import folder
 from . import options, results
 
 #: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
@@ -92,7 +91,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
-    with folder(args.out):
+    with options.out(args.out):
         return _segment(args, fast, find(args.pictures))
 
 
@@ -161,5 +160,6 @@ def _segment(args: argparse.Namespace, fast: FusedFastSCNN, found: Found) -> int
         f", {found.repeated} left out (links to others, or given twice)" if found.repeated else ""
     )
     written = ", *".join(results.endings(args.overlay_format, args.confidence))
-    print(f"{done} segmented, {skipped} skipped{left_out}; results: {args.out}/*{written}")
+    where = f"; results: {args.out}/*{written}" if done else ""
+    print(f"{done} segmented, {skipped} skipped{left_out}{where}")
     return 1 if skipped or not done else 0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
+import json
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 import torch
 
+from ..data.classes import counted
 from ..data.datasets import load
 from ..train import Recipe, Trainer
-from ..train.files import BEST, LAST, read_last
+from ..train.files import BEST, LAST, check_run, read_last
 from ..train.processes import Processes, processes
 from ..train.trainer import said
 from ..writing import claimed
@@ -115,18 +116,28 @@ def _noted(kind: type[argparse.Action]) -> type[argparse.Action]:
 def _recipe(args: argparse.Namespace) -> Recipe:
     """By the options; where a run goes on, those that are left out are as they were."""
     values = {option.name: getattr(args, option.name) for option in fields(Recipe)}
-    if args.resume and (args.out / LAST).exists():
-        before = read_last(args.out)["run"]
-        values |= {k: v for k, v in before.items() if k in values and k not in args.given}
-    return Recipe(**values)
+    if not args.resume or not (args.out / LAST).exists():
+        return Recipe(**values)
+    before = read_last(args.out)["run"]
+    own = {name: value for name, value in before.items() if name in values}
+    values |= {name: value for name, value in own.items() if name not in args.given}
+    try:
+        return Recipe(**values)
+    except ValueError:  # what is given beside the run's own may break a rule by being another's
+        try:
+            check_run({"run": own}, json.loads(json.dumps(values)), args.out)
+        except ValueError as error:
+            raise ValueError(f"--resume goes on by the run's own recipe: {error}") from None
+        raise
 
 
 def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     device = options.device(args.device)
-    if args.out.exists() and not (args.out.is_dir() and os.access(args.out, os.W_OK)):
-        raise ValueError(f"--out must be a folder that can be written to, got {args.out}")
-    with processes(device) as group, claimed(args.out) if group.rank == 0 else nullcontext():
+    with (
+        processes(device) as group,
+        options.out(args.out, claimed) if group.rank == 0 else nullcontext(),
+    ):
         return _train(args, recipe, device, group)
 
 
@@ -164,9 +175,9 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
 
 def _announce(trainer: Trainer) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    crop, classes = trainer.batches.augmentation.crop, len(trainer.train.classes)
+    crop, classes = trainer.batches.augmentation.crop, counted(len(trainer.train.classes))
     print(
-        f"{len(trainer.train)} examples, {classes} class{'es' * (classes > 1)}, crops {crop[0]}x{crop[1]};"
+        f"{counted(len(trainer.train), 'example')}, {classes}, crops {crop[0]}x{crop[1]};"
         f" {parameters} parameters, {trainer.recipe.dtype}, {trainer.group.world} x {trainer.device};"
         f" step {trainer.step} of {trainer.steps}"
     )

@@ -85,6 +85,12 @@ CAMVID_IGNORE = 11
 _PALETTES = {CAMVID_CLASSES: CAMVID_PALETTE, CITYSCAPES_CLASSES: CITYSCAPES_PALETTE}
 
 
+def counted(number: int, noun: str = "class") -> str:
+    """So many in words: "1 class", "2 classes", "3 pictures"."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
 def numbered(num_classes: int) -> tuple[str, ...]:
     """What classes are called whose names no one has said: "class 0" and so on."""
     return tuple(f"class {k}" for k in range(num_classes))
@@ -131,7 +137,7 @@ class Named:
         count = self.config.num_classes
         known = isinstance(names, Sequence) and not isinstance(names, str)
         if not known or len(names) != count or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"classes must be {count} names, got {names!r}")
+            raise ValueError(f"classes must be {counted(count, 'name')}, got {names!r}")
         self._classes = tuple(names)
 
     @property

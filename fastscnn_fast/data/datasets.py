@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .augmentation import Augmentation
-from .classes import label_names
+from .classes import counted, label_names
 from .labelmap import DataError
 from .scenery import Scenery
 from .sources import Example, Source, raise_problems
@@ -84,9 +84,12 @@ class Examples:
         names = [name for name, pixels in zip(self.label_names, self.pixels) if not pixels]
         if not names:
             return None
-        where = f"{len(self)} examples, {self.name(0)} the first"
-        said = f"no pixel is of class {', '.join(names)} ({where})"
-        if not self.pixels[1:].any() and self.ignored:  # as in masks of 0 and 255
+        where = f"{counted(len(self), 'example')}, {self.name(0)} the first"
+        said = (
+            f"no pixel is of class {', '.join(n.removeprefix('class ') for n in names)} ({where})"
+        )
+        unsaid = self.source.table is None  # what the values mean
+        if unsaid and not self.pixels[1:].any() and self.ignored:  # as in masks of 0 and 255
             said += (
                 f"; they hold 0 and {self.ignore}, which is the id that is ignored: where it is meant as a class,"
                 " write that class's id, 1 in masks of one or two classes, or say by --label-map what they mean"

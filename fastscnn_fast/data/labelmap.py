@@ -140,7 +140,7 @@ class Table(NamedTuple):
         Raises:
             ValueError: it holds something else than the table, or a value that has no line.
         """
-        values = self._colours_in(image, name) if self.colours else _ids_in(image, name)
+        values = self._colours_in(image, name) if self.colours else self._ids_in(image, name)
         places = np.searchsorted(self.values, values).clip(max=len(self.values) - 1)
         ids, known = self.ids[places], self.values[places] == values
         if self.rest is not None:
@@ -154,6 +154,12 @@ class Table(NamedTuple):
                 f" '{REST} {IGNORED}' there is for all that is not"
             )
         return ids
+
+    def _ids_in(self, image: Image.Image, name: str) -> NDArray[np.int64]:
+        values = _ids_in(image, name)
+        # Masks of one bit hold 0 and 1, which viewers show, and other tools read, as 0 and 255.
+        spread = image.mode == "1" and 255 in self.values and 1 not in self.values
+        return values * 255 if spread else values
 
     def _colours_in(self, image: Image.Image, name: str) -> NDArray[np.int64]:
         if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):

@@ -15,6 +15,7 @@ from .classes import (
     CAMVID_CLASSES,
     CAMVID_IGNORE,
     CITYSCAPES_CLASSES,
+    counted,
     label_count,
     label_names,
     numbered,
@@ -52,6 +53,7 @@ class Source(Protocol):
     classes: tuple[str, ...]
     ignore: int
     channels: int
+    table: Table | None
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
@@ -101,6 +103,7 @@ class Streets:
 
     classes: tuple[str, ...] = CAMVID_CLASSES
     channels = 3
+    table: Table | None = None
 
     def __init__(
         self,
@@ -146,13 +149,13 @@ def _read_labels(path: Path, table: Table | None) -> Pixels:
     if lossy is not None:  # ids come back as other ids, some of them ids of classes
         raise ValueError(f"{path}: labels must be stored without loss, as in PNG, got {lossy}")
     rule = "labels must be 8-bit class ids in one channel"
-    if table is None and image.mode not in ("L", "P"):
+    if table is None and image.mode not in ("1", "L", "P"):
         hint = "--label-map says what other values mean"
         raise ValueError(f"{path}: {rule}, got an image of mode {image.mode} ({hint})")
     packed = [mode for mode in raw if str(mode).startswith("L;")]
     if packed and not (table and table.colours):  # Pillow spreads fewer bits over 0 to 255
         raise ValueError(f"{path}: {rule}, got an image of raw mode {packed[0]}")
-    return np.array(image) if table is None else table(image, str(path))
+    return np.array(image, np.uint8) if table is None else table(image, str(path))
 
 
 def _lossy(path: Path, image: Image.Image) -> str | None:
@@ -267,7 +270,7 @@ def _classes(root: Path, num_classes: int | None, table: LabelMap | None) -> tup
     if num_classes == 1 and classes == label_names(classes[1:]):
         classes = classes[1:]  # told from the background, which is none then
     if num_classes not in (None, len(classes)):
-        raise DataError(f"{where}: names {len(classes)} classes, --classes says {num_classes}")
+        raise DataError(f"{where}: names {counted(len(classes))}, --classes says {num_classes}")
     if not 1 <= len(classes) <= 255:
         raise DataError(f"{root}: must have 1 to 255 classes, got {len(classes)}")
     return classes

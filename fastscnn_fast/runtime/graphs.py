@@ -113,7 +113,7 @@ class Graphs:
         """Raises CannotRun where "on" asks for what ``device`` has not."""
         if self.policy == "on" and device.type != self._device:
             raise registry.CannotRun(
-                f"cuda_graph='on' cannot run: device must be {self._device}, got {device}"
+                f"cuda_graph='on' cannot run: {registry.not_on(self._device, device)}"
             )
 
     def network(

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..backends import registry
-from ..data.classes import label_count
+from ..data.classes import counted, label_count
 
 # Full-size logits that plain torch holds at a time: what caches hold on a CPU, 1 GiB of float32 on a GPU.
 _CHUNK, _GPU_CHUNK = 1 << 22, 1 << 28
@@ -107,7 +107,7 @@ def of_labels(logits: Tensor, targets: Targets) -> Tensor:
         ValueError: other classes than those of ``targets``.
     """
     if logits.shape[1] != targets.num_classes:
-        raise ValueError(f"logits must have {targets.num_classes} classes, got {logits.shape[1]}")
+        raise ValueError(f"logits must have {counted(targets.num_classes)}, got {logits.shape[1]}")
     if targets.labels == targets.num_classes:
         return logits
     return torch.cat([torch.zeros_like(logits), logits], 1)

@@ -860,6 +860,14 @@ def test_ranges_travel(tmp_path: Path) -> None:
     model.ranges = None
     save_checkpoint(model, tmp_path / "net.safetensors")
     assert load_checkpoint(tmp_path / "net.safetensors").ranges is None
+    model.ranges = {}
+    save_checkpoint(model, tmp_path / "net.safetensors")
+    assert load_checkpoint(tmp_path / "net.safetensors").ranges is None
+    for none in ("null", "{}"):
+        metadata = {"fastscnn_fast.config": json.dumps(model.config.to_dict())}
+        metadata["fastscnn_fast.ranges"] = none
+        save_file(dict(model.state_dict()), tmp_path / "none.safetensors", metadata)
+        assert load_checkpoint(tmp_path / "none.safetensors").ranges is None
     model.ranges = {"stem.conv": (0.0, 1.0)}
     before = (tmp_path / "net.safetensors").read_bytes()
     with pytest.raises(ValueError, match="ranges must hold every value of the network"):
@@ -890,7 +898,7 @@ def test_ranges_stay_with_their_network(tmp_path: Path) -> None:
     [
         ("no JSON", "damaged or no checkpoint"),
         ("[" * 100_000, "damaged or no checkpoint"),
-        ("{}", "in its ranges: "),
+        ("[]", "in its ranges: "),
         ("[1]", r"in its ranges: ranges must be a mapping of names to \(low, high\), got \[1\]"),
         ('{"a": [0, 1]}', "in its ranges: ranges must hold every value"),
         ("+", "in its ranges: ranges must be of the network's values, it has no 'more'"),

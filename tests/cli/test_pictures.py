@@ -197,6 +197,31 @@ def test_an_empty_argument_is_not_the_current_folder(
     assert sorted(os.listdir()) == ["a.png", "in"]
 
 
+def test_where_nothing_was_segmented_no_results_are_told_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("broken.png").write_bytes(b"no picture")
+    for words in (["absent.mp4"], ["broken.png"], ["absent.mp4", "broken.png"]):
+        assert cli.main(["segment", *words, "-o", "out"]) == 1
+        assert capsys.readouterr().out == f"0 segmented, {len(words)} skipped\n"
+        assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", ["segment", "demo"])
+def test_a_folder_for_results_that_cannot_be_is_named_by_its_option(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw("p/a.png")
+    rule = "fastscnn_fast: error: --out must be a folder that can be made and written to"
+    for out, said in (
+        ("p/a.png", "Not a directory"),
+        ("p/a.png/x", "p/a.png: Not a directory"),
+        ("n" * 300, "File name too long"),
+    ):
+        assert cli.main([command, "p/a.png", "-o", out]) == 2
+        assert capsys.readouterr().err == f"{rule}, got {out} ({said})\n"
+
+
 def test_overlays_as_jpeg_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     draw("in/a.png")
     for words, endings in (

@@ -232,7 +232,7 @@ def test_files_that_are_no_maps(tmp_path: Path) -> None:
         read(tmp_path, tmp_path / "map", num_classes=2)
     with pytest.raises(FileNotFoundError):
         read(tmp_path, tmp_path / "none", num_classes=2)
-    with pytest.raises(DataError, match=r"label_map: names 1 classes, --classes says 2"):
+    with pytest.raises(DataError, match=r"label_map: names 1 class, --classes says 2"):
         read(tmp_path, {0: "road"}, num_classes=2)
     with pytest.raises(DataError, match=r"--label-map must be left out: streets has its own"):
         open_source("streets", "train", label_map={0: 0})
@@ -246,6 +246,41 @@ def test_labels_of_a_file_without_a_map_say_that_there_is_one(tmp_path: Path) ->
     example(tmp_path, np.array([[ROAD]], np.uint8))
     with pytest.raises(DataError, match=r"got an image of mode RGB \(--label-map says"):
         open_and_read(tmp_path)
+
+
+def test_masks_of_one_bit_are_0_and_1_or_what_a_map_says(tmp_path: Path) -> None:
+    """Also 255, as viewers show them, where that has a line and 1 has none."""
+    bits = np.array([[0, 1, 1], [1, 0, 1]], np.uint8)
+    labels = tmp_path / "train" / "labels"
+    for ending, packed in (("png", {}), ("bmp", {}), ("tif", {"compression": "group4"})):
+        example(tmp_path, bits)
+        (labels / "a.png").unlink()
+        path = labels / f"a.{ending}"
+        Image.fromarray(bits * 255).convert("1").save(path, **packed)
+        with Image.open(path) as image:
+            assert image.mode == "1"
+        plain = Examples(open_source(tmp_path, "train", 1))
+        assert plain[0].labels.dtype == np.uint8 and plain.pixels.tolist() == [2, 4]
+        assert np.array_equal(plain[0].labels, bits)
+        for table, expected in (
+            ({0: 0, 255: 1}, bits),
+            ({0: None, 255: 1}, np.where(bits == 1, 1, 255)),
+            ({0: 1, 1: 0}, 1 - bits),
+            ({0: 1, 1: 0, 255: None}, 1 - bits),
+            ({255: 0, "*": None}, np.where(bits == 1, 0, 255)),
+            ({(0, 0, 0): 1, (255, 255, 255): 0}, 1 - bits),
+        ):
+            assert np.array_equal(read(tmp_path, table, num_classes=2)[1], expected), table
+        with pytest.raises(DataError, match=r"label id 1 \(row 0, column 1\) is not in label_map"):
+            read(tmp_path, {0: 0, 2: 1}, num_classes=2)
+        path.unlink()
+
+
+def test_where_a_map_is_given_no_one_is_told_to_give_one(tmp_path: Path) -> None:
+    example(tmp_path, np.array([[0, 255, 255]], np.uint8))
+    said = Examples(open_source(tmp_path, "train", 2, label_map={0: None, 255: 0})).absent
+    picture = tmp_path / "train" / "images" / "a.png"
+    assert said == f"no pixel is of class 1 (1 example, {picture} the first)"
 
 
 def open_and_read(root: Path, **more: Any) -> Examples:

@@ -77,7 +77,10 @@ def test_devices_dtypes_and_architectures(
     pretended: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert why_not() is None and why_not(dtype=torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert why_not(CPU) == "device must be cuda, got cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not(CPU) == "there is no GPU, torch finds none"
     dtypes = "torch.float32, torch.bfloat16 or torch.float16"
     assert why_not(dtype=torch.float64) == f"dtype must be {dtypes}, got torch.float64"
     monkeypatch.setattr(registry, "architecture", lambda device: 120)

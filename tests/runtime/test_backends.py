@@ -6,6 +6,7 @@ import copy
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,9 +65,13 @@ def test_a_forced_backend_that_cannot_run_says_why(forced, monkeypatch):
         monkeypatch.setenv("FASTSCNN_BACKEND", name if forced == "environment" else "reference")
         choose("auto" if forced == "environment" else name, dtype)
 
-    with pytest.raises(RuntimeError, match="cuda cannot run: (device must be cuda|the extension)"):
+    with pytest.raises(
+        RuntimeError, match="cuda cannot run: (there is no GPU|device must be cuda|the extension)"
+    ):
         force("cuda")
-    with pytest.raises(RuntimeError, match="triton cannot run: (device must be cuda|the package)"):
+    with pytest.raises(
+        RuntimeError, match="triton cannot run: (there is no GPU|device must be cuda|the package)"
+    ):
         force("triton")
     with pytest.raises(
         RuntimeError, match=r"reference cannot run: dtype must be .*, got torch.int16"
@@ -134,6 +139,30 @@ def test_any_instruction_set_may_be_forced_for_any_dtype(monkeypatch):
         least = [name for name in registry.isas() if name == isa] or registry.isas()[-1:]
         monkeypatch.setenv("FASTSCNN_ISA", least[0])
         assert torch.equal(fast(x), y)
+
+
+@built
+def test_each_arithmetic_runs_the_best_kernels_of_its_own_up_to_the_set_in_use(monkeypatch):
+    known = ["portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
+    own = {
+        "float32": ["portable", "avx2", "avx512"],
+        "int8": ["portable", "avx2", "avx_vnni", "avx512", "avx512_vnni"],
+        "high": ["amx"],
+    }
+    monkeypatch.setattr(
+        registry,
+        "_cpu_module",
+        SimpleNamespace(instruction_sets=lambda name=None: known if name is None else own[name]),
+    )
+    for forced, float32, int8, high in (
+        ("amx", "avx512", "avx512_vnni", "amx"),
+        ("avx512_bf16", "avx512", "avx512_vnni", "none"),
+        ("avx_vnni", "avx2", "avx_vnni", "none"),
+        ("portable", "portable", "portable", "none"),
+    ):
+        monkeypatch.setattr(registry, "isa", lambda forced=forced: forced)
+        found = tuple(map(registry.isa_of, ("float32", "int8", "high")))
+        assert found == (float32, int8, high)
 
 
 # ---------------------------------------------------------------- precision

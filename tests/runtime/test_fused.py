@@ -635,10 +635,12 @@ def test_what_cannot_be_fused(model, fast):
     with pytest.raises(ValueError, match="backend must be auto or one of cuda, .*, got 'gpu'"):
         fuse(model, "gpu")
     with pytest.raises(
-        RuntimeError, match="backend cuda cannot run: (device must be cuda|the extension)"
+        RuntimeError, match="backend cuda cannot run: (there is no GPU|device must be|the ext)"
     ):
         fuse(model, "cuda")
-    with pytest.raises(RuntimeError, match="backend triton cannot run: (device must be|the pack)"):
+    with pytest.raises(
+        RuntimeError, match="backend triton cannot run: (there is no GPU|device must be|the pack)"
+    ):
         fuse(model, "triton")
     with pytest.raises(RuntimeError, match="dtype must be .*, got torch.float16"):
         fuse(model, "cpu", torch.float16)

@@ -227,7 +227,9 @@ def test_nothing_is_captured_where_every_op_must_be_seen(model: FastSCNN) -> Non
 def test_policies_are_checked(model: FastSCNN) -> None:
     with pytest.raises(ValueError, match="cuda_graph must be one of auto, on, off, got 'yes'"):
         fuse(model, cuda_graph="yes")
-    with pytest.raises(registry.CannotRun, match="cuda_graph='on' .* device must be cuda, got cpu"):
+    with pytest.raises(
+        registry.CannotRun, match="cuda_graph='on' cannot run: (there is no|device)"
+    ):
         fuse(model, cuda_graph="on")
     fast = fuse(model)
     assert fast._graphs.policy == "auto"

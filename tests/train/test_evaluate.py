@@ -142,6 +142,9 @@ def test_command_refuses(weights: Path, tmp_path: Path, capsys: pytest.CaptureFi
     save_checkpoint(small_network(4), tmp_path / "four.safetensors")
     assert main(["evaluate", "streets:1", "--weights", str(tmp_path / "four.safetensors")]) == 2
     assert "has 4 classes, streets:1 has 11" in capsys.readouterr().err
+    save_checkpoint(small_network(1), tmp_path / "one.safetensors")
+    assert main(["evaluate", "streets:1", "--weights", str(tmp_path / "one.safetensors")]) == 2
+    assert "has 1 class, streets:1 has 11" in capsys.readouterr().err
     names = {"classes": [f"kind {k}" for k in range(11)]}
     save_checkpoint(small_network(11), tmp_path / "other.safetensors", names)
     assert main(["evaluate", "streets:1", "--weights", str(tmp_path / "other.safetensors")]) == 2

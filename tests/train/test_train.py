@@ -533,7 +533,7 @@ def test_masks_of_0_and_255_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing to learn.*class 1 .*they hold 0 and 255.*masks"):
         Trainer(SMALL, masks(tmp_path / "wrong", 0, 255), right, tmp_path)
     with pytest.raises(
-        ValueError, match=r"labels are the same, .* nothing to learn.*class class 0 [^;]*$"
+        ValueError, match=r"labels are the same, .* nothing to learn.*no pixel is of class 0 [^;]*$"
     ):
         Trainer(SMALL, masks(tmp_path / "one", 1, 255), right, tmp_path)
     Trainer(SMALL, right, right, tmp_path)
@@ -668,11 +668,19 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "lr must be 0.045 to go on with" in capsys.readouterr().err
     assert main([*short, "--epochs", "1000", "--no-flip"]) == 2
     assert "flip must be True to go on with" in capsys.readouterr().err
+    for words, said in (
+        (["--quantize"], "quantize must be False to go on with"),
+        (["--lr", "-1"], "lr must be 0.045 to go on with"),
+    ):
+        assert main([*short, *words]) == 2
+        assert f"--resume goes on by the run's own recipe: {said}" in capsys.readouterr().err
+    assert main([*short, "--epochs", "-1"]) == 2
+    assert "error: epochs must be positive, got -1.0" in capsys.readouterr().err
     assert main([*short, "--epochs", "3"]) == 0
     assert "crops 64x64" in (text := capsys.readouterr().out) and "step 4 of 6" in text
     details = read_details(out / "best.safetensors")
     for where, message in (
-        (folder / "classes.txt", "--out must be a folder that can be written to"),
+        (folder / "classes.txt", "--out must be a folder that can be made and written to"),
         (tmp_path / "none", "holds no run (last.pt) for --resume"),
     ):
         (folder / "classes.txt").touch()
