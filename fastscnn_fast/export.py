@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import qdq
 from .arch.config import Size, picture_size
 from .arch.network import PyramidPooling, normalise
-from .lower.quantise import STALE, check_ranges
+from .lower.quantise import check_fresh, check_ranges
 from .program.labels import labels_of
 from .program.program import fast_scnn
 from .runtime.fused import FusedFastSCNN
@@ -220,8 +220,7 @@ def _check(
     if dtype not in (torch.float32, torch.int8):
         raise ValueError(f"dtype must be torch.float32 or torch.int8, got {dtype!r}")
     if dtype == torch.int8:
-        if model.has_stale_ranges():
-            raise ValueError(STALE)
+        check_fresh(model)
         check_ranges(fast_scnn(model.config), model.ranges)
         if opset < _EXPORTER:
             raise ValueError(f"opset must be at least {_EXPORTER} in torch.int8, got {opset}")

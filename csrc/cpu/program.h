@@ -90,7 +90,7 @@ inline std::vector<Layer> decode(const Program& program) {
 inline Arithmetic arithmetic_of(const Layer& l, Arithmetic arithmetic) {
   const Arithmetic own = l.arithmetic ? Arithmetic(l.arithmetic - 1) : arithmetic;
   if ((l.op == Op::stem_conv && record_of(own).stem != own) ||
-      (l.op == Op::upsample_classify && own == Arithmetic::int8))
+      (l.op == Op::upsample_classify && record_of(own).upsample != own))
     throw std::invalid_argument(
         std::string(l.op == Op::stem_conv ? "stem_conv" : "upsample_classify") +
         " has no kernels in arithmetic " + record_of(own).name +

@@ -29,14 +29,13 @@ from ..program.program import Program, fast_scnn
 class FoldedWeights:
     """The network without batch norm, in float64: ``tensors[i]`` holds ``layers[i].weights()`` by name.
 
-    ``ranges`` are those of the model, if it has any; ``stale``: of other weights than these.
+    ``ranges`` are those of the model, if it has any.
     """
 
     config: Config
     program: Program
     tensors: tuple[dict[str, Tensor], ...]
     ranges: Ranges | None = None
-    stale: bool = False
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -222,4 +221,4 @@ def fold(model: PlainFastSCNN) -> FoldedWeights:
         {name: tensor.detach() for name, tensor in named.items()}
         for named in folded_tensors(model, program)
     )
-    return FoldedWeights(model.config, program, tensors, model.ranges, model.has_stale_ranges())
+    return FoldedWeights(model.config, program, tensors, model.ranges)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arch.network import Ranges
+from ..arch.network import PlainFastSCNN, Ranges
 from ..arch.structure import Unfusable
 from ..program.layers import PICTURE, Layer
 from ..program.program import Program
@@ -67,6 +67,16 @@ def check_ranges(program: Program, ranges: Ranges | None) -> Ranges:
                 f"range of {name} must be two finite numbers in order, got {ranges[name]!r:.80}"
             )
     return ranges
+
+
+def check_fresh(model: PlainFastSCNN) -> None:
+    """The model's ranges, if it has any, must be of its weights.
+
+    Raises:
+        Unfusable: weights have changed since.
+    """
+    if model.has_stale_ranges():
+        raise Unfusable(STALE)
 
 
 def _is_range(value: Any) -> bool:
@@ -313,8 +323,6 @@ def quantise(folded: FoldedWeights) -> tuple[dict[str, Tensor], ...]:
     Raises:
         Unfusable: ranges are missing or wrong, sums may overflow, or a depthwise convolution has no activation before it.
     """
-    if folded.stale:
-        raise Unfusable(STALE)
     tensors = [{name: t.double().cpu() for name, t in named.items()} for named in folded.tensors]
     made = []
     for layer, _, named in _layers(folded.program, tensors, folded.ranges, _Weights):

@@ -186,7 +186,7 @@ def calibrate(
         low, high = METHODS[method](histogram)
         # What was always zero may have any scale: the sums before it must fit.
         ranges[name] = (low, high) if high > low or low != 0 else (0.0, 1.0)
-    quantise(replace(folded, ranges=ranges, stale=False))
+    quantise(replace(folded, ranges=ranges))
     model.ranges = ranges
     return ranges
 

@@ -14,7 +14,7 @@ from ..arch.network import PlainFastSCNN
 from ..backends import registry
 from ..data.classes import Named
 from ..lower.fold import FoldedWeights, fold
-from ..lower.quantise import quantise
+from ..lower.quantise import check_fresh, quantise
 from ..program.arithmetic import choose, floats_of
 from .forked import serial
 from .graphs import Graphs
@@ -209,6 +209,8 @@ def fuse_as(
     with torch.inference_mode(False):  # the copy outlives the caller's mode
         folded = fold(model)
         folded.check_range(dtype)
+        if choose(chosen, dtype, precision).quantised:
+            check_fresh(model)
         fused = kind(folded, chosen, dtype, precision, cuda_graph).to(weight.device)
     if isinstance(model, Named):
         fused.call_as(model)
