@@ -354,13 +354,13 @@ SAME = (
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_noticed_and_fused_anew(change, model, x, no_grad):
     pictures = torch.randint(256, x.shape, dtype=torch.uint8)
-    before = model(pictures)
-    assert model.fused_for(pictures) is model.fused_for(x) is not None
+    before, fused = model(pictures), model.fused_for(pictures)
+    assert fused is model.fused_for(x) is not None
     CHANGES[change](model)
     assert_right(model, x, fused=True)
     assert_right(model, pictures, fused=True)
-    if change == "flip the lowest bit":
-        assert not torch.equal(model(pictures), before)
+    if change == "flip the lowest bit":  # which may round away in the logits
+        assert not torch.equal(model.fused_for(pictures).weights, fused.weights)
     elif change not in SAME:
         assert err(model(pictures), before.double()) > 1e-3
 
