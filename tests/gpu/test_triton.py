@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from threading import Barrier, Thread
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,8 +28,15 @@ from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.program import fast_scnn
 
 if TYPE_CHECKING or find_spec("triton") is not None:
+    from targets import PoisonedBound
+
     from fastscnn_fast.backends.gpu import arena
-    from fastscnn_fast.backends.gpu.plan import EXTERNAL, Plan, network_plan as plan_of_network
+    from fastscnn_fast.backends.gpu.plan import (
+        COUNTERS,
+        EXTERNAL,
+        Plan,
+        network_plan as plan_of_network,
+    )
     from fastscnn_fast.kernels import launch
     from fastscnn_fast.program import memory
 
@@ -256,7 +264,8 @@ def lives(plan: Plan) -> Iterator[tuple[str, int, int, int, int]]:
         ]
         begin = plan.offsets[name]
         end = begin + max(buffer.bytes for _, buffer in at)
-        yield name, at[0][0], at[-1][0], begin, end
+        first, last = (0, len(plan.launches)) if name == COUNTERS else (at[0][0], at[-1][0])
+        yield name, first, last, begin, end
 
 
 def assert_disjoint(plan: Plan) -> None:
@@ -277,14 +286,16 @@ def assert_disjoint(plan: Plan) -> None:
     )
 )
 def test_memories_in_use_at_once_do_not_overlap(launches: list[list[tuple[int, int]]]) -> None:
-    """Launches of any scratch memories, each of any sizes."""
+    """Launches of any scratch memories, each of any sizes; counters are in use always."""
     plan = Plan.of(
         [
             launch.Launch(
                 None,
                 (1,),
                 {
-                    f"{position}": memory.Buffer.dense(f"memory{name}", torch.uint8, (size,))
+                    f"{position}": memory.Buffer.dense(
+                        f"memory{name}" if name else COUNTERS, torch.uint8, (size,)
+                    )
                     for position, (name, size) in enumerate(buffers)
                 },
                 4,
@@ -355,6 +366,75 @@ def plan_of(kernel: Kernel, size: int = 100) -> Plan:
 
 def free(pool: arena.Pool) -> int:
     return sum(map(len, pool._free.values()))
+
+
+def counting_plan(kernel: Any) -> Plan:
+    """A step that counts, and one before and one after it that do not, of which one memory fits where another was."""
+    one, other, partials = (
+        memory.Buffer.dense(name, torch.uint8, (4096,)) for name in ("one", "other", "partials")
+    )
+    counters = memory.Buffer.dense(COUNTERS, torch.int32, (3,))
+    steps = ({"x": one}, {"x": one, "y": partials, "counters": counters}, {"x": other})
+    return Plan.of([launch.Launch(kernel, (1,), arguments, 4, 2) for arguments in steps])
+
+
+class Counting:
+    """A kernel that fills its scratch, and finds its counters at zero, counts, and leaves them as ``left``."""
+
+    def __init__(self, left: int = 0) -> None:
+        self.left, self.found = left, list[list[int]]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.run
+
+    def run(self, counters: torch.Tensor | None = None, **scratch: Any) -> None:
+        for name in scratch.keys() & {"x", "y"}:
+            scratch[name].fill_(255)
+        if counters is not None:
+            self.found.append(counters.tolist())
+            counters.fill_(self.left)
+
+
+@installed
+def test_counters_are_zero_at_every_call() -> None:
+    kernel, weights = Counting(), torch.zeros(0)
+    plan = counting_plan(kernel)
+    assert plan.counters == 512 and plan.bytes == 512 + 2 * 4096
+    bound = arena.Bound(plan, CPU)
+    for _ in range(3):
+        bound.run({"weights": weights})
+    assert kernel.found == [[0, 0, 0]] * 3
+    assert not bound._counters.any() and bound._counters.numel() == plan.counters
+
+
+@installed
+def test_a_counter_that_is_left_is_seen() -> None:
+    """By what the parity of every op runs in."""
+    bound = PoisonedBound(counting_plan(Counting(left=1)), CPU)
+    with pytest.raises(AssertionError, match="a kernel left a counter"):
+        bound.run({"weights": torch.zeros(0)})
+
+
+@installed
+def test_a_captured_call_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[arena.Bound] = []
+
+    def bound(plan: Plan, device: torch.device, real: Any = arena.Bound) -> arena.Bound:
+        made.append(real(plan, CPU))
+        return made[-1]
+
+    stream = SimpleNamespace(cuda_stream=7)
+    capturing = iter((False, True, False))
+    monkeypatch.setattr(arena, "Bound", bound)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: next(capturing))
+    pool, kernel = arena.Pool(), Counting()
+    plan, weights = counting_plan(kernel), torch.zeros(0)
+    for _ in range(3):
+        pool.run("key", plan, torch.device("cuda", 0), {"weights": weights})
+    assert len({one._counters.data_ptr() for one in made}) == len(made) >= 2
+    assert kernel.found == [[0, 0, 0]] * 3
 
 
 @installed

@@ -150,15 +150,18 @@ class GpuCase(Case):
 
 
 class PoisonedBound(arena.Bound):
-    """Its arena lies between guard zones and holds NaN before each run."""
+    """Its arena lies between guard zones and holds NaN before each run, but for the counters: zeros, before and after."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         offsets = {name: at + GUARD for name, at in plan.offsets.items()}
         super().__init__(replace(plan, offsets=offsets, bytes=plan.bytes + 2 * GUARD), device)
 
     def run(self, tensors: Any) -> None:
+        counted = self._counters.clone()
         self._arena.fill_(255)
+        self._counters.copy_(counted)
         super().run(tensors)
+        assert not self._counters.any(), "a kernel left a counter"
         for zone in (self._arena[:GUARD], self._arena[-GUARD:]):
             assert (zone == 255).all(), "a kernel wrote outside of its scratch memory"
 

@@ -34,6 +34,7 @@ _POINTERS = {
     "torch.bfloat16": "*bf16",
     "torch.float32": "*fp32",
     "torch.uint8": "*u8",
+    "torch.int32": "*i32",
 }
 _DIVISIBLE = ["tt.divisibility", 16]
 _WITHIN_2_GIB = ["tt.pointer_range", 32]

@@ -15,7 +15,7 @@ from ...kernels.launch import Launch
 from ...lower.pack import counted
 from ...program.memory import Buffer
 from .cuda import CudaStep
-from .plan import EXTERNAL, Plan
+from .plan import COUNTERS, EXTERNAL, Plan
 from .torch_step import TorchStep
 
 _INTERPRETER = Lock()  # which patches triton.language for the whole process while a kernel runs
@@ -98,7 +98,11 @@ _CALLS: dict[type, type[_Call]] = {Launch: _Call, CudaStep: _CudaCall, TorchStep
 
 
 class Bound:
-    """A plan with its arena, ready for one call at a time on one stream."""
+    """A plan with its arena, ready for one call at a time on one stream.
+
+    Counters are zeroed here, once: every step leaves them at zero for the next. In a CUDA graph that captures a new
+    arena its zeroing is captured too, so that each replay begins with zeros whatever else the graph kept there.
+    """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._one_at_a_time = _INTERPRETER if device.type == "cpu" else nullcontext()
@@ -106,6 +110,8 @@ class Bound:
         self._bound_to = (0, 0)
         with torch.inference_mode(False):  # a later call may be outside of it
             self._arena = torch.empty(plan.bytes, dtype=torch.uint8, device=device)
+            self._counters = self._arena[plan.offsets.get(COUNTERS, 0) :][: plan.counters]
+            self._counters.zero_()
             scratch = {memory: self._arena[begin:] for memory, begin in plan.offsets.items()}
             self._calls = [_CALLS[type(step)](step, scratch) for step in plan.steps]
 

@@ -110,6 +110,11 @@ _HOLDS = {
 }
 _PLANE = "(N, H, W, C): channels are adjacent, pixels padded to 64 bytes; C padded to 16 with zeros"
 _LOGITS = "(N, H, W, K) logits of which each class is a plane"
+# Scratch of any kernel that cuts a sum along its channels.
+_SHARED = {
+    "partials": "float32 shares of each slice of the expanded channels, written and read by this launch",
+    "counters": "zeros before the launch and after it: how many slices of each tile are there",
+}
 # What Triton adds to every kernel's parameters.
 _TRAILING = {
     "global_scratch": "null: memory that Triton's own features would use, none here",
@@ -219,7 +224,7 @@ def _unused(launch: Launch, layer: Layer) -> tuple[str, ...]:
 
 
 def _holds(kernel: str, layer: Layer, name: str, buffer: Buffer) -> str:
-    held = _HOLDS.get((kernel, name))
+    held = _HOLDS.get((kernel, name)) or _SHARED.get(name)
     if held is not None:
         return held
     if layer.op == "stem_conv" and name == "x":

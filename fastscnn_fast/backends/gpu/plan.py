@@ -22,6 +22,10 @@ from .torch_step import TorchStep
 
 #: Memories that each call brings; all others are scratch.
 EXTERNAL = ("x", "high", "low", "weights", "out")
+#: Scratch of int32 that holds zeros before and after every step, so no other memory ever lies there.
+COUNTERS = "counters"
+#: Scratch of float32 in which a step's programs leave their share of a sum; a step's own, like any scratch.
+PARTIALS = "partials"
 _ALIGNMENT = 512  # bytes, of every scratch memory
 
 
@@ -50,11 +54,15 @@ Step = Launch | CudaStep | TorchStep
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in order, and where their scratch memories lie in one arena of ``bytes``."""
+    """Steps in order, and where their scratch memories lie in one arena of ``bytes``.
+
+    ``counters``: bytes of :data:`COUNTERS`, which the arena must hold as zeros.
+    """
 
     steps: tuple[Step, ...]
     offsets: Mapping[str, int]
     bytes: int
+    counters: int = 0
 
     @property
     def launches(self) -> tuple[Launch, ...]:
@@ -62,7 +70,7 @@ class Plan:
 
     @staticmethod
     def of(steps: Sequence[Step]) -> Plan:
-        """Places each scratch memory where none lies that is in use at the same time."""
+        """Places each scratch memory where none lies that is in use at the same time, as the counters always are."""
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         size: dict[str, int] = {}
@@ -74,6 +82,8 @@ class Plan:
                     size[buffer.memory] = max(
                         size.get(buffer.memory, 0), rounded_up(buffer.bytes, _ALIGNMENT)
                     )
+        if COUNTERS in size:
+            first[COUNTERS], last[COUNTERS] = 0, len(steps) - 1
         offsets: dict[str, int] = {}
         for name in sorted(size, key=lambda n: -size[n]):
             taken = sorted(
@@ -88,7 +98,7 @@ class Plan:
                 at = max(at, end)
             offsets[name] = at
         total = max((offsets[n] + size[n] for n in size), default=0)
-        return Plan(tuple(steps), offsets, total)
+        return Plan(tuple(steps), offsets, total, size.get(COUNTERS, 0))
 
 
 @dataclass(frozen=True)
