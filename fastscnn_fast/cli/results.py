@@ -7,52 +7,32 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from .. import bench
 from ..backends import registry
-from ..data.pictures import (
-    CONFIDENCE,
-    LABELS,
-    OVERLAY,
-    encoded,
-    label_image,
-    overlay,
-)
+from ..data.classes import Named
+from ..data.results import encode
 from ..runtime.fused import FusedFastSCNN
 from ..writing import write_whole
-
-
-def endings(overlay_format: str | None = "png", confidence: bool = False) -> list[str]:
-    """Those that :func:`write` writes."""
-    sure = [CONFIDENCE] if confidence else []
-    shown = [] if overlay_format is None else [f"{OVERLAY}.{overlay_format}"]
-    return [LABELS, *sure, *shown]
 
 
 def write(
     name: Path,
     pixels: NDArray[np.uint8],
     labels: NDArray[np.uint8],
-    fast: FusedFastSCNN,
+    network: Named,
     overlay_format: str | None = "png",
     confidence: NDArray[np.float32] | None = None,
 ) -> list[Path]:
-    """The results of one picture, each whole or not there; returns their paths.
+    """The results of one picture, as :func:`~fastscnn_fast.data.results.encode` has them; returns their paths.
 
-    Nothing is written before all of them are encoded. Confidence becomes a grey value, 255 for 1.
+    Each is whole or not there, and nothing is written before all of them are encoded.
 
     Raises:
         ValueError: the picture is too large for ``overlay_format``.
         OSError: a file cannot be written.
     """
-    contents = {LABELS: encoded(label_image(labels, fast.palette))}
-    if confidence is not None:
-        grey = Image.fromarray(np.rint(255 * confidence).astype(np.uint8))
-        contents[CONFIDENCE] = encoded(grey, compress_level=3)
-    if overlay_format is not None:
-        shown = overlay(pixels, labels, fast.classes, fast.palette)
-        contents[f"{OVERLAY}.{overlay_format}"] = encoded(shown, overlay_format, compress_level=3)
+    contents = encode(pixels, labels, network, overlay_format, confidence)
     name.parent.mkdir(parents=True, exist_ok=True)
     files = {name.with_name(name.name + ending): content for ending, content in contents.items()}
     for path, content in files.items():

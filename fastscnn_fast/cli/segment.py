@@ -21,6 +21,7 @@ from ..data.pictures import (
     Guess,
     size_of,
 )
+from ..data.results import endings
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.overlapped import overlapped
 from ..runtime.segment import Classified, Prepared, classify, prepare
@@ -159,7 +160,7 @@ def _segment(args: argparse.Namespace, fast: FusedFastSCNN, found: Found) -> int
     left_out = (
         f", {found.repeated} left out (links to others, or given twice)" if found.repeated else ""
     )
-    written = ", *".join(results.endings(args.overlay_format, args.confidence))
+    written = ", *".join(endings(args.overlay_format, args.confidence))
     where = f"; results: {args.out}/*{written}" if done else ""
     print(f"{done} segmented, {skipped} skipped{left_out}{where}")
     return 1 if skipped or not done else 0
