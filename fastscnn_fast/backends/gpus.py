@@ -9,6 +9,8 @@ from ..program.memory import rounded_up
 #: Where kernels run: an NVIDIA compute capability (80 for sm_80), AMD's name, or the interpreter.
 Architecture = int | str
 INTERPRETER = "interpreter"
+#: Warp instructions that an NVIDIA multiprocessor starts a cycle, one a scheduler.
+ISSUED = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Gpu:
         multiprocessor: what one holds (CUDA C++ Programming Guide, technical specifications); None for AMD's.
         bandwidth: published bytes a second of the device's memory; 0 where no time is predicted for it.
         rate: published dense fp16 operations (fp32 sums) a second.
+        clock: cycles a second of a multiprocessor, on which that rate rests.
         triton_rate: of Triton's products, where that is another.
     """
 
@@ -57,6 +60,7 @@ class Gpu:
     multiprocessor: Multiprocessor | None = None
     bandwidth: float = 0.0
     rate: float = 0.0
+    clock: float = 0.0
     triton_rate: float = 0.0
     tf32: bool = False
 
@@ -65,12 +69,12 @@ _TURING = Multiprocessor(32, 16, 65536, 65536, 0, 256)
 
 GPUS: dict[Architecture, Gpu] = {
     # Triton has no products for Turing's tensor cores: there its rate is that of fp32 arithmetic.
-    75: Gpu("T4", 40, _TURING, 320e9, 65e12, 8.1e12),
-    80: Gpu("A100", 108, _ampere(64, 32, 164), 2039e9, 312e12),
-    86: Gpu("A10", 72, _ampere(48, 16, 100), 600e9, 125e12),
-    87: Gpu("Orin", 16, _ampere(48, 16, 164), 204.8e9, 42.5e12),
-    89: Gpu("RTX 4090", 128, _ampere(48, 24, 100), 1008e9, 165e12),
-    90: Gpu("H100", 132, _ampere(64, 32, 228), 3350e9, 989e12),
+    75: Gpu("T4", 40, _TURING, 320e9, 65e12, 1.59e9, 8.1e12),
+    80: Gpu("A100", 108, _ampere(64, 32, 164), 2039e9, 312e12, 1.41e9),
+    86: Gpu("A10", 72, _ampere(48, 16, 100), 600e9, 125e12, 1.695e9),
+    87: Gpu("Orin", 16, _ampere(48, 16, 164), 204.8e9, 42.5e12, 1.3e9),
+    89: Gpu("RTX 4090", 128, _ampere(48, 24, 100), 1008e9, 165e12, 2.52e9),
+    90: Gpu("H100", 132, _ampere(64, 32, 228), 3350e9, 989e12, 1.83e9),
     100: Gpu("B200", 148, _ampere(64, 32, 228)),
     120: Gpu("RTX 5090", 170, _ampere(48, 24, 100)),
     "gfx90a": Gpu("MI200", 104),

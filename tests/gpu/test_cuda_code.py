@@ -164,10 +164,10 @@ def test_dump_says_what_memory_holds(tmp_path: Path) -> None:
         tmp_path / "fusion", "--op", "feature_fusion", "--preset", "segmentron", *size
     )
     unused = {"low", "low_weight", "refine_weight", "refine_bias"}
-    assert {name for name, held in holds(refine).items() if held == dump._UNUSED} == unused
+    assert {name for name, held in holds(refine).items() if held == dump.UNUSED} == unused
     assert holds(refine)["high_weight"].endswith("row channel of high, column output channel")
     unused = {"refine_weight", "refine_bias"}
-    assert {name for name, held in holds(fuse).items() if held == dump._UNUSED} == unused
+    assert {name for name, held in holds(fuse).items() if held == dump.UNUSED} == unused
     assert holds(fuse)["low"] == dump._PLANE
 
 

@@ -89,6 +89,16 @@ class Code:
     compiled: Any
 
     @property
+    def ptx(self) -> str:
+        """NVIDIA's only."""
+        return str(self.compiled.asm["ptx"])
+
+    @property
+    def cubin(self) -> bytes:
+        """NVIDIA's only."""
+        return bytes(self.compiled.asm["cubin"])
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory a block takes, all of them dynamic."""
         return int(self.compiled.metadata.shared)
@@ -96,7 +106,7 @@ class Code:
     @cached_property
     def _listing(self) -> str:
         """What cuobjdump says of the machine code: resource use and instructions."""
-        return listing(self.compiled.asm["cubin"])
+        return listing(self.cubin)
 
     @cached_property
     def _usage(self) -> dict[str, int]:

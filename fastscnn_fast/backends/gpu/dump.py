@@ -18,7 +18,7 @@ from ...program.layers import Layer, SizedLayer
 from ...program.memory import Buffer
 from ...program.program import fast_scnn, layer_sizes
 from ...writing import write_whole
-from ..gpus import MULTIPROCESSORS
+from ..gpus import MULTIPROCESSORS, Architecture
 from . import cuda, nvcc
 from .cuda import CudaStep
 from .plan import PlacedLayer, Plan, activation_buffer, logits_buffer, op_plan
@@ -34,7 +34,8 @@ _MATRIX = (
 )
 _VECTOR = "one value a channel, padded with zeros"
 _TAPS = "(9, C) row-major: tap ky * 3 + kx, channel; C padded with zeros"
-_UNUSED = "not read by this launch"
+#: Of a pointer that a launch takes and leaves alone.
+UNUSED = "not read by this launch"
 _HOLDS = {
     (
         "stem_conv_kernel",
@@ -172,7 +173,7 @@ def step(
 def launches(
     step: SizedLayer,
     dtype: torch.dtype,
-    architecture: int,
+    architecture: Architecture,
     output: str = "logits",
     raw: bool = False,
     backend: str = "triton",
@@ -242,7 +243,7 @@ def _parameter(launch: Launch, layer: Layer, name: str, type_: str) -> dict[str,
         return {"name": name, "kind": "scalar", "dtype": type_, "value": value}
     unused = name in _unused(launch, layer)
     return _pointer(
-        name, value, _UNUSED if unused else _holds(launch.kernel.__name__, layer, name, value)
+        name, value, UNUSED if unused else _holds(launch.kernel.__name__, layer, name, value)
     )
 
 
@@ -311,18 +312,17 @@ def _cuda_parameter(
     name: str, type_: str, value: Any, launch: cuda.Described, layer: Layer
 ) -> dict[str, Any]:
     if value is None:
-        return _null(name, _UNUSED)
+        return _null(name, UNUSED)
     if not isinstance(value, Buffer):
         return {"name": name, "kind": "scalar", "dtype": type_, "value": value}
     kernel = launch.kernel.partition("<")[0]
     unused = name in _cuda_unused(launch)
-    return _pointer(name, value, _UNUSED if unused else _holds(kernel, layer, name, value))
+    return _pointer(name, value, UNUSED if unused else _holds(kernel, layer, name, value))
 
 
 def _cuda_code(
     step: SizedLayer, launched: CudaStep, architecture: int
-) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
-    """Description, PTX and machine code of each launch of the step."""
+) -> Iterator[tuple[dict[str, Any], nvcc.Code]]:
     launches = cuda.described(launched)
     for index, one in enumerate(launches):
         code = nvcc.compiled(step.layer.op, architecture)[one.kernel]
@@ -345,19 +345,33 @@ def _cuda_code(
             ],
             "constants": {},
         }
-        yield about, code.ptx.encode(), nvcc.assembled(code.ptx, architecture)
+        yield about, code
 
 
 def _triton_code(
-    step: SizedLayer, plan: Plan, architecture: int
-) -> Iterator[tuple[dict[str, Any], bytes, bytes]]:
-    """Description, PTX and machine code of each launch."""
+    step: SizedLayer, plan: Plan, architecture: Architecture
+) -> Iterator[tuple[dict[str, Any], aot.Code]]:
     from . import aot
 
     for index, launch in enumerate(plan.launches):
         code = aot.compiled(launch, architecture)
-        about = describe(code, step, index, len(plan.launches))
-        yield about, code.compiled.asm["ptx"].encode(), code.compiled.asm["cubin"]
+        yield describe(code, step, index, len(plan.launches)), code
+
+
+def described(
+    step: SizedLayer, plan: Plan, architecture: Architecture
+) -> Iterator[tuple[dict[str, Any], aot.Code | nvcc.Code]]:
+    """All that a launcher needs of each launch of the plan, and its code.
+
+    Raises:
+        RuntimeError: a compiler failed, or there is none.
+    """
+    (first, *_) = plan.steps
+    if isinstance(first, CudaStep):
+        assert isinstance(architecture, int), "CUDA C++ is NVIDIA's"
+        yield from _cuda_code(step, first, architecture)
+    else:
+        yield from _triton_code(step, plan, architecture)
 
 
 def write(folder: Path, step: SizedLayer, plan: Plan, architecture: int) -> list[Path]:
@@ -367,16 +381,12 @@ def write(folder: Path, step: SizedLayer, plan: Plan, architecture: int) -> list
         RuntimeError: a compiler failed, or there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (first, *_) = plan.steps
-    if isinstance(first, CudaStep):
-        codes = _cuda_code(step, first, architecture)
-    else:
-        codes = _triton_code(step, plan, architecture)
     paths = []
-    for about, ptx, cubin in codes:
+    for about, code in described(step, plan, architecture):
         name = f"{step.layer.op}_{about['launch']}"
         text = (json.dumps(about, indent=2) + "\n").encode()
-        for ending, content in {"ptx": ptx, "cubin": cubin, "json": text}.items():
+        contents = {"ptx": code.ptx.encode(), "cubin": code.cubin, "json": text}
+        for ending, content in contents.items():
             paths.append(folder / f"{name}.{ending}")
             write_whole(paths[-1], content)
     return paths

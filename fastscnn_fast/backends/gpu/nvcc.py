@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from .machine import instructions, listing, nvidia_program
+from .machine import PRODUCTS, WIDE_LOADS, count, instructions, listing, nvidia_program
 
 SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 # As setup.py's NVCC_FLAGS, so that what is inspected is what is built.
@@ -32,17 +32,33 @@ class Code:
     """One kernel for one architecture; ``name`` as ``Described`` of csrc/cuda/launch.h has it."""
 
     name: str
+    architecture: int
     entry: str
     ptx: str
-    cubin: bytes
+    module: bytes  # machine code of all of the op's kernels
     registers: int
     stack: int
     spills: int  # bytes
 
+    @property
+    def cubin(self) -> bytes:
+        """Machine code of this kernel alone."""
+        return assembled(self.ptx, self.architecture)
+
     @cached_property
     def instructions(self) -> Counter[str]:
         """How often each instruction, with its modifiers, stands in the machine code."""
-        return instructions(_functions(self.cubin)[self.entry])
+        return instructions(_functions(self.module)[self.entry])
+
+    @property
+    def products(self) -> int:
+        """Tensor-core instructions."""
+        return count(self.instructions, PRODUCTS)
+
+    @property
+    def wide_loads(self) -> int:
+        """Loads of 16 bytes a thread from global memory."""
+        return count(self.instructions, WIDE_LOADS)
 
 
 @cache
@@ -114,7 +130,9 @@ def compiled(op: str, architecture: int) -> dict[str, Code]:
     for entry, stack, stores, loads, registers in re.findall(pattern, told, re.DOTALL):
         name = kernel_of(demangled(entry))
         spills = int(stores) + int(loads)
-        found[name] = Code(name, entry, texts[entry], code, int(registers), int(stack), spills)
+        found[name] = Code(
+            name, architecture, entry, texts[entry], code, int(registers), int(stack), spills
+        )
     return found
 
 
