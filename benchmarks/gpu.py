@@ -373,12 +373,16 @@ LEGEND = (
 
 
 def write(folder: Path, results: Sequence[Result], about: Mapping[str, str]) -> None:
-    """gpu.csv, gpu.md, and gpu.png of the whole network where matplotlib is installed."""
+    """gpu.csv and gpu.md."""
     folder.mkdir(parents=True, exist_ok=True)
     bench.write_csv(folder / "gpu.csv", [r.fields() for r in results], dict(about))
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
     text = "\n\n".join([table(results), LEGEND, facts]) + "\n"
     (folder / "gpu.md").write_text(text, encoding="utf-8")
+
+
+def plot(folder: Path, results: Sequence[Result], about: Mapping[str, str]) -> None:
+    """gpu.png of the whole network, where matplotlib is installed."""
     networks = [r for r in results if r.where["what"].startswith("network")]
     if networks:
         title = f"Fast-SCNN on {about['GPU']}, torch {about['torch']}, {about['date']}"
@@ -386,7 +390,6 @@ def write(folder: Path, results: Sequence[Result], about: Mapping[str, str]) -> 
             bench.plot(folder / "gpu.png", networks, title, columns=2)
         except ImportError as error:
             print(f"no plot: {error}")
-    print(f"wrote {folder}")
 
 
 def _about(device: torch.device, command: str) -> dict[str, str]:
@@ -454,6 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load_checkpoint(args.weights)
     model = model.to(device)
     results: list[Result] = []
+    about = _about(device, "python benchmarks/gpu.py " + shlex.join(argv))
     with torch.inference_mode(), reference.tf32(False):  # float32 is float32 to everyone
         for one in args.size:
             given = Given.draw(model, args.batch, one, device)
@@ -462,10 +466,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for race in measure(given, arithmetic, ours, args):
                     print(f"\n{table(race)}", flush=True)
                     results += race
-    about = _about(device, "python benchmarks/gpu.py " + shlex.join(argv))
+                    if args.out is not None:  # at once: an interruption loses one race
+                        write(args.out, results, about)
     print(f"\n{LEGEND}\n" + "\n".join(f"{key}: {value}" for key, value in about.items()))
     if args.out is not None:
-        write(args.out, results, about)
+        plot(args.out, results, about)
+        print(f"wrote {args.out}")
     return 0 if all(r.passed for r in results) else 1
 
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from helpers import ROOT, small_network
 
-from fastscnn_fast import bench, fuse, ops
+from fastscnn_fast import bench, cli, fuse, ops
 from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends import registry
+from fastscnn_fast.backends.gpu import choices
 from fastscnn_fast.checkpoints import CAMVID11
 from fastscnn_fast.program.parity import Parity
 from fastscnn_fast.program.program import layer_sizes
@@ -27,6 +28,7 @@ from fastscnn_fast.program.program import layer_sizes
 BENCH = ROOT / "benchmarks" / "bench_ops.py"
 BENCH_MODEL = ROOT / "benchmarks" / "bench_model.py"
 GPU = ROOT / "benchmarks" / "gpu.py"
+GPU_DAY = ROOT / "benchmarks" / "gpu_day.py"
 BENCH_FACTS = ROOT / "benchmarks" / "bench_facts.py"
 built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
@@ -215,6 +217,53 @@ def test_a_time_needs_parity(tmp_path: Path) -> None:
 def test_without_a_gpu_the_gpu_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert runpy.run_path(str(GPU))["main"](["--size", "64x96"]) == 2
     assert "torch finds no CUDA GPU" in capsys.readouterr().err
+    assert runpy.run_path(str(GPU_DAY))["main"]([]) == 2
+    assert "torch finds no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_day_on_a_gpu_goes_on_after_what_fails_and_says_how_each_step_ended(
+    tmp_path: Path,
+) -> None:
+    day = runpy.run_path(str(GPU_DAY))
+    step = day["Step"]
+    sleeper = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    todo = [
+        step("fails", 9, (sys.executable, "-c", "print('words'); raise SystemExit(3)")),
+        step("absent", 9, ("no-such-tool",), "no-such-tool"),
+        step("sleeps", 1, (sys.executable, "-c", sleeper)),
+        step("works", 9, (sys.executable, "-c", "import os; print(os.environ['MARK'])")),
+    ]
+    variables = os.environ | {"MARK": "marked"}
+    assert not day["run"](todo, tmp_path, variables, 60, "a GPU")
+    report, log = ((tmp_path / name).read_text() for name in ("report.md", "log.txt"))
+    for line in (
+        "| fails | exit code 3 |",
+        "| absent | left out: no-such-tool is not on PATH |",
+        "| sleeps | stopped after 1 s |",
+        "| works | good |",
+        "# a GPU",
+    ):
+        assert line in report
+    assert "words" in log and "begun" in log and "marked" in log
+    assert day["run"](todo[3:], tmp_path, variables, 60, "a GPU")
+    assert not day["run"](todo[3:], tmp_path, variables, 0, "a GPU")
+    assert "not begun: the time is over" in (tmp_path / "report.md").read_text()
+
+
+def test_the_steps_of_a_day_on_a_gpu_are_commands_that_exist(tmp_path: Path) -> None:
+    day = runpy.run_path(str(GPU_DAY))
+    by_name = {step.name: step.command[1:] for step in day["steps"](tmp_path)}
+    assert list(by_name) == ["build", "parity", "tune", "times", "counters", "sanitizer"]
+    gpu = runpy.run_path(str(GPU))["parser"]()
+    args = gpu.parse_args(by_name["times"][1:])
+    assert args.out == tmp_path and args.size == [(512, 1024), (1024, 2048)]
+    words = list(by_name["tune"][2:])
+    assert cli._parser(words).parse_args(words).size == [(512, 1024), (1024, 2048)]
+    assert (ROOT / by_name["build"][0]).is_file()
+    compile(day["FORWARD"], "forward", "exec")
+    variables = day["environment"](tmp_path, (9, 0))
+    assert variables["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert variables[choices.VARIABLE] == str(tmp_path / "tune.json")
 
 
 def test_the_gpu_benchmark_reads_its_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +316,9 @@ def test_the_gpu_benchmark_measures_and_writes_with_a_clock_of_ours(tmp_path: Pa
     ]
     assert len(races) == 2 + len({s.layer.encode() for s in layer_sizes(model.config, 64, 96)})
     wrong = replace(results[-1], passed=False, median=nan, low=nan, high=nan, ratio=None)
-    gpu["write"](tmp_path, [*results, wrong], {"GPU": "a GPU", "torch": "2", "date": "today"})
+    about = {"GPU": "a GPU", "torch": "2", "date": "today"}
+    gpu["write"](tmp_path, [*results, wrong], about)
+    gpu["plot"](tmp_path, [*results, wrong], about)
     text = (tmp_path / "gpu.md").read_text()
     assert "parity failed" in text and "| fusion " in text and "- GPU: a GPU" in text
     assert "| 2.000 " in text and text.count("| ratio") == 1
