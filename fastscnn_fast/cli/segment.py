@@ -24,7 +24,7 @@ from ..data.pictures import (
 from ..data.results import endings
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.overlapped import overlapped
-from ..runtime.segment import Classified, Prepared, classify, prepare
+from ..runtime.segment import Classified, Prepared, classify, fits, prepare
 from . import options, results
 
 #: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
@@ -82,6 +82,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     overlays.add_argument(
         "--no-overlay",
+        "--labels-only",
         dest="overlay_format",
         action="store_const",
         const=None,
@@ -107,16 +108,20 @@ def _segment(args: argparse.Namespace, fast: FusedFastSCNN, found: Found) -> int
         return prepare(job.path, fast.config, args.size, args.bits, tell=guesses.append), guesses
 
     def label(
-        read: tuple[Prepared, list[Guess]], busy: int
-    ) -> tuple[Prepared, list[Guess], Classified]:
-        prepared, guesses = read
+        read: list[tuple[Prepared, list[Guess]]], busy: int
+    ) -> list[tuple[Prepared, list[Guess], Classified]]:
         # Threads of the network wait for each other: one whose processor encodes holds up all.
         torch.set_num_threads(max(1, threads - busy))
-        return prepared, guesses, classify(fast, prepared.x, args.confidence)
+        found = classify(fast, [prepared.x for prepared, _ in read], args.confidence)
+        return [(*one, classified) for one, classified in zip(read, found)]
+
+    def joins(read: list[tuple[Prepared, list[Guess]]], one: tuple[Prepared, list[Guess]]) -> bool:
+        x = one[0].x
+        return x.shape == read[0][0].x.shape and fits(len(read), x)
 
     def write(job: Job, made: tuple[Prepared, list[Guess], Classified]) -> list[Guess]:
         (pixels, _), guesses, classified = made
-        labels, confidence = classified.at(pixels)
+        labels, confidence = classified.at(pixels.shape)
         try:
             results.write(
                 args.out / job.name, pixels, labels, fast, args.overlay_format, confidence
@@ -140,6 +145,7 @@ def _segment(args: argparse.Namespace, fast: FusedFastSCNN, found: Found) -> int
         size=lambda job: size_of(job.path),
         most=_MOST_PIXELS,
         workers=threads,
+        joins=joins,
     )
     bar = tqdm(total=len(jobs), unit="picture", disable=True if len(jobs) == 1 else None)
     try:

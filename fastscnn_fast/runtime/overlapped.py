@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -16,16 +16,19 @@ Result = TypeVar("Result")
 def overlapped(
     items: Iterable[Item],
     before: Callable[[Item], Read],
-    between: Callable[[Read, int], Made],
+    between: Callable[[list[Read], int], Sequence[Made]],
     after: Callable[[Item, Made], Result],
     size: Callable[[Item], int],
     most: int,
     workers: int,
+    joins: Callable[[list[Read], Read], bool],
 ) -> Generator[tuple[Item, Future[Result]], None, None]:
-    """Each item, in order, with the finished future of ``after(item, between(before(item), busy))``.
+    """Each item, in order, with the finished future of ``after(item, made)``, which is its of those that
+    ``between([before(item), ...], busy)`` gives.
 
-    ``between`` and ``size`` run in the caller's thread, one item after the other, the rest in ``workers`` threads,
-    of which ``busy`` have something to do.
+    ``between``, ``joins`` and ``size`` run in the caller's thread, the rest in ``workers`` threads, of which
+    ``busy`` have something to do. ``between`` gets those that are there by then and follow each other, the
+    first and those that ``joins`` adds to them.
     What a step raises is its item's future's exception, and the others go on. At most 2 ``workers`` + 2 items
     are begun and not given out yet, and they are of ``size`` at most ``most`` together, or one alone: the
     slowest step holds back those before it.
@@ -54,28 +57,47 @@ def overlapped(
                 yield item, future
                 del future  # and what it holds
             if coming and coming[0][2].done():
-                item, its_size, read = coming.popleft()
+                batch = _batch(coming, joins)
                 begun = sum(not future.done() for *_, future in coming)
                 begun += sum(not future.done() for *_, future in going)
-                made = _go_on(pool, item, read, min(begun, workers), between, after)
-                going.append((item, its_size, made))
-                del read
+                going += _go_on(pool, batch, min(begun, workers), between, after)
+                del batch
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+_Coming = tuple[Item, int, "Future[Read]"]
+
+
+def _batch(
+    coming: deque[_Coming[Item, Read]], joins: Callable[[list[Read], Read], bool]
+) -> list[_Coming[Item, Read]]:
+    """Takes the first away, which is done, and those after it that go with it."""
+    batch = [coming.popleft()]
+    if batch[0][2].exception() is None:
+        reads = [batch[0][2].result()]
+        while coming and coming[0][2].done() and coming[0][2].exception() is None:
+            if not joins(reads, read := coming[0][2].result()):
+                break
+            reads.append(read)
+            batch.append(coming.popleft())
+    return batch
+
+
 def _go_on(
     pool: ThreadPoolExecutor,
-    item: Item,
-    read: Future[Read],
+    batch: list[_Coming[Item, Read]],
     busy: int,
-    between: Callable[[Read, int], Made],
+    between: Callable[[list[Read], int], Sequence[Made]],
     after: Callable[[Item, Made], Result],
-) -> Future[Result]:
+) -> list[tuple[Item, int, Future[Result]]]:
     try:
-        made = between(read.result(), busy)
+        made = between([read.result() for *_, read in batch], busy)
     except Exception as error:
         failed: Future[Result] = Future()
         failed.set_exception(error)
-        return failed
-    return pool.submit(after, item, made)
+        return [(item, its_size, failed) for item, its_size, _ in batch]
+    return [
+        (item, its_size, pool.submit(after, item, one))
+        for (item, its_size, _), one in zip(batch, made, strict=True)
+    ]

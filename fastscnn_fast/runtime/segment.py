@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -24,6 +25,10 @@ Labels = NDArray[np.uint8]
 Confidence = NDArray[np.float32]
 #: Lists of pictures of one kind, or of several, are no ``list[Picture]`` to type checkers.
 Several = list[Any] | tuple[Picture, ...]
+#: Pixels that the network takes at a time, in batches of one size: more of them gain nothing.
+BATCH_PIXELS = 2**20
+#: Bytes of pictures of a list that wait for others of their size.
+_MOST_WAITING = 2**26
 
 
 @overload
@@ -77,6 +82,8 @@ def segment(
 ) -> Any:
     """The class of every pixel of a picture, uint8 (H, W) at the picture's own size; of several, a list of these.
 
+    Pictures of a list that the network takes at one size run in batches, with the same labels.
+
     A network of one class gives 1 where that is, and 0 for the background.
 
     Args:
@@ -107,26 +114,47 @@ def segment(
             "fast, the first argument, must be a model: a fastscnn_fast.FastSCNN or its fused copy, got"
             f" {type(fast).__name__}{other if isinstance(fast, nn.Module) else ''}"
         )
-    if isinstance(picture, (list, tuple)):
-        names = (f"picture[{index}]" for index in range(len(picture)))
-        pairs = [
-            _segmented(fast, one, size, bits, confidence, name) for one, name in zip(picture, names)
-        ]
-        return pairs if confidence else [labels for labels, _ in pairs]
-    pair = _segmented(fast, picture, size, bits, confidence)
-    return pair if confidence else pair[0]
+    several = isinstance(picture, (list, tuple))
+    pictures: Several = picture if isinstance(picture, (list, tuple)) else [picture]
+    results: list[Any] = [None] * len(pictures)
+    names = (f"picture[{index}]" if several else "picture" for index in range(len(pictures)))
+    read = (prepare(one, fast.config, size, bits, name) for one, name in zip(pictures, names))
+    waiting = (_Waiting(index, one.pixels.shape, one.x) for index, one in enumerate(read))
+    for batch in _batches(waiting):
+        found = classify(fast, [one.x for one in batch], confidence)
+        for (place, shape, _), classified in zip(batch, found):
+            pair = classified.at(shape)
+            results[place] = pair if confidence else pair[0]
+    return results if several else results[0]
 
 
-def _segmented(
-    fast: FusedFastSCNN | FastSCNN,
-    picture: Picture,
-    size: Size | None,
-    bits: int | None,
-    confidence: bool,
-    name: str = "picture",
-) -> tuple[Labels, Confidence | None]:
-    prepared = prepare(picture, fast.config, size, bits, name)
-    return classify(fast, prepared.x, confidence).at(prepared.pixels)
+class _Waiting(NamedTuple):
+    """A picture of a list: its place there, the shape of its pixels, and itself as the network takes it."""
+
+    place: int
+    shape: tuple[int, ...]
+    x: Tensor
+
+
+def _batches(pictures: Iterable[_Waiting]) -> Iterator[list[_Waiting]]:
+    """Those of one size together, as many as :func:`fits` says."""
+    waiting: dict[torch.Size, list[_Waiting]] = {}
+    held = 0
+    for picture in pictures:
+        held += picture.x.numel()
+        group = waiting.setdefault(picture.x.shape, [])
+        group.append(picture)
+        done = [] if fits(len(group), picture.x) else [picture.x.shape]
+        for shape in waiting.copy() if held > _MOST_WAITING else done:
+            batch = waiting.pop(shape)
+            held -= sum(one.x.numel() for one in batch)
+            yield batch
+    yield from waiting.values()
+
+
+def fits(count: int, x: Tensor) -> bool:
+    """Whether there is room for x (1, C, h, w) in a batch of ``count`` of its size."""
+    return (count + 1) * x.shape[2] * x.shape[3] <= BATCH_PIXELS
 
 
 class Prepared(NamedTuple):
@@ -152,10 +180,10 @@ class Classified(NamedTuple):
     labels: Labels
     confidence: Confidence | None
 
-    def at(self, pixels: NDArray[np.uint8]) -> tuple[Labels, Confidence | None]:
-        """Labels and confidence (H, W) at the size of ``pixels`` (H, W, C), by nearest neighbour."""
-        labels = _nearest(self.labels, pixels)
-        return labels, None if self.confidence is None else _nearest(self.confidence, pixels)
+    def at(self, shape: tuple[int, ...]) -> tuple[Labels, Confidence | None]:
+        """Labels and confidence (H, W) at the size of pixels of ``shape`` (H, W, C), by nearest neighbour."""
+        labels = nearest(self.labels, shape)
+        return labels, None if self.confidence is None else nearest(self.confidence, shape)
 
 
 # The three steps of a picture. The first and the last may run in any thread, beside the network: most of their
@@ -179,11 +207,34 @@ def prepare(
     return Prepared(pixels, _tensor_of(pixels, config, run_at))
 
 
+@dataclass(frozen=True)
+class Transform:
+    """Any picture that :func:`segment` takes -> uint8 (C, h, w), as the network takes it; for a DataLoader's workers too.
+
+    Args:
+        config: of the network.
+        size: (height, width) or the side of a square, so that pictures of all sizes make batches; by default
+            :func:`run_size`, a picture's own proportions.
+        bits: as :func:`segment` has it.
+
+    Calling it raises as :func:`segment`.
+    """
+
+    config: Config
+    size: Size | None = None
+    bits: int | None = None
+
+    def __call__(self, picture: Picture) -> Tensor:
+        return prepare(picture, self.config, self.size, self.bits).x[0]
+
+
 @serial()
 @torch.no_grad()
-def classify(fast: FusedFastSCNN | FastSCNN, x: Tensor, confidence: bool = False) -> Classified:
-    """The network's labels of uint8 pixels (1, C, h, w), and how probable it takes them to be."""
-    fused, x = _fused_for(fast, x)
+def classify(
+    fast: FusedFastSCNN | FastSCNN, pictures: Sequence[Tensor], confidence: bool = False
+) -> list[Classified]:
+    """The network's labels of each of uint8 pixels (1, C, h, w) of one size, and how probable it takes them to be."""
+    fused, x = _fused_for(fast, pictures[0] if len(pictures) == 1 else torch.cat(list(pictures)))
     if fused is not None:
         labels = fused.labels(x)
         probabilities = fused.probabilities(x) if confidence else None
@@ -193,9 +244,8 @@ def classify(fast: FusedFastSCNN | FastSCNN, x: Tensor, confidence: bool = False
         labels = labels_of(logits).to(torch.uint8)
         probabilities = probabilities_of(logits) if confidence else None
     probable = None if probabilities is None else _of_labels(probabilities.float(), labels)
-    return Classified(
-        labels[0].cpu().numpy(), None if probable is None else probable[0].cpu().numpy()
-    )
+    sure = [None] * len(pictures) if probable is None else probable.cpu().numpy()
+    return [Classified(*pair) for pair in zip(labels.cpu().numpy(), sure)]
 
 
 def _fused_for(fast: FusedFastSCNN | FastSCNN, x: Tensor) -> tuple[FusedFastSCNN | None, Tensor]:
@@ -224,7 +274,7 @@ def labelled(
     size: tuple[int, int] | None = None,
 ) -> Labels:
     """``labels``, uint8 (1, C, h, w) -> (1, h, w), of pixels (H, W, C) as :func:`segment` has them."""
-    return _nearest(labels(_tensor_of(pixels, config, size))[0].cpu().numpy(), pixels)
+    return nearest(labels(_tensor_of(pixels, config, size))[0].cpu().numpy(), pixels.shape)
 
 
 def run_size(pixels: NDArray[np.uint8], config: Config) -> tuple[int, int]:
@@ -246,7 +296,9 @@ def _tensor_of(pixels: NDArray[np.uint8], config: Config, size: tuple[int, int] 
     return x.permute(2, 0, 1)[None]
 
 
-def _nearest(values: NDArray[Any], pixels: NDArray[np.uint8]) -> NDArray[Any]:
-    """(h, w) at the size of pixels (H, W, C)."""
-    resize = Image.fromarray(values).resize(pixels.shape[1::-1], Image.Resampling.NEAREST)
-    return np.array(resize)
+def nearest(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """(h, w) at the size of pixels of ``shape`` (H, W, C)."""
+    height, width = shape[:2]
+    if values.shape == (height, width):
+        return values
+    return np.array(Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST))

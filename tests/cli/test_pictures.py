@@ -228,6 +228,7 @@ def test_overlays_as_jpeg_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> N
         ([], ["_labels.png", "_overlay.png"]),
         (["--overlay-format", "jpg"], ["_labels.png", "_overlay.jpg"]),
         (["--no-overlay"], ["_labels.png"]),
+        (["--labels-only"], ["_labels.png"]),
         (["--no-overlay", "--confidence"], ["_labels.png", "_confidence.png"]),
     ):
         out = "_".join(["out", *words])

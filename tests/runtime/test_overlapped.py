@@ -22,8 +22,12 @@ def run(
     size: Callable[[int], int] = lambda item: 1,
     most: int = 1000,
     workers: int = 2,
+    joins: Callable[[list[int], int], bool] = lambda reads, read: False,
 ) -> Any:
-    return overlapped(items, before, between, after, size, most, workers)
+    def each(reads: list[int], busy: int) -> list[int]:
+        return [between(read, busy) for read in reads]
+
+    return overlapped(items, before, each, after, size, most, workers, joins)
 
 
 def test_results_come_in_order_whichever_is_ready_first() -> None:
@@ -158,8 +162,49 @@ def test_results_are_not_kept() -> None:
         alive.append(weakref.ref(big))
         return big
 
-    steps = overlapped(
-        range(30), before, lambda read, busy: read, lambda item, made: item, lambda item: 1, 99, 1
-    )
+    steps = run(range(30), before, lambda read, busy: read, lambda item, made: item, workers=1)
     for _ in steps:
         assert sum(ref() is not None for ref in alive) <= 5
+
+
+def test_those_that_are_ready_go_together_as_far_as_they_join() -> None:
+    """The first waits until all that may be begun with it are read; 4 joins none before it, and 9 fails by itself."""
+    read = [threading.Event() for _ in range(10)]
+    batches: list[list[int]] = []
+
+    def before(item: int) -> int:
+        read[item].set()
+        if item == 9:
+            raise ValueError("nine")
+        return item
+
+    def between(reads: list[int], busy: int) -> list[int]:
+        batches.append(reads)
+        assert read[5].wait(WAIT)
+        threading.Event().wait(0.02)  # until their futures know it
+        return [10 * one for one in reads]
+
+    def joins(reads: list[int], one: int) -> bool:
+        return len(reads) < 3 and one != 4
+
+    steps = overlapped(range(10), before, between, lambda i, m: (i, m), lambda i: 1, 99, 2, joins)
+    outcomes = [future for _, future in steps]
+    assert [future.result() for future in outcomes[:9]] == [(i, 10 * i) for i in range(9)]
+    with pytest.raises(ValueError, match="nine"):
+        outcomes[9].result()
+    assert [one for batch in batches for one in batch] == [*range(9)]
+    assert all(len(batch) <= 3 and 4 not in batch[1:] for batch in batches)
+    assert max(map(len, batches)) > 1
+
+
+def test_what_a_batch_raises_is_the_exception_of_all_in_it() -> None:
+    def fail(reads: list[int], busy: int) -> list[int]:
+        raise RuntimeError(str(reads))
+
+    def joins(reads: list[int], one: int) -> bool:
+        return True
+
+    steps = overlapped(range(5), lambda i: i, fail, lambda i, m: m, lambda i: 1, 99, 2, joins)
+    for item, future in steps:
+        with pytest.raises(RuntimeError, match=str(item)):
+            future.result()

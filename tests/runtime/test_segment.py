@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
 import socket
 import struct
@@ -20,6 +21,8 @@ from fastscnn_fast import FastSCNN, bench, calibrate, fuse, segment
 from fastscnn_fast.data import classes as data
 from fastscnn_fast.data.pictures import _TOLD, label_image, overlay, read_picture
 from fastscnn_fast.data.scenes import street
+from fastscnn_fast.runtime import segment as segmenting
+from fastscnn_fast.runtime.segment import Transform
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,64 @@ def test_every_feed_is_the_same_picture(fast, pixels, tmp_path):
             assert isinstance(results, list) and len(results) == len(several)
             assert all(np.array_equal(labels, expected) for labels in results)
     assert segment(fast, []) == []
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+def test_pictures_of_one_size_run_in_batches_with_the_same_labels(
+    fast, pixels, confidence, monkeypatch
+):
+    """Whatever stands between them; each batch has at most so many pixels, and what waits is bounded."""
+    sizes = [(64, 64), (64, 96), (64, 64), (75, 101), (64, 64), (64, 96), (64, 64)]
+    pictures = [
+        np.ascontiguousarray(np.roll(pixels, 9 * k, 1)[:h, :w]) for k, (h, w) in enumerate(sizes)
+    ]
+    alone = [segment(fast, picture, confidence=confidence) for picture in pictures]
+    counts = []
+    labels = type(fast).labels
+    monkeypatch.setattr(
+        type(fast), "labels", lambda self, x: counts.append(len(x)) or labels(self, x)
+    )
+    monkeypatch.setattr(segmenting, "BATCH_PIXELS", 3 * 64 * 64)
+    for most, expected in ((2**26, [3, 2, 1, 1]), (1, [1] * 7)):
+        monkeypatch.setattr(segmenting, "_MOST_WAITING", most)
+        counts.clear()
+        together = segment(fast, pictures, confidence=confidence)
+        assert sorted(counts, reverse=True) == expected
+        for one, other in zip(alone, together):
+            pairs = zip(one, other) if confidence else [(one, other)]
+            assert all(np.array_equal(*pair) for pair in pairs)
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, paths, transform):
+        self.paths, self.transform = paths, transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.transform(self.paths[index])
+
+
+def test_a_transform_makes_batches_in_a_dataloaders_workers(fast, pixels, tmp_path):
+    paths = [tmp_path / f"{k}.png" for k in range(3)]
+    for k, path in enumerate(paths):
+        Image.fromarray(pixels[k:, : 101 - 2 * k]).save(path)
+    transform = Transform(fast.config, (64, 96))
+    again = pickle.loads(pickle.dumps(transform))
+    assert again == transform and "size=(64, 96)" in repr(transform)
+    assert torch.equal(again(paths[0]), transform(Image.fromarray(pixels)))
+    for workers in (0, 2):
+        (batch,) = torch.utils.data.DataLoader(
+            Pictures(paths, transform), batch_size=3, num_workers=workers
+        )
+        assert (batch.shape, batch.dtype) == ((3, 3, 64, 96), torch.uint8)
+        for path, labels in zip(paths, fast.labels(batch).numpy()):
+            with Image.open(path) as image:
+                own = Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST)
+            assert np.array_equal(own, segment(fast, path, (64, 96)))
+    with pytest.raises(ValueError, match="size must be at least 32x32, got 8x8"):
+        Transform(fast.config, 8)(pixels)
 
 
 def test_opencvs_frames_by_the_line_that_the_documents_give(fast, pixels):
