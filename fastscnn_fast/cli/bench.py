@@ -12,7 +12,6 @@ from .. import bench
 from ..checkpoints import load_checkpoint
 from ..runtime.fused import fuse
 from ..runtime.model import FastSCNN
-from ..writing import folder_of
 from . import options, results
 
 
@@ -59,8 +58,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with ExitStack() as folders:  # which cannot be made shows before anything is measured
-        for file in filter(None, (args.csv, args.plot)):
-            folders.enter_context(folder_of(file))
+        for option, file in (("--csv", args.csv), ("--plot", args.plot)):
+            if file is not None:
+                folders.enter_context(options.out_file(option, file))
         return _bench(args)
 
 

@@ -59,6 +59,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with options.out_file("--onnx", args.onnx):
+        return _export(args)
+
+
+def _export(args: argparse.Namespace) -> int:
     model = load_checkpoint(args.weights)
     pixels, dtype = _PIXELS.get(args.pixels), options.DTYPES[args.dtype]
     export_onnx(

@@ -16,7 +16,7 @@ from ..backends import registry
 from ..checkpoints import CAMVID11
 from ..data.sources import Source, open_source
 from ..program.arithmetic import ARITHMETICS, PRECISIONS
-from ..writing import folder
+from ..writing import folder, folder_of
 
 #: A parser, or a group of its options.
 Parser = argparse._ActionsContainer
@@ -170,13 +170,33 @@ def out(
     Raises:
         ValueError: it cannot be made or written to; and as ``hold``.
     """
+    with _held("--out", "a folder that can be made and written to", path, hold):
+        yield
+
+
+@contextmanager
+def out_file(option: str, path: Path) -> Iterator[None]:
+    """The file that ``option`` names, with its folder made.
+
+    Raises:
+        ValueError: it is a folder, or its own can't be made or written to.
+    """
+    with _held(option, "a file that can be written", path, folder_of):
+        yield
+
+
+@contextmanager
+def _held(
+    option: str, rule: str, path: Path, hold: Callable[[Path], AbstractContextManager[None]]
+) -> Iterator[None]:
     with ExitStack() as held:
         try:
             held.enter_context(hold(path))
         except OSError as error:
-            rule = "--out must be a folder that can be made and written to"
             where = "" if error.filename == str(path) else f"{error.filename}: "
-            raise ValueError(f"{rule}, got {path} ({where}{error.strerror})") from error
+            raise ValueError(
+                f"{option} must be {rule}, got {path} ({where}{error.strerror})"
+            ) from error
         yield
 
 

@@ -12,7 +12,6 @@ from ..checkpoints import load_checkpoint, read_details, save_checkpoint, stored
 from ..data.classes import counted
 from ..runtime.calibrate import METHODS, calibrate
 from ..train.evaluate import labeller
-from ..writing import folder_of
 from . import evaluate, options
 
 
@@ -59,7 +58,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, got {str(args.out)!r}")
-    with folder_of(args.out):
+    with options.out_file("--out", args.out):
         return _quantize(args)
 
 

@@ -376,12 +376,13 @@ def test_bench_prints_a_table_and_writes_csv_and_plot(tmp_path, capsys):
 def test_benchs_files_are_whole_and_their_folders_found_in_time(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(bench, "bench", lambda *_: pytest.fail("it measured"))
-    for option in ("--csv", "--plot"):
-        assert cli.main(["bench", option, str(tmp_path / "file" / "x")]) == 2
-        assert cli.main(["bench", option, str(tmp_path)]) == 2
-    error = capsys.readouterr().err.splitlines()
-    assert error[0] == f"fastscnn_fast: error: {tmp_path}/file: Not a directory"
-    assert error[1] == f"fastscnn_fast: error: {tmp_path}: Is a directory"
+    of_a_file = tmp_path / "file" / "x"
+    for command in (["bench", "--csv"], ["bench", "--plot"], ["export", "--onnx"]):
+        assert cli.main([*command, str(of_a_file)]) == cli.main([*command, str(tmp_path)]) == 2
+        error = capsys.readouterr().err.splitlines()
+        rule = f"fastscnn_fast: error: {command[1]} must be a file that can be written, got"
+        assert error[0] == f"{rule} {of_a_file} ({tmp_path}/file: Not a directory)"
+        assert error[1] == f"{rule} {tmp_path} (Is a directory)"
 
     written = {}
     monkeypatch.setattr(bench, "write_whole", lambda path, content: written.update({path: content}))
