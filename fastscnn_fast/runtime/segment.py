@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -177,6 +178,27 @@ def prepare(
     run_at = None if size is None else picture_size(size)
     pixels = pixels_of(picture, config.in_channels, bits, name, tell)
     return Prepared(pixels, _tensor_of(pixels, config, run_at))
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Any picture that :func:`segment` takes -> uint8 (C, h, w), as the network takes it; for a DataLoader's workers too.
+
+    Args:
+        config: of the network.
+        size: (height, width) or the side of a square, so that pictures of all sizes make batches; by default
+            :func:`run_size`, a picture's own proportions.
+        bits: as :func:`segment` has it.
+
+    Calling it raises as :func:`segment`.
+    """
+
+    config: Config
+    size: Size | None = None
+    bits: int | None = None
+
+    def __call__(self, picture: Picture) -> Tensor:
+        return prepare(picture, self.config, self.size, self.bits).x[0]
 
 
 @serial()
