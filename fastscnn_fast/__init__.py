@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoints import load_checkpoint
+    from .checkpoints import Weights, load_checkpoint
     from .compat import accelerate
     from .runtime.calibrate import calibrate
     from .runtime.fused import FusedFastSCNN, fuse
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FastSCNN",
     "FusedFastSCNN",
+    "Weights",
     "accelerate",
     "calibrate",
     "fuse",
@@ -32,6 +33,7 @@ __all__ = [
 _HOMES = {
     "FastSCNN": "runtime.model",
     "FusedFastSCNN": "runtime.fused",
+    "Weights": "checkpoints",
     "accelerate": "compat",
     "calibrate": "runtime.calibrate",
     "fuse": "runtime.fused",

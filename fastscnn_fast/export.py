@@ -12,7 +12,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from . import qdq
 from .arch.config import Size, picture_size
 from .arch.network import PyramidPooling, normalise
+from .extras import need
 from .lower.quantise import check_fresh, check_ranges
 from .program.labels import labels_of
 from .program.program import fast_scnn
@@ -201,11 +201,7 @@ def _check(
         raise IsADirectoryError(
             errno.EISDIR, "path must name the file to write, got a folder", os.fspath(path)
         )
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"export to ONNX needs {' and '.join(missing)}: pip install 'fastscnn_fast[export]'"
-        )
+    need("export to ONNX", "export", "onnx", "onnxscript")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 6):
         raise RuntimeError(f"export to ONNX needs torch 2.6 or newer, got {torch.__version__}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from .extras import need
+
 
 def figure(inches: tuple[float, float]) -> Any:
     """A matplotlib figure that needs no display.
@@ -12,10 +14,9 @@ def figure(inches: tuple[float, float]) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("charts need matplotlib: pip install 'fastscnn_fast[plot]'") from error
+    need("a chart", "plot", "matplotlib")
+    from matplotlib.figure import Figure
+
     return Figure(inches, layout="constrained")
 
 

@@ -84,6 +84,8 @@ def _unknown(backend: str, dtype: torch.dtype) -> str | None:
 def _triton_why_not(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
+    if find_spec("fastscnn_fast.kernels") is None:
+        return "fastscnn_fast.kernels is missing, as where an archive lost its links: pip install makes it whole"
     if (unknown := _unknown("triton", dtype)) is not None:
         return unknown
     if device.type == "cpu":

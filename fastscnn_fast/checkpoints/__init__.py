@@ -16,6 +16,7 @@ from .files import (
     stored_dtype,
 )
 from .layouts import LAYOUTS, layout_names, to_layout
+from .named import Weights, weights_file
 from .recognise import from_state_dict
 from .wrappers import CheckpointError
 
@@ -24,6 +25,7 @@ __all__ = [
     "LAYOUTS",
     "MAX_BYTES",
     "CheckpointError",
+    "Weights",
     "from_state_dict",
     "layout_names",
     "load_checkpoint",
@@ -33,4 +35,5 @@ __all__ = [
     "stored_dtype",
     "to_layout",
     "unwrapped",
+    "weights_file",
 ]

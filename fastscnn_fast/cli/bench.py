@@ -29,7 +29,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_preset(network)
     network.add_argument(
         "--weights",
-        type=options.path,
+        type=options.weights,
         metavar="F",
         help="that of a checkpoint instead of random weights (in int8 the package's own)",
     )

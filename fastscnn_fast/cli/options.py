@@ -13,10 +13,11 @@ import torch
 
 from ..arch.config import PRESETS, SMALLEST_SIDE, picture_size
 from ..backends import registry
-from ..checkpoints import CAMVID11
+from ..checkpoints import CAMVID11, Weights, weights_file
 from ..data.sources import Source, open_source
 from ..program.arithmetic import ARITHMETICS, PRECISIONS
 from ..writing import folder, folder_of
+from .parser import like
 
 #: A parser, or a group of its options.
 Parser = argparse._ActionsContainer
@@ -33,16 +34,17 @@ GPU_DTYPES = {
     for name, chosen in DTYPES.items()
     if not ARITHMETICS[name].needs.keys().isdisjoint(registry.GPU_BACKENDS)
 }
+_NAMES = ", ".join(map(str, Weights))
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_weights(command: Parser) -> None:
     command.add_argument(
         "--weights",
-        type=path,
+        type=weights,
         metavar="F",
         default=CAMVID11,
-        help="checkpoint, .safetensors or .pth (the package's own, CamVid's 11 classes)",
+        help=f"checkpoint, .safetensors or .pth, or one of the package's own by name: {_NAMES} ({Weights.DEFAULT})",
     )
 
 
@@ -205,6 +207,16 @@ def filled(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty, got ''")
     return text
+
+
+def weights(text: str) -> Weights | Path:
+    """Weights that come with the package, by name, or the path of others."""
+    if isinstance(file := weights_file(filled(text)), Weights):
+        return file
+    if not os.path.splitext(text)[1] and not os.path.exists(text):
+        rule = f"must be a file, or one of {_NAMES}"
+        raise argparse.ArgumentTypeError(f"{rule}, got {text!r}{like(text, Weights)}")
+    return Path(text)
 
 
 def path(text: str) -> Path:

@@ -25,7 +25,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     network = command.add_mutually_exclusive_group()
     options.add_preset(network)
     network.add_argument(
-        "--weights", type=options.path, metavar="F", help="that of a checkpoint instead"
+        "--weights", type=options.weights, metavar="F", help="that of a checkpoint instead"
     )
     options.add_sizes(command)
     command.add_argument(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
@@ -28,6 +29,7 @@ from ..data.classes import Named
 from ..lower.fold import check_memory_of
 from ..ops import is_traced
 from ..program.memory import addresses
+from ..writing import check_path
 from .fused import FusedFastSCNN, fuse
 
 _WATCHED = (*SETTINGS, "training", "_forward_hooks", "_forward_pre_hooks")
@@ -200,6 +202,74 @@ class FastSCNN(Named, PlainFastSCNN):
         optimiser that is not torch's, unless this model's own ``forward`` ran with gradients before it.
         """
         object.__setattr__(self, "_fused", None)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> FastSCNN:
+        """A ready model in eval mode, from the Hugging Face Hub, a folder, or by name.
+
+        Args:
+            source: the name of weights that come with the package (:class:`fastscnn_fast.Weights`), a folder of
+                :meth:`save_pretrained`, a file that :func:`fastscnn_fast.load_checkpoint` takes, or, where there is
+                nothing of these, a repository of the Hub, "OWNER/NAME".
+            options: those of :func:`fastscnn_fast.load_checkpoint` (``num_classes=5``, ...) and, for the Hub, of
+                huggingface_hub: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
+
+        Raises:
+            ImportError: huggingface_hub, the extra ``hub``, is missing where a folder or the Hub is asked for.
+            TypeError: called on a class derived from this one, whose forward may be another.
+            ValueError: the folder or the file holds no such weights, the repository's name is none.
+            OSError: there is no such repository or path, or it cannot be read.
+        """
+        if cls is not FastSCNN:
+            raise TypeError(f"from_pretrained makes a FastSCNN, not a {cls.__qualname__}")
+        from ..checkpoints.hub import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        details: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Writes ``model.safetensors``, ``config.json`` and a model card, ``README.md`` unless there is one, to a folder.
+
+        Args:
+            folder: is made where it is missing.
+            details: scores, command and recipe for the card and the file, as
+                :func:`fastscnn_fast.checkpoints.read_details` gives them of a training run's file.
+            options: of huggingface_hub's ``save_pretrained``; ``model_card_kwargs={"license": "mit"}`` adds to what
+                the Hub finds models by.
+
+        Raises:
+            ImportError: huggingface_hub, the extra ``hub``, is missing.
+            ValueError: as :func:`fastscnn_fast.checkpoints.save_checkpoint`.
+            OSError: a file cannot be written.
+        """
+        from ..checkpoints.hub import on_hub
+
+        check_path(folder)
+        url: str | None = on_hub(self, details).save_pretrained(folder, **options)
+        return url
+
+    def push_to_hub(
+        self, repo_id: str, details: Mapping[str, Any] | None = None, **options: Any
+    ) -> str:
+        """Puts what :meth:`save_pretrained` writes into a repository of the Hub; the address of the commit.
+
+        Args:
+            repo_id: "OWNER/NAME"; is made where it is missing.
+            details: as :meth:`save_pretrained` has them.
+            options: of huggingface_hub's ``push_to_hub``: ``private``, ``token``, ``branch``, ``commit_message``, ...
+
+        Raises:
+            ImportError: huggingface_hub, the extra ``hub``, is missing.
+            ValueError: as :meth:`save_pretrained`, or the repository's name is none.
+            OSError: the Hub refuses or cannot be reached.
+        """
+        from ..checkpoints.hub import on_hub
+
+        return str(on_hub(self, details, repo_id).push_to_hub(repo_id, **options))
 
     def __getstate__(self) -> dict[str, Any]:
         """The fused copy is neither pickled nor deep-copied."""

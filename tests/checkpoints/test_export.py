@@ -11,7 +11,16 @@ from layouts import free_widths
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastscnn_fast import FastSCNN, calibrate, checkpoints, cli, export, fuse, load_checkpoint
+from fastscnn_fast import (
+    FastSCNN,
+    calibrate,
+    checkpoints,
+    cli,
+    export,
+    extras,
+    fuse,
+    load_checkpoint,
+)
 from fastscnn_fast.arch.config import PRESETS, Config, preset as config_preset
 from fastscnn_fast.data.scenes import street
 
@@ -139,7 +148,7 @@ def test_what_cannot_be_exported(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
     with pytest.raises(RuntimeError, match=r"needs torch 2\.6 or newer, got 2\.4\.1"):
         export.export_onnx(model, tmp_path / "x.onnx")
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"fastscnn_fast\[export\]"):
         export.export_onnx(model, tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())

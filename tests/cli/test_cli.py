@@ -413,7 +413,7 @@ def test_bench_measures_torch_compile(monkeypatch, tmp_path, capsys):
 
 
 def test_a_plot_without_matplotlib_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     command = ["bench", "--size", "32x32", "--rounds", "1", "--no-compile"]
     assert cli.main([*command, "--plot", str(tmp_path / "x.png")]) == 0
     printed = capsys.readouterr().out

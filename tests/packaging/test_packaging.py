@@ -95,6 +95,10 @@ def test_import_is_light() -> None:
         "onnxruntime",
         "openvino",
         "nncf",
+        "huggingface_hub",
+        "ray",
+        "pyarrow",
+        "gradio",
     }
     assert not heavy & {name.partition(".")[0] for name in modules}
     assert not [name for name in modules if name.startswith(RARE)]
@@ -173,18 +177,19 @@ def use(python: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
-def test_wheel(dist: tuple[Path, Path], python: Path) -> None:
+def test_wheel(dist: tuple[Path, Path], python: Path, tmp_path: Path) -> None:
     sdist, wheel = dist
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {
         str(path.relative_to(ROOT))
-        for folder in ("csrc", "docs", "fastscnn_fast", "kernels", "tests", "benchmarks")
+        for folder in ("csrc", "docs", "examples", "fastscnn_fast", "kernels", "tests", "benchmarks")
         for path in (ROOT / folder).rglob("*.*")
         if path.suffix not in {".pyc", ".so"}
     }
     assert sources <= names
     assert {"LICENSE", "README.md", "SECURITY.md", "Makefile", "constraints.txt"} <= names
+    assert "hubconf.py" in names
     assert not any(name.endswith(".so") for name in names)
 
     with zipfile.ZipFile(wheel) as archive:
@@ -196,6 +201,10 @@ def test_wheel(dist: tuple[Path, Path], python: Path) -> None:
     folder, backend = use(python)
     assert folder.is_relative_to(python.parent.parent)
     assert backend == "cpu"
+    script = python.with_name("fastscnn_fast")  # what pipx and uvx run
+    assert "backend cpu: can run" in run(script, "info").stdout
+    done = run(script, "demo", "-o", tmp_path / "demo", "--weights", "camvid11").stdout
+    assert "labels of the street" in done and (tmp_path / "demo" / "street_labels.png").exists()
 
     for extension in folder.glob("_cpu*"):
         extension.unlink()
