@@ -9,14 +9,16 @@ from ..arch.structure import unwrapped
 from .files import (
     CAMVID11,
     MAX_BYTES,
+    SHIPPED,
     load_checkpoint,
+    located,
     read,
     read_details,
     save_checkpoint,
     stored_dtype,
 )
 from .layouts import LAYOUTS, layout_names, to_layout
-from .named import Weights, weights_file
+from .named import Weights
 from .recognise import from_state_dict
 from .wrappers import CheckpointError
 
@@ -24,16 +26,17 @@ __all__ = [
     "CAMVID11",
     "LAYOUTS",
     "MAX_BYTES",
+    "SHIPPED",
     "CheckpointError",
     "Weights",
     "from_state_dict",
     "layout_names",
     "load_checkpoint",
+    "located",
     "read",
     "read_details",
     "save_checkpoint",
     "stored_dtype",
     "to_layout",
     "unwrapped",
-    "weights_file",
 ]

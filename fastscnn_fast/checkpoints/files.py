@@ -5,6 +5,7 @@ No file can make this module execute code or allocate more memory than the file'
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickletools
@@ -47,8 +48,11 @@ MAX_BYTES = 1 << 30
 MAX_PICKLE = 1 << 22
 """The same for the pickle in a file of torch.save: all but the tensors' numbers, 40 kB for a state_dict."""
 
-#: Trained weights that come with the package: ``paper`` preset, CamVid's 11 classes of street scenes.
-CAMVID11 = Path(__file__).parents[1] / "weights" / "camvid11.safetensors"
+_SHIPPED = Path(__file__).parents[1] / "weights"
+#: The files of trained weights that come with the package, by name.
+SHIPPED = {file.stem: file for file in sorted(_SHIPPED.glob("*.safetensors"))}
+#: What is loaded where nothing is said: ``paper`` preset, CamVid's 11 classes of street scenes.
+CAMVID11 = _SHIPPED / "camvid11.safetensors"
 
 _METADATA = "fastscnn_fast.config"
 _DETAILS = "fastscnn_fast.details"
@@ -67,6 +71,12 @@ _HARMLESS = re.compile(
 )
 
 _TOO_MUCH = f"more than {MAX_PICKLE} bytes that are not tensors"
+
+
+def located(path: str | os.PathLike[str]) -> Path:
+    """The file that is meant: ``path``, or by its name one of :data:`SHIPPED` where there is no such file."""
+    named = SHIPPED.get(os.fspath(path))
+    return Path(path) if named is None or os.path.exists(path) else named
 
 
 @serial()
@@ -92,7 +102,8 @@ def load_checkpoint(
     of the numbers; ``mean`` and ``std`` are theirs, unless given. Both are logged as warnings.
 
     Args:
-        path: by default the weights that come with the package.
+        path: of a file, or the name of weights that come with the package (:class:`fastscnn_fast.Weights`), where no
+            file is called so; "camvid11" by default.
         mean: with ``std`` the normalisation that the weights were trained with, one value per input channel;
             by default ImageNet's (or what :func:`save_checkpoint` wrote). No other layout records them.
         std: see ``mean``.
@@ -111,7 +122,7 @@ def load_checkpoint(
             "path must be a str or os.PathLike, got a dict: from_state_dict takes those"
         )
     check_path(path)
-    source = str(path)
+    source, path = str(path), located(path)
     for name, values in (("mean", mean), ("std", std)):
         if values is not None:  # of what holds no values, Config says so
             overrides[name] = tuple(values) if isinstance(values, Iterable) else values
@@ -251,10 +262,11 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A ``.safetensors`` file to read from, None for another ending."""
     from safetensors import safe_open
 
-    if Path(path).suffix != ".safetensors":
+    path = located(path)
+    if path.suffix != ".safetensors":
         yield None
         return
-    _check_size(Path(path))
+    _check_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -272,16 +284,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config | None
         CheckpointError: not a file of tensors that can be read without executing anything.
         OSError: the file cannot be opened.
     """
-    likely, config, dtype, _ = _opened(path)
+    likely, config, dtype, _ = _opened(located(path))
     return _converted(tensors_in(likely, str(path)), dtype), config
 
 
 def _opened(
-    path: str | os.PathLike[str],
+    path: Path,
 ) -> tuple[list[Place], Config | None, torch.dtype | None, Ranges | None]:
     """Where a network may be in a file, the config if it is ours, which has one such place, the dtype
     that its floats are to have, and its ranges; raises as :func:`read`."""
-    path = Path(path)
     size = _check_size(path)
     try:
         state, config, dtype, ranges = (
@@ -297,6 +308,9 @@ def _opened(
 
 def _check_size(path: Path) -> int:
     """The bytes of a file that can be opened and may be a checkpoint."""
+    if path.name == str(path) and not path.suffix and not path.exists():
+        known = f"{os.strerror(errno.ENOENT)}, nor are weights of that name in the package ({', '.join(SHIPPED)})"
+        raise FileNotFoundError(errno.ENOENT, known, str(path))
     size = path.stat().st_size
     if not path.is_file():
         raise CheckpointError(f"{path}: is not a regular file")

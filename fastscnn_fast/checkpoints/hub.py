@@ -14,8 +14,7 @@ from ..extras import need
 from ..runtime.model import FastSCNN
 from ..writing import check_path, write_whole
 from .card import card
-from .files import load_checkpoint, save_checkpoint
-from .named import weights_file
+from .files import load_checkpoint, located, save_checkpoint
 from .wrappers import CheckpointError
 
 #: The weights' file in a repository or folder, with all that the network needs in its metadata.
@@ -32,16 +31,15 @@ _DATA: dict[str, Any] = {
 def from_pretrained(source: str | os.PathLike[str], **options: Any) -> FastSCNN:
     """The model of :meth:`FastSCNN.from_pretrained`, whose arguments and errors these are."""
     check_path(source)
-    file = weights_file(source)
-    if os.path.isfile(file):
-        return load_checkpoint(file, **options)
-    if os.path.isdir(file):
-        if not Path(file, FILE).is_file():
+    if located(source).is_file():
+        return load_checkpoint(source, **options)
+    if os.path.isdir(source):
+        if not Path(source, FILE).is_file():
             rule = f"must hold {FILE}, as save_pretrained writes it"
-            raise CheckpointError(f"{file}: {rule}: load_checkpoint takes other files")
-    elif not isinstance(file, str):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(file))
-    model: FastSCNN = _mixin().from_pretrained(file, **options).model
+            raise CheckpointError(f"{source}: {rule}: load_checkpoint takes other files")
+    elif not isinstance(source, str):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(source))
+    model: FastSCNN = _mixin().from_pretrained(source, **options).model
     return model
 
 

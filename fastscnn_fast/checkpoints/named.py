@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from ..arch.config import SMALLEST_SIDE, Size
+from ..program.program import operations
 from ..runtime.segment import Transform
-from .files import CAMVID11, load_checkpoint, read_details
+from .files import SHIPPED, load_checkpoint, read_details
+
+#: The (height, width) that operations are counted at.
+COUNTED_AT = (512, 1024)
 
 
 class Weights(Enum):
@@ -30,7 +33,7 @@ class Weights(Enum):
     @property
     def path(self) -> Path:
         """Where the file lies."""
-        return CAMVID11.with_stem(self.value)
+        return SHIPPED[self.value]
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -44,7 +47,8 @@ class Weights(Enum):
 
         ``categories`` and ``palette``, a name and an (R, G, B) for each class; ``num_params``; ``min_size``, the least
         (height, width) of a picture; ``size``, that of training; ``metrics``, ``miou`` and the ``iou`` of each class, from
-        0 to 1; ``command`` and ``recipe``, by which they were trained.
+        0 to 1; ``operations``, of the plain network's convolutions for a picture of 512x1024, two per multiply-add;
+        ``bytes`` of the file; ``command`` and ``recipe``, by which they were trained.
         """
         model, details = load_checkpoint(self), read_details(self)
         return {
@@ -54,6 +58,8 @@ class Weights(Enum):
             "min_size": (SMALLEST_SIDE, SMALLEST_SIDE),
             "size": model.config.size,
             "metrics": {name: details[name] for name in ("miou", "iou") if name in details},
+            "operations": operations(model.config, *COUNTED_AT),
+            "bytes": self.path.stat().st_size,
             "command": details.get("command"),
             "recipe": details.get("recipe"),
         }
@@ -61,14 +67,3 @@ class Weights(Enum):
     def transforms(self, size: Size | None = None) -> Transform:
         """What brings a picture to the network at the size of training, or at ``size`` (height, width)."""
         return Transform(load_checkpoint(self).config, size)
-
-
-def weights_file(weights: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """A file of weights: a member of :class:`Weights` by its name, anything else as a path.
-
-    A file of such a name in the current folder goes before the name.
-    """
-    known = {each.value for each in Weights}
-    if isinstance(weights, str) and weights in known and not os.path.exists(weights):
-        return Weights(weights)
-    return weights

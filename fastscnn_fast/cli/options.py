@@ -13,7 +13,7 @@ import torch
 
 from ..arch.config import PRESETS, SMALLEST_SIDE, picture_size
 from ..backends import registry
-from ..checkpoints import CAMVID11, Weights, weights_file
+from ..checkpoints import CAMVID11, SHIPPED, located
 from ..data.sources import Source, open_source
 from ..program.arithmetic import ARITHMETICS, PRECISIONS
 from ..writing import folder, folder_of
@@ -34,7 +34,7 @@ GPU_DTYPES = {
     for name, chosen in DTYPES.items()
     if not ARITHMETICS[name].needs.keys().isdisjoint(registry.GPU_BACKENDS)
 }
-_NAMES = ", ".join(map(str, Weights))
+_NAMES = ", ".join(SHIPPED)
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -44,7 +44,7 @@ def add_weights(command: Parser) -> None:
         type=weights,
         metavar="F",
         default=CAMVID11,
-        help=f"checkpoint, .safetensors or .pth, or one of the package's own by name: {_NAMES} ({Weights.DEFAULT})",
+        help=f"checkpoint, .safetensors or .pth, or one of the package's own by name: {_NAMES} ({CAMVID11.stem})",
     )
 
 
@@ -209,14 +209,13 @@ def filled(text: str) -> str:
     return text
 
 
-def weights(text: str) -> Weights | Path:
-    """Weights that come with the package, by name, or the path of others."""
-    if isinstance(file := weights_file(filled(text)), Weights):
-        return file
-    if not os.path.splitext(text)[1] and not os.path.exists(text):
+def weights(text: str) -> Path:
+    """The file of weights of that path, or of those of that name that come with the package."""
+    file = located(filled(text))
+    if not file.suffix and not file.exists():
         rule = f"must be a file, or one of {_NAMES}"
-        raise argparse.ArgumentTypeError(f"{rule}, got {text!r}{like(text, Weights)}")
-    return Path(text)
+        raise argparse.ArgumentTypeError(f"{rule}, got {text!r}{like(text, SHIPPED)}")
+    return file
 
 
 def path(text: str) -> Path:

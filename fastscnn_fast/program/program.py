@@ -212,3 +212,11 @@ def layer_sizes(config: Config, height: int, width: int) -> tuple[SizedLayer, ..
         ValueError: the picture is too small for the first convolution.
     """
     return fast_scnn(config).sized(height, width)
+
+
+def operations(config: Config, height: int, width: int) -> int:
+    """Floating-point operations of the plain network's convolutions for a picture of height x width.
+
+    As torch.utils.flop_counter counts them, two for a multiplication with its sum.
+    """
+    return sum(layer.plain_flops for layer in layer_sizes(config, height, width))

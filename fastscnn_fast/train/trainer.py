@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..arch.config import PRESETS, SMALLEST_SIDE, WIDTHS, Config, preset as config_preset
 from ..arch.network import Ranges
 from ..backends.registry import logger
-from ..checkpoints import load_checkpoint, save_checkpoint, weights_file
+from ..checkpoints import load_checkpoint, save_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.classes import CAMVID_CLASSES
 from ..data.datasets import Batch, Batches, Examples, load
@@ -58,9 +58,7 @@ def start_from(path: str, config: Config) -> FastSCNN:
     Raises:
         ValueError: another architecture, apart from widths, heads, dropout and size.
     """
-    start = load_checkpoint(
-        weights_file(path), num_classes=config.num_classes, in_channels=config.in_channels
-    )
+    start = load_checkpoint(path, num_classes=config.num_classes, in_channels=config.in_channels)
     kept = (*WIDTHS, "mean", "std")
     config = replace(config, **{name: getattr(start.config, name) for name in kept})
     theirs = replace(start.config, aux=config.aux, dropout=config.dropout, size=config.size)

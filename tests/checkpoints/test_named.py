@@ -12,9 +12,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastscnn_fast import Weights, fuse, load_checkpoint, segment
-from fastscnn_fast.checkpoints import CAMVID11, read_details, weights_file
+from fastscnn_fast.checkpoints import (
+    CAMVID11,
+    CheckpointError,
+    located,
+    read,
+    read_details,
+    stored_dtype,
+)
 from fastscnn_fast.data.classes import CAMVID_CLASSES, CAMVID_PALETTE
 from fastscnn_fast.data.scenes import street
+from fastscnn_fast.program.program import operations
 
 
 def test_each_file_has_a_name_and_each_name_a_file() -> None:
@@ -33,6 +41,8 @@ def test_what_they_know(weights: Weights) -> None:
     assert meta["min_size"] == (32, 32) and meta["size"] == model.config.size
     assert 0.5 < meta["metrics"]["miou"] == read_details(weights)["miou"]
     assert list(meta["metrics"]["iou"]) == list(CAMVID_CLASSES)
+    assert meta["operations"] == operations(model.config, 512, 1024)
+    assert meta["bytes"] == weights.path.stat().st_size
     assert meta["command"].startswith("python -m fastscnn_fast train") and meta["recipe"]["batch"]
 
 
@@ -57,7 +67,16 @@ def test_their_transform_makes_batches_in_a_loader() -> None:
 
 def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert weights_file("camvid11") is Weights.CAMVID11
-    assert weights_file("other.pth") == "other.pth"
+    assert located("camvid11") == CAMVID11 and located("other.pth") == Path("other.pth")
+    assert load_checkpoint("camvid11").config == load_checkpoint().config
+    assert read_details("camvid11") == read_details(CAMVID11)
+    assert stored_dtype("camvid11") == stored_dtype(CAMVID11)
+    assert read("camvid11")[1] == load_checkpoint().config
+    with pytest.raises(
+        FileNotFoundError, match=r"nor are weights of that name in the package \(camvid11"
+    ):
+        load_checkpoint("camvid12")
     Path("camvid11").touch()
-    assert weights_file("camvid11") == "camvid11"
+    assert located("camvid11") == Path("camvid11")
+    with pytest.raises(CheckpointError, match="camvid11"):
+        load_checkpoint("camvid11")

@@ -183,7 +183,15 @@ def test_wheel(dist: tuple[Path, Path], python: Path, tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {
         str(path.relative_to(ROOT))
-        for folder in ("csrc", "docs", "examples", "fastscnn_fast", "kernels", "tests", "benchmarks")
+        for folder in (
+            "csrc",
+            "docs",
+            "examples",
+            "fastscnn_fast",
+            "kernels",
+            "tests",
+            "benchmarks",
+        )
         for path in (ROOT / folder).rglob("*.*")
         if path.suffix not in {".pyc", ".so"}
     }
