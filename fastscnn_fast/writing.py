@@ -11,6 +11,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
+#: Errors that are those of one file alone, unlike a full disk.
+OF_ONE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+
 _PART = ".fastscnn-{}.part"
 _CLAIMED: ContextVar[frozenset[Path]] = ContextVar("_CLAIMED", default=frozenset())
 

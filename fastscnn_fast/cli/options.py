@@ -14,6 +14,7 @@ import torch
 from ..arch.config import PRESETS, SMALLEST_SIDE, picture_size
 from ..backends import registry
 from ..checkpoints import CAMVID11, SHIPPED, located
+from ..data.remote import is_uri
 from ..data.sources import Source, open_source
 from ..program.arithmetic import ARITHMETICS, PRECISIONS
 from ..writing import folder, folder_of
@@ -221,6 +222,11 @@ def weights(text: str) -> Path:
 def path(text: str) -> Path:
     """The path of a file or folder."""
     return Path(filled(text))
+
+
+def place(text: str) -> Path | str:
+    """A path, or a URI as it is."""
+    return text if is_uri(text) else path(text)
 
 
 def dtype(text: str) -> str:

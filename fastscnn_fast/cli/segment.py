@@ -25,7 +25,7 @@ from ..data.results import endings
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.overlapped import overlapped
 from ..runtime.segment import Classified, Prepared, classify, fits, prepare
-from . import options, results
+from . import on_ray, options, results
 
 #: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
 _MOST_PIXELS = 2**26
@@ -51,11 +51,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         nargs="+",
         type=options.filled,
         metavar="PICTURE_OR_FOLDER",
-        help="what to segment: files, no URLs and no videos",
+        help="what to segment: files, no videos, and URLs only with --ray",
     )
     command.add_argument(
-        "-o", "--out", type=options.path, required=True, help="folder for the results"
+        "-o", "--out", type=options.place, required=True, help="folder for the results"
     )
+    on_ray.add_option(command)
     options.add_weights(command)
     options.add_backend(command)
     options.add_dtype(command, "float32")
@@ -91,6 +92,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.ray is not None:
+        return on_ray.run(args)
+    if isinstance(args.out, str):
+        raise ValueError(f"--out must be a folder unless --ray is given, got {args.out}")
     model = load_checkpoint(args.weights)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
     with options.out(args.out):

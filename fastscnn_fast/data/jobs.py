@@ -48,7 +48,7 @@ def find(arguments: Sequence[str]) -> Found:
         repeats.append((place, f"{path}: is a link to {real}, which is searched already", count))
     taken = sorted(chosen.values(), key=lambda picture: picture.place)
     return Found(
-        [Job(picture.path, name) for picture, name in zip(taken, _names(taken))],
+        [Job(picture.path, name) for picture, name in zip(taken, _names_of(taken))],
         [said for _, said in sorted(search.problems)],
         [said for _, said, _ in sorted(repeats)],
         sum(count for *_, count in repeats),
@@ -139,12 +139,21 @@ def _why_not(path: Path) -> str | None:
     return None if gone and path.suffix.lower() not in ("", *PICTURE_SUFFIXES) else why_not
 
 
-def _names(pictures: Sequence[_Picture]) -> list[Path]:
-    """Names for the results of ``pictures``: as they lie below their arguments, with as many more folders as tell
-    equal names in two folders apart, and the ending added to the second of equal names in one."""
+def _names_of(pictures: Sequence[_Picture]) -> list[Path]:
     parts = [Path(os.path.abspath(picture.path)).parts[1:] for picture in pictures]
+    return result_names(parts, [len(picture.place[1]) for picture in pictures])
+
+
+def result_names(parts: Sequence[tuple[str, ...]], below: Sequence[int]) -> list[Path]:
+    """Names for the results of pictures: as they lie below their arguments, with as many more folders as tell
+    equal names in two folders apart, and the ending added to the second of equal names in one.
+
+    Args:
+        parts: of each picture's whole path.
+        below: how many of them lie below its argument; 0 where the picture is the argument.
+    """
     plain = [(*above, Path(name).stem) for *above, name in parts]
-    depths = [max(1, len(picture.place[1])) for picture in pictures]
+    depths = [max(1, count) for count in below]
     deeper: list[int] | None = None
     while deeper is None or deeper:
         alike = defaultdict(list)
