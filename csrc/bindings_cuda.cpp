@@ -118,6 +118,12 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
     bound.attr("sizes") = py::tuple(sizes);                       \
   }
   FASTSCNN_OPS(OP)
+  m.def("inverted_residual_slices", &fastscnn_cuda_inverted_residual_slices);
+  m.def("inverted_residual_scratch", [](const fastscnn_inverted_residual& arguments) {
+    size_t partials = 0, counters = 0;
+    fastscnn_cuda_inverted_residual_scratch(&arguments, &partials, &counters);
+    return py::make_tuple(partials, counters);
+  });
   m.def("pyramid_pooling_scratch", [](const fastscnn_pyramid_pooling& arguments) {
     size_t sums = 0, shares = 0;
     fastscnn_cuda_pyramid_pooling_scratch(&arguments, &sums, &shares);

@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(kConvolutionThreads, 2)
     if (step + kStages - 1 < steps) queue(step + kStages - 1);
     async_commit();
     if (step < 0) continue;
-    multiply<kChunk>(total, left(step) + Product::row() * kLeftPitch, kLeftPitch,
-                     right(step) + Product::column(), kRightPitch);
+    multiply<kChunk, kRightPitch>(total, left(step) + Product::row() * kLeftPitch, kLeftPitch,
+                                  right(step) + Product::column());
   }
 
   __syncthreads();

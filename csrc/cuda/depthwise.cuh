@@ -1,64 +1,138 @@
-// The depthwise 3x3 of a tile of pixels, from a halo in shared memory.
+// The depthwise 3x3 of a tile of pixels, from a halo in shared memory: a warp sums up 8 channels of
+// its pixels.
+//
+// Of 16-bit types it is nine products on tensor cores, one a tap: 16 pixels x 8 channels, as they
+// lie in the halo, by the diagonal matrix of the tap's 8 weights. So one instruction multiplies 128
+// values, loads and sums need no conversion, and a pixel's neighbour costs another address. A
+// diagonal matrix is zero beside its diagonal, where an infinity becomes NaN: where a NaN shows,
+// the warp sums up once more, one value after the other, and what torch has finite is finite.
 #pragma once
 
-#include "elements.cuh"
+#include "product.cuh"
 
 namespace fastscnn::cuda {
 
 // Where a halo's pixel lies: at stride 2 even columns first, so that neighbouring outputs read
 // neighbouring memory.
 template <int Stride, int HaloColumns>
-__device__ __forceinline__ int slot(int row, int column) {
+__host__ __device__ constexpr int slot(int row, int column) {
   if (Stride == 2) column = column / 2 + column % 2 * ((HaloColumns + 1) / 2);
   return row * HaloColumns + column;
 }
 
-// The depthwise sums of one chunk of channels, from the halo to `left`. A thread has two channels
-// throughout and slides down strips of pixels, so that a pixel is read once for the up to three
-// outputs that it is part of.
-//
-// Pixels that are read together lie in different banks: next to each other where the halo is dense,
-// 64 bytes a pixel; four apart where its pixels are 80 bytes apart, as in a product's operand.
-template <class T, class S, int Stride, int Threads>
-__device__ __forceinline__ void depthwise(const T* halo, T* left, const float* weight,
-                                          const float* bias, int channels, int first, float low,
-                                          float high) {
-  constexpr int kPairs = S::kChunk / 2;
-  constexpr int kApart = S::kHaloPitch == S::kChunk ? 1 : 4;
-  const int within = threadIdx.x % kPairs * 2;
-  const bool exists = first + within < channels;
-  float2 taps[9], start{0, 0};
-#pragma unroll
-  for (int tap = 0; tap < 9; ++tap) {
-    taps[tap] = exists ? load_pair(weight + tap * channels + first + within) : float2{0, 0};
+// A halo of tiles of Across columns at Stride, whose slots lie Pitch elements apart.
+template <int Stride, int Across, int Pitch>
+struct Halo {
+  static constexpr int kColumns = (Across - 1) * Stride + 3;
+
+  // The row and column of the pixel that lies in a slot.
+  __device__ static __forceinline__ int2 position(int at) {
+    constexpr int kEven = (kColumns + 1) / 2;
+    const int row = at / kColumns, column = at % kColumns;
+    if (Stride == 1) return {row, column};
+    return {row, column < kEven ? 2 * column : 2 * (column - kEven) + 1};
   }
-  if (exists) start = load_pair(bias + first + within);
-#pragma unroll 1
-  for (int i = threadIdx.x / kPairs; i < S::kPixels / S::kStrip; i += Threads / kPairs) {
-    const int along = i % S::kAcross, row = i / S::kAcross * S::kStrip;
-    const int column = along / (2 * kApart) * 2 * kApart + along % 2 * kApart + along / 2 % kApart;
-    float2 sums[S::kStrip];
+
+  // In elements: where an output's window begins, and a tap from there on.
+  __device__ static __forceinline__ int window(int pixel) {
+    return slot<Stride, kColumns>(pixel / Across * Stride, pixel % Across * Stride) * Pitch;
+  }
+  __host__ __device__ static constexpr int tap(int number) {
+    return slot<Stride, kColumns>(number / 3, number % 3) * Pitch;
+  }
+};
+
+// Eight channels' weights of nine taps, (9, pitch) float in global memory, as a lane needs them.
+template <class T>
+class Filter {
+ public:
+  __device__ __forceinline__ Filter(const float* weight, int pitch)
+      : weight_(weight), pitch_(pitch) {
+    if constexpr (sizeof(T) == 2) {
+      const float* own = weight + threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int r = 0; r < S::kStrip; ++r) sums[r] = start;
+      for (int tap = 0; tap < 9; ++tap, own += pitch) own_[tap] = *own;
+    }
+  }
+
+  // The lane's part of the diagonal matrix.
+  __device__ __forceinline__ uint32_t diagonal(int tap) const {
+    const int lane = threadIdx.x % 32, channel = lane / 4;
+    const uint32_t half = channel % 2 ? 0xffff0000u : 0xffffu;
+    const auto twice = packed({own_[tap], own_[tap]}, T{});
+    uint32_t bits;
+    std::memcpy(&bits, static_cast<const void*>(&twice), sizeof bits);
+    return bits & (lane % 4 == channel / 2 ? half : 0);
+  }
+
+  // Of the two channels whose sums the lane has; rounded as the diagonal is.
+  __device__ __forceinline__ float2 pair(int tap) const {
+    const auto weights = packed(load_pair(weight_ + tap * pitch_ + threadIdx.x % 4 * 2), T{});
+    return load_pair(reinterpret_cast<const T*>(&weights));
+  }
+
+ private:
+  const float* weight_;
+  int pitch_;
+  float own_[9];
+};
+
+// The sums of 16 Rows pixels from `first` on, to `left`; `halo`, `left` and `bias` at the first of
+// the 8 channels. `left` may be the halo: what another warp reads is not written to.
+template <class T, class Halo, int Rows>
+__device__ __forceinline__ void depthwise(const T* halo, T* left, int left_pitch, int first,
+                                          const Filter<T>& filter, const float* bias,
+                                          const Clamp<T>& clamp) {
+  Accumulator<Rows, 1> sums;
+  const auto one_by_one = [&] {
+    float2 taps[9];
 #pragma unroll
-    for (int y = 0; y < (S::kStrip - 1) * Stride + 3; ++y) {
+    for (int tap = 0; tap < 9; ++tap) taps[tap] = filter.pair(tap);
+    sums.start(bias);
+    sums.for_each([&](int row, int column, float2& pair) {
+      const T* const window = halo + Halo::window(first + row) + column;
 #pragma unroll
-      for (int x = 0; x < 3; ++x) {
-        const int at = slot<Stride, S::kHaloColumns>(row * Stride + y, column * Stride + x);
-        const float2 value = load_pair(halo + at * S::kHaloPitch + within);
-#pragma unroll
-        for (int r = 0; r < S::kStrip; ++r) {
-          const int tap = y - r * Stride;
-          if (tap >= 0 && tap < 3) sums[r] = multiply_add(value, taps[3 * tap + x], sums[r]);
-        }
+      for (int tap = 0; tap < 9; ++tap) {
+        pair = multiply_add(load_pair(window + Halo::tap(tap)), taps[tap], pair);
       }
-    }
+    });
+  };
+  if constexpr (sizeof(T) == 2) {
+    static_assert(Rows % 2 == 0);
+    sums.start(bias);
+    const T* windows[Rows / 2];
 #pragma unroll
-    for (int r = 0; r < S::kStrip; ++r) {
-      store_pair(left + ((row + r) * S::kAcross + column) * S::kLeftPitch + within,
-                 bounded(sums[r], low, high));
+    for (int i = 0; i < Rows / 2; ++i) {
+      windows[i] = halo + Halo::window(first + 32 * i + threadIdx.x % 32);
     }
+    unrolled<9>([&](auto tap) {
+      const uint32_t diagonal = filter.diagonal(tap);
+#pragma unroll
+      for (int i = 0; i < Rows / 2; ++i) {
+        uint32_t a[4];
+        load_matrices<Halo::tap(tap) * int(sizeof(T))>(a, windows[i]);
+        multiply_add<T>(sums.v[2 * i][0], a[0], a[1], diagonal);
+        multiply_add<T>(sums.v[2 * i + 1][0], a[2], a[3], diagonal);
+      }
+    });
+    float none = 0;
+    sums.for_each([&](int, int, float2& pair) { none = fmaf(pair.x, 0, fmaf(pair.y, 0, none)); });
+    if (any_of_warp(none != 0)) one_by_one();
+  } else {
+    one_by_one();
   }
+  sync_warp();
+  sums.for_each([&](int row, int column, float2& pair) {
+    put(left + (first + row) * left_pitch + column, clamp(pair));
+  });
+}
+
+// Zeros in place of sums: of channels that do not exist.
+template <int Rows, int Pitch, class T>
+__device__ __forceinline__ void clear(T* left) {
+  Accumulator<Rows, 1> none;
+  none.for_each(
+      [&](int row, int column, float2&) { put(left + row * Pitch + column, packed({0, 0}, T{})); });
 }
 
 }  // namespace fastscnn::cuda

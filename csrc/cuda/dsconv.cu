@@ -20,26 +20,29 @@ constexpr int kLastColumns = 32;  // classes that a block computes
 template <class T, int In, int Out, int Stride>
 struct Sizes {
   static constexpr int kAcross = 16;  // pixels of a tile's row
-  static constexpr int kStrip = 4;    // pixels below each other that a thread sums up
-  static constexpr int kRows = Stride == 1 ? 2 * kStrip : kStrip;
+  static constexpr int kRows = Stride == 1 ? 8 : 4;
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kChunk = 64 / int(sizeof(T));  // input channels
-  static constexpr int kHaloPitch = kChunk;
-  static constexpr int kLeftPitch = pitch<T>(kChunk);
-  static constexpr int kColumns = Out ? padded_columns(Out) : 64;
+  static constexpr int kChunkPitch = pitch<T>(kChunk);
+  static constexpr int kRow = Out ? padded_columns(Out) : 64;  // of the 1x1's rows
+  static constexpr int kColumns = Out ? Out : 64;
+  static constexpr int kRowPitch = pitch<T>(kRow);
   static constexpr int kHaloRows = Stride ? (kRows - 1) * Stride + 3 : 0;
   static constexpr int kHaloColumns = Stride ? (kAcross - 1) * Stride + 3 : 0;
   static constexpr int kStages = In && In <= kChunk ? 1 : 2;
+  // A warp sums up 16 kUnit pixels of 8 channels.
+  static constexpr int kUnit = kPixels * kChunk / (128 * kWarps);
+  using Window = Halo<Stride, kAcross, kChunkPitch>;
 
   // Shared memory in elements: the halo of each stage, the chunk's rows of the 1x1, the depthwise
   // result.
-  static constexpr int kHalo = kHaloRows * kHaloColumns * kHaloPitch;
-  static constexpr int kRight = kChunk * pitch<T>(kColumns);
-  static constexpr int kLeft = kPixels * kLeftPitch;
+  static constexpr int kHalo = kHaloRows * kHaloColumns * kChunkPitch;
+  static constexpr int kRight = kChunk * kRowPitch;
+  static constexpr int kLeft = kPixels * kChunkPitch;
   static constexpr int kPipeline = kStages * kHalo + kRight + kLeft;
   // After the 1x1, in the same memory: its result and the last 1x1's weights.
-  static constexpr int kResult = kPixels * pitch<T>(kColumns);
-  static constexpr int kLast = kColumns * pitch<T>(kLastColumns);
+  static constexpr int kResult = kPixels * kRowPitch;
+  static constexpr int kLast = kRow * pitch<T>(kLastColumns);
   static constexpr size_t kPipelineBytes = kPipeline * sizeof(T);
   static constexpr size_t kResultBytes = kResult * sizeof(T);
   static constexpr size_t kLastBytes = (kResult + kLast) * sizeof(T);
@@ -90,7 +93,7 @@ __device__ __forceinline__ void depthwise_from_global(const T* x, T* left, const
     }
     uint4 vector;
     std::memcpy(&vector, static_cast<const void*>(results), sizeof vector);
-    *reinterpret_cast<uint4*>(left + i * S::kLeftPitch + within) = vector;
+    *reinterpret_cast<uint4*>(left + i * S::kChunkPitch + within) = vector;
   }
 }
 
@@ -125,22 +128,34 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_column = Last ? 0 : blockIdx.y * S::kColumns;
   const int end_column = Last ? out_channels : first_column + S::kColumns;
 
+  // Four threads have a pixel of the halo, of which they copy a chunk's 64 bytes.
+  constexpr int kSharers = 4, kPass = kThreads / kSharers;
+  constexpr int kHaloPixels = S::kHaloRows * S::kHaloColumns;
+  constexpr int kPasses = divided_up(kHaloPixels, kPass);
+  const int within = threadIdx.x % kSharers * kPerVector<T>;
+  const T* from[kPasses + 1];
+  bool inside[kPasses + 1];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int pixel = pass * kPass + threadIdx.x / kSharers;
+    const int2 in_halo = S::Window::position(pixel);
+    const int y = top * Stride + in_halo.x - 1, z = start * Stride + in_halo.y - 1;
+    inside[pass] = y >= 0 && y < height && z >= 0 && z < width;
+    from[pass] = (inside[pass] ? x + (int64_t{y} * width + z) * x_pixel : x) + within;
+  }
   const auto halo = [&](int chunk) { return memory + chunk % S::kStages * S::kHalo; };
   const auto queue_halo = [&](int chunk) {
-    if constexpr (Stride != 0) {
-      constexpr int kVectors = S::kChunk / kPerVector<T>;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < S::kHaloRows * S::kHaloColumns * kVectors; i += kThreads) {
-        const int pixel = i / kVectors, within = i % kVectors * kPerVector<T>;
-        const int row = pixel / S::kHaloColumns, column = pixel % S::kHaloColumns;
-        const int y = top * Stride + row - 1, z = start * Stride + column - 1;
-        const int c = chunk * S::kChunk + within;
-        const bool exists = y >= 0 && y < height && z >= 0 && z < width && c < in_channels;
-        async_copy_16(
-            halo(chunk) + slot<Stride, S::kHaloColumns>(row, column) * S::kHaloPitch + within,
-            exists ? x + (int64_t{y} * width + z) * x_pixel + c : x, exists);
+    T* const to = halo(chunk) + threadIdx.x / kSharers * S::kChunkPitch + within;
+    const int c = chunk * S::kChunk;
+    const bool exists = In % S::kChunk == 0 && In ? true : c + within < in_channels;
+    unrolled<kPasses>([&](auto pass) {
+      if (pass + 1 == kPasses && kHaloPixels % kPass &&
+          threadIdx.x >= kHaloPixels % kPass * kSharers) {
+        return;
       }
-    }
+      async_copy_16<pass * kPass * S::kChunkPitch* int(sizeof(T))>(to, exists ? from[pass] + c : x,
+                                                                   exists && inside[pass]);
+    });
   };
 
   typename LastProduct::Tile result;
@@ -149,26 +164,39 @@ __global__ void __launch_bounds__(kThreads, 2)
     result.start(last_bias + k, last_columns - k);
   }
   const int chunks = divided_up(in_channels, S::kChunk);
+  // What this warp sums up.
+  constexpr int kUnitsAcross = S::kPixels / (16 * S::kUnit);
+  const int unit_channel = threadIdx.x / 32 / kUnitsAcross * 8;
+  const int unit_pixel = threadIdx.x / 32 % kUnitsAcross * 16 * S::kUnit;
+  const Clamp<T> clamp(mid_low, mid_high), end_clamp(low, high);
   for (int o = first_column; o < end_column; o += S::kColumns) {
     typename Product::Tile total;
     const int own = o + Product::column();
-    total.start(pointwise_bias + own, row_pitch - own);
+    total.start(pointwise_bias + own, Out ? S::kRow : row_pitch - own);
     queue_halo(0);
     async_commit();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      copy_matrix<S::kColumns, kThreads>(
-          S::kChunk, right, pitch<T>(S::kColumns),
-          pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
-          in_channels - chunk * S::kChunk, row_pitch - o);
+      copy_matrix<S::kChunk, S::kRow, S::kRowPitch, kThreads>(
+          right, pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
+          In && In % S::kChunk == 0 ? S::kChunk : in_channels - chunk * S::kChunk,
+          Out ? S::kRow : row_pitch - o);
       async_commit();
       if (chunk + 1 < chunks) queue_halo(chunk + 1);
       async_commit();
+      const int c = chunk * S::kChunk + unit_channel;
+      const bool exists = (In && In % S::kChunk == 0) || c < in_channels;
+      const Filter<T> filter(depthwise_weight + (exists ? c : 0), in_channels);
       async_wait<2>();
       __syncthreads();
       if constexpr (Stride != 0) {
-        depthwise<T, S, Stride, kThreads>(halo(chunk), left, depthwise_weight, depthwise_bias,
-                                          in_channels, chunk * S::kChunk, mid_low, mid_high);
+        if (exists) {
+          depthwise<T, typename S::Window, S::kUnit>(halo(chunk) + unit_channel,
+                                                     left + unit_channel, S::kChunkPitch,
+                                                     unit_pixel, filter, depthwise_bias + c, clamp);
+        } else {
+          clear<S::kUnit, S::kChunkPitch>(left + unit_pixel * S::kChunkPitch + unit_channel);
+        }
       } else {
         depthwise_from_global<T, S>(x, left, depthwise_weight, depthwise_bias, in_channels,
                                     chunk * S::kChunk, mid_low, mid_high, top, start, height, width,
@@ -176,38 +204,34 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       async_wait<1>();
       __syncthreads();
-      multiply<S::kChunk>(total, left + Product::row() * S::kLeftPitch, S::kLeftPitch,
-                          right + Product::column(), pitch<T>(S::kColumns));
+      multiply<S::kChunk, S::kRowPitch>(total, left + Product::row() * S::kChunkPitch,
+                                        S::kChunkPitch, right + Product::column());
       __syncthreads();
     }
 
     T* const tile = memory;
     T* const last = memory + S::kResult;
     if constexpr (Last) {
-      copy_matrix<kLastColumns, kThreads>(S::kColumns, last, pitch<T>(kLastColumns),
-                                          last_weight + int64_t{o} * last_columns + first_class,
-                                          last_columns, row_pitch - o, last_columns - first_class);
+      copy_matrix<S::kRow, kLastColumns, pitch<T>(kLastColumns), kThreads>(
+          last, last_weight + int64_t{o} * last_columns + first_class, last_columns,
+          Out ? S::kRow : row_pitch - o, last_columns - first_class);
       async_commit();
     }
     total.for_each([&](int row, int column, float2& pair) {
-      store_pair(tile + (Product::row() + row) * pitch<T>(S::kColumns) + Product::column() + column,
-                 bounded(pair, low, high));
+      put(tile + (Product::row() + row) * S::kRowPitch + Product::column() + column,
+          end_clamp(pair));
     });
     async_wait<0>();
     __syncthreads();
     if constexpr (Last) {
-      multiply<S::kColumns>(result, tile + LastProduct::row() * pitch<T>(S::kColumns),
-                            pitch<T>(S::kColumns), last + LastProduct::column(),
-                            pitch<T>(kLastColumns));
+      multiply<S::kColumns, pitch<T>(kLastColumns)>(result,
+                                                    tile + LastProduct::row() * S::kRowPitch,
+                                                    S::kRowPitch, last + LastProduct::column());
     } else {
-      constexpr int kVectors = S::kColumns / kPerVector<T>;
-      for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
-        const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
-        const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-        if (y >= out_height || z >= out_width || o + column >= out_channels) continue;
-        copy_16(out + (int64_t{y} * out_width + z) * out_pixel + o + column,
-                tile + pixel * pitch<T>(S::kColumns) + column);
-      }
+      store_tile<S::kRows, S::kAcross, S::kRow, S::kRowPitch, kThreads>(
+          out + (int64_t{top} * out_width + start) * out_pixel + o, tile,
+          int64_t{out_width} * out_pixel, out_pixel, out_height - top, out_width - start,
+          out_channels - o);
     }
     __syncthreads();
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <utility>
 
 #include "launch.h"
 #include "ptx.cuh"
@@ -108,6 +109,62 @@ __device__ __forceinline__ float bounded(float v, float low, float high) {
 
 __device__ __forceinline__ float2 bounded(float2 v, float low, float high) {
   return {bounded(v.x, low, high), bounded(v.y, low, high)};
+}
+
+// Two adjacent elements, as they lie in memory.
+__device__ __forceinline__ float2 packed(float2 v, float) { return v; }
+__device__ __forceinline__ __half2 packed(float2 v, __half) { return __floats2half2_rn(v.x, v.y); }
+__device__ __forceinline__ __nv_bfloat162 packed(float2 v, __nv_bfloat16) {
+  return __floats2bfloat162_rn(v.x, v.y);
+}
+
+// Pairs of T, rounded, between two bounds that T has exactly: rounding does not change an order.
+template <class T>
+struct Clamp {
+  using Pair = decltype(packed(float2{}, T{}));
+  Pair low, high;
+
+  __device__ Clamp(float least, float most)
+      : low(packed({least, least}, T{})), high(packed({most, most}, T{})) {}
+
+  __device__ __forceinline__ Pair operator()(float2 v) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return bounded(v, low.x, high.x);
+    } else {
+      return __hmin2_nan(__hmax2_nan(packed(v, T{}), low), high);
+    }
+  }
+};
+
+// The pair where the mask has all bits set, zero where it has none.
+template <class Pair>
+__device__ __forceinline__ Pair masked(Pair pair, uint32_t mask) {
+  uint32_t words[sizeof(Pair) / sizeof(uint32_t)];
+  std::memcpy(words, static_cast<const void*>(&pair), sizeof pair);
+  for (uint32_t& word : words) word &= mask;
+  std::memcpy(static_cast<void*>(&pair), words, sizeof pair);
+  return pair;
+}
+
+template <class T, class Pair>
+__device__ __forceinline__ void put(T* p, Pair pair) {
+  *reinterpret_cast<Pair*>(p) = pair;
+}
+
+// A number that is a type: what is computed of it is a part of the instruction.
+template <int Value>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return Value; }
+};
+
+// Calls `f(Constant<i>)` for i = 0 .. Count - 1.
+template <class F, int... I>
+__device__ __forceinline__ void unrolled(F& f, std::integer_sequence<int, I...>) {
+  (f(Constant<I>{}), ...);
+}
+template <int Count, class F>
+__device__ __forceinline__ void unrolled(F f) {
+  unrolled(f, std::make_integer_sequence<int, Count>{});
 }
 
 // Calls `run` with an element of the type.

@@ -63,16 +63,20 @@ typedef int fastscnn_bins[FASTSCNN_MOST_BINS];
   F(fastscnn_input, pointwise_weight) F(fastscnn_input, pointwise_bias)                        \
   F(fastscnn_input, last_weight) F(fastscnn_input, last_bias) F(fastscnn_output, out)
 
-/* 1x1 + bias + act -> depthwise 3x3 + bias + act -> 1x1 + bias [+ x]. */
+/* 1x1 + bias + act -> depthwise 3x3 + bias + act -> 1x1 + bias [+ x]. `slices` blocks share a tile,
+ * as many as fastscnn_cuda_inverted_residual_slices() says or others; where there are several,
+ * `partials` is scratch and `counters` are int32 that are zero before and after the call, of as
+ * many bytes as fastscnn_cuda_inverted_residual_scratch() says. */
 #define FASTSCNN_FIELDS_inverted_residual(F)                                                \
   F(int, type) F(int, in_channels) F(int, mid_channels) F(int, out_channels) F(int, stride) \
-  F(int, residual) F(int, activation)                                                       \
+  F(int, residual) F(int, activation) F(int, slices)                                        \
   F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)            \
   F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_pixel) F(int64_t, out_image)       \
   F(int64_t, out_pixel)                                                                     \
   F(fastscnn_input, x) F(fastscnn_input, expand_weight) F(fastscnn_input, expand_bias)      \
   F(fastscnn_input, depthwise_weight) F(fastscnn_input, depthwise_bias)                     \
-  F(fastscnn_input, project_weight) F(fastscnn_input, project_bias) F(fastscnn_output, out)
+  F(fastscnn_input, project_weight) F(fastscnn_input, project_bias)                         \
+  F(fastscnn_output, partials) F(fastscnn_output, counters) F(fastscnn_output, out)
 
 /* out(concat [x, resize(relu(branch_i(pool_i(x)))) ...]) with a `kernel` x `kernel`
  * out-convolution, 1 or 3. `sums` and `shares` are scratch, of as many bytes as
@@ -125,6 +129,14 @@ typedef void* fastscnn_stream; /* a cudaStream_t */
 FASTSCNN_OPS(FASTSCNN_DECLARE)
 #undef FASTSCNN_DECLARE
 #undef FASTSCNN_MEMBER
+
+/* The slices with which a GPU of so many multiprocessors should end first, by the instructions that
+ * its busiest executes; 0 for sizes that the op refuses. */
+int fastscnn_cuda_inverted_residual_slices(const fastscnn_inverted_residual* op, int processors);
+
+/* Bytes of `partials` and `counters` for these sizes and slices. */
+void fastscnn_cuda_inverted_residual_scratch(const fastscnn_inverted_residual* op, size_t* partials,
+                                             size_t* counters);
 
 /* Bytes of `sums` and `shares` for these sizes. */
 void fastscnn_cuda_pyramid_pooling_scratch(const fastscnn_pyramid_pooling* op, size_t* sums,

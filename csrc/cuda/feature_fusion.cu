@@ -190,8 +190,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto queue = [&](int chunk) {
     const bool of_low = chunk < low_chunks;
     const int first = (of_low ? chunk : chunk - low_chunks) * kChunk;
-    copy_matrix<S::kColumns, kThreads>(
-        kChunk, right(chunk), pitch<T>(S::kColumns),
+    copy_matrix<kChunk, S::kColumns, pitch<T>(S::kColumns), kThreads>(
+        right(chunk),
         (of_low ? low_weight : high_weight) + int64_t{first} * row_pitch + first_column, row_pitch,
         (of_low ? low_channels : high_channels) - first, row_pitch - first_column);
     if (!of_low) {
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     async_wait<0>();
     __syncthreads();  // after which nobody multiplies the chunk before
     if (chunk + 1 < chunks) queue(chunk + 1);
-    multiply<kChunk>(total, left(chunk) + Product::row() * pitch<T>(kChunk), pitch<T>(kChunk),
-                     right(chunk) + Product::column(), pitch<T>(S::kColumns));
+    multiply<kChunk, pitch<T>(S::kColumns)>(total, left(chunk) + Product::row() * pitch<T>(kChunk),
+                                            pitch<T>(kChunk), right(chunk) + Product::column());
   }
   __syncthreads();
 
@@ -236,14 +236,10 @@ __global__ void __launch_bounds__(kThreads, 2)
                bounded(pair, least, most));
   });
   __syncthreads();
-  constexpr int kVectors = S::kColumns / kPerVector<T>;
-  for (int i = threadIdx.x; i < kPixels * kVectors; i += kThreads) {
-    const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
-    const int y = top + pixel / kAcross, z = start + pixel % kAcross;
-    if (y >= height || z >= width || first_column + column >= out_channels) continue;
-    copy_16(out + (int64_t{y} * width + z) * out_pixel + first_column + column,
-            tile + pixel * pitch<T>(S::kColumns) + column);
-  }
+  store_tile<kRows, kAcross, S::kColumns, pitch<T>(S::kColumns), kThreads>(
+      out + (int64_t{top} * width + start) * out_pixel + first_column, tile,
+      int64_t{width} * out_pixel, out_pixel, height - top, width - start,
+      out_channels - first_column);
 }
 
 template <class T, int Low, int High, int Out, int Taps>

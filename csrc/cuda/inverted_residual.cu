@@ -1,16 +1,15 @@
 // inverted_residual: 1x1 + bias + act -> depthwise 3x3 + bias + act -> 1x1 + bias [+ x]; what is
 // expanded stays in shared memory.
 //
-// A block owns a tile of pixels with all their output channels (at free widths 64 or 128 of them).
-// The tile's halo
-// of x arrives once; then, chunk by chunk of expanded channels, 64 bytes of each pixel, the halo is
-// expanded, summed up by the depthwise and projected onto sums that stay in registers. Of the
+// A block owns a tile of 32 pixels with up to 128 of their output channels, and a slice of the
+// expanded channels. The tile's halo of x arrives once; then, chunk by chunk of the slice, the halo
+// is expanded, summed up by the depthwise and projected onto sums that stay in registers. Of the
 // weights, the next chunk's expanding columns arrive during the depthwise and the projection, the
 // chunk's projecting rows during the expansion and the depthwise, so that one buffer of each is
-// enough.
+// enough. Where there are several slices their sums meet in slices.cuh.
 #include "arguments.cuh"
 #include "depthwise.cuh"
-#include "product.cuh"
+#include "slices.cuh"
 
 namespace fastscnn::cuda {
 namespace {
@@ -18,36 +17,44 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// Sizes for In channels, of which a block computes Out, at Stride. In is 0 where both are known
-// only at run time: then x's halo lies whole in shared memory where that has room for it, and else
-// arrives in steps of channels for each chunk anew, one step while the one before is multiplied.
-template <class T, int In, int Out, int Stride>
+// Sizes for In channels expanded to Mid, of which a block computes Out, at Stride. In and Mid are 0
+// where all are known only at run time: then x's halo lies whole in shared memory where that has
+// room for it, and else arrives in steps of channels for each chunk anew, one step while the one
+// before is multiplied.
+template <class T, int In, int Mid, int Out, int Stride>
 struct Sizes {
-  static constexpr int kAcross = 8;  // pixels of a tile's row
-  static constexpr int kRows = Stride == 1 ? 8 : 4;
-  static constexpr int kStrip = kRows / 2;
+  static constexpr int kAcross = 8, kRows = 4;  // of a tile
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kHaloRows = (kRows - 1) * Stride + 3;
   static constexpr int kHaloColumns = (kAcross - 1) * Stride + 3;
   static constexpr int kHaloPixels = kHaloRows * kHaloColumns;
-  static constexpr int kTiles = divided_up(kHaloPixels, 16 * kWarps);  // a warp's, of 16 pixels
-  static constexpr int kSlots = rounded_up(kHaloPixels, 16 * kTiles);
-  static constexpr int kChunk = 64 / int(sizeof(T));  // expanded channels
-  static constexpr int kColumns = rounded_up(Out, 256 * kWarps / kPixels);
+  // Warps of the expansion: of pixels, and of channels.
+  static constexpr int kDown = 2, kAlong = kWarps / kDown;
+  static constexpr int kSlots = rounded_up(kHaloPixels, 16 * kDown);
+  static constexpr int kTiles = kSlots / (16 * kDown);  // a warp's, of 16 pixels
+  // Expanded channels; 576 are 18 chunks of 32, which slices share evenly, but 9 of 64.
+  static constexpr int kChunk = sizeof(T) == 2 && Stride == 1 && Mid != 576 ? 64 : 32;
+  static constexpr int kOwnChannels = kChunk / kAlong;  // that a warp expands
+  static constexpr int kStep = 64 / int(sizeof(T));     // x's channels that arrive at a time, if so
+  static constexpr int kColumns = rounded_up(Out, 8 * kWarps / (kPixels / 16));
+  static constexpr int kRow = power_of_two(kColumns);  // of the projecting rows
+  // A warp sums up 16 kUnit pixels of 8 channels at a time.
+  static constexpr int kUnit = sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kUnitsAcross = kPixels / (16 * kUnit);
+  static constexpr int kUnits = kChunk / 8 * kUnitsAcross;
 
-  static constexpr int kHaloPitch = pitch<T>(kChunk);
-  static constexpr int kLeftPitch = pitch<T>(kChunk);
-  static constexpr int kColumnPitch = pitch<T>(kColumns);
+  static constexpr int kChunkPitch = pitch<T>(kChunk);
+  static constexpr int kRowPitch = pitch<T>(kRow);
+  using Window = Halo<Stride, kAcross, kChunkPitch>;
 
-  // Shared memory in elements: each stage's halo of x, its expanding columns, the expanded halo,
-  // the depthwise result, the projecting rows.
-  static constexpr int kHalo = kSlots * kHaloPitch;
-  static constexpr int kLeft = kPixels * kLeftPitch;
-  static constexpr int kProject = kChunk * kColumnPitch;
+  // Shared memory in elements: each stage's halo of x, its expanding columns, the expanded halo, the
+  // depthwise result, the projecting rows. Where no two warps sum up the same channels, the
+  // result takes the place of the halo.
+  static constexpr int kHalo = kSlots * kChunkPitch;
+  static constexpr int kLeft = kUnitsAcross > 1 ? kPixels * kChunkPitch : 0;
+  static constexpr int kProject = kChunk * kRowPitch;
   // In the end the result takes the place of all but x.
-  static constexpr int kResult = kPixels * kColumnPitch;
-  // And in floats: the depthwise's taps and bias, the expansion's bias.
-  static constexpr int kTaps = 9 * kChunk;
+  static constexpr int kResult = kPixels * kRowPitch;
 
   // Where x's channels come in steps of `step`, and the next step's lie beside those in use.
   struct Input {
@@ -55,13 +62,16 @@ struct Sizes {
 
     __host__ __device__ constexpr int pixel_pitch() const { return pitch<T>(step); }
     __host__ __device__ constexpr int stage() const { return kSlots * pixel_pitch(); }
-    __host__ __device__ constexpr int expand_stage() const { return step * pitch<T>(kChunk); }
+    __host__ __device__ constexpr int expand_stage() const {
+      return rounded_up(step, kStep) * kChunkPitch;
+    }
     __host__ __device__ constexpr int elements() const {
       const int work = stages * expand_stage() + kHalo + kLeft + kProject;
       return stages * stage() + (work > kResult ? work : kResult);
     }
+    // After those which slots are inside the image, a word each.
     __host__ __device__ constexpr size_t shared() const {
-      return elements() * sizeof(T) + (kTaps + 2 * kChunk) * sizeof(float);
+      return elements() * sizeof(T) + kSlots * sizeof(uint32_t);
     }
   };
   // A block's share of the smallest shared memory that runs the type: sm_75's, sm_86's.
@@ -70,121 +80,119 @@ struct Sizes {
   __host__ __device__ static constexpr Input input(int in_channels) {
     const Input whole{in_channels, 1};
     if (In || whole.shared() <= kMostShared) return whole;
-    return {kChunk, 2};
+    return {kStep, 2};
   }
 };
 
-// The row and column of the halo's pixel that lies in a slot.
-template <int Stride, int HaloColumns>
-__device__ __forceinline__ int2 position(int at) {
-  constexpr int kEven = (HaloColumns + 1) / 2;
-  const int row = at / HaloColumns, column = at % HaloColumns;
-  if (Stride == 1) return {row, column};
-  return {row, column < kEven ? 2 * column : 2 * (column - kEven) + 1};
-}
-
-// x (H, W, in_channels) -> out (H', W', out_channels), a tile of image block / (tiles down and
-// across).
-template <class T, int In, int Out, int Stride>
+// x (H, W, in_channels) -> out (H', W', out_channels): tile block x of image block / (tiles down
+// and across), slice y % slices of the expanded channels, y / slices-th columns of the result.
+template <class T, int In, int Mid, int Out, int Stride>
 __global__ void __launch_bounds__(kThreads, 2)
     inverted_residual_kernel(const T* __restrict__ x, const T* __restrict__ expand_weight,
                              const float* __restrict__ expand_bias,
                              const float* __restrict__ depthwise_weight,
                              const float* __restrict__ depthwise_bias,
                              const T* __restrict__ project_weight,
-                             const float* __restrict__ project_bias, T* __restrict__ out,
-                             int height, int width, int out_height, int out_width, int tiles_down,
-                             int tiles_across, int in_channels, int mid_channels, int out_channels,
-                             int residual, float low, float high, int64_t x_image, int x_pixel,
-                             int64_t out_image, int out_pixel) {
-  using S = Sizes<T, In, Out, Stride>;
+                             const float* __restrict__ project_bias, float4* __restrict__ partials,
+                             int* __restrict__ counters, T* __restrict__ out, int height, int width,
+                             int out_height, int out_width, int tiles_down, int tiles_across,
+                             int in_channels, int mid_channels, int out_channels, int slices,
+                             int slice_channels, int residual, float low, float high,
+                             int64_t x_image, int x_pixel, int64_t out_image, int out_pixel) {
+  using S = Sizes<T, In, Mid, Out, Stride>;
   using Product = Shares<S::kPixels, S::kColumns, kWarps>;
   if (In) in_channels = In;
+  if (Mid) mid_channels = Mid;
   if (In) out_channels = Out;
   const int row_pitch = padded_columns(out_channels);
-  const int mid_pitch = In ? mid_channels : rounded_up(mid_channels, 64);
+  const int mid_pitch = rounded_up(mid_channels, 64);
   const auto sizes = S::input(in_channels);
   T* const input = reinterpret_cast<T*>(shared_memory());
   T* const expand = input + sizes.stages * sizes.stage();
   T* const halo = expand + sizes.stages * sizes.expand_stage();
-  T* const left = halo + S::kHalo;
-  T* const project = left + S::kLeft;
-  float* const taps = reinterpret_cast<float*>(input + sizes.elements());
-  float* const taps_bias = taps + S::kTaps;
-  float* const expanded_bias = taps_bias + S::kChunk;
+  T* const left = S::kLeft ? halo + S::kHalo : halo;
+  T* const project = halo + S::kHalo + S::kLeft;
+  uint32_t* const inside = reinterpret_cast<uint32_t*>(input + sizes.elements());
 
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
   const int top = down * S::kRows, start = across * S::kAcross;
   x += image * x_image;
   out += image * out_image;
-  const int first_column = blockIdx.y * S::kColumns;
-  const int stored = computed_channels(out_channels);
+  const int column_block = In ? 0 : blockIdx.y / slices, slice = blockIdx.y - column_block * slices;
+  const int first_column = column_block * S::kColumns, stored = computed_channels(out_channels);
+  const int begin = slice * slice_channels, end = min(begin + slice_channels, mid_channels);
+  const Clamp<T> clamp(low, high);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  const auto pixel_of = [&](int at) {
-    const int2 in_halo = position<Stride, S::kHaloColumns>(at);
-    return int2{top * Stride + in_halo.x - 1, start * Stride + in_halo.y - 1};
-  };
-  const auto is_inside = [&](int at, int2 pixel) {
-    return at < S::kHaloPixels && pixel.x >= 0 && pixel.x < height && pixel.y >= 0 &&
-           pixel.y < width;
-  };
+  // Four threads have a slot, of which they copy 64 adjacent bytes at a time.
   int stage = 0;
   const auto queue_input = [&](int first) {
-    T* const to = input + stage * sizes.stage();
-    const int vectors = sizes.step / kPerVector<T>;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < S::kSlots * vectors; i += kThreads) {
-      const int at = i / vectors, within = i % vectors * kPerVector<T>;
-      const int2 pixel = pixel_of(at);
-      const bool exists = is_inside(at, pixel) && first + within < in_channels;
-      async_copy_16(
-          to + at * sizes.pixel_pitch() + within,
-          exists ? x + (int64_t{pixel.x} * width + pixel.y) * x_pixel + first + within : x, exists);
+    constexpr int kSharers = 4, kPass = kThreads / kSharers;
+    const int within = threadIdx.x % kSharers * kPerVector<T>;
+#pragma unroll
+    for (int pass = 0; pass < S::kSlots; pass += kPass) {
+      const int at = pass + threadIdx.x / kSharers;
+      if (pass + kPass > S::kSlots && at >= S::kSlots) break;
+      const int2 in_halo = S::Window::position(at);
+      const int row = top * Stride + in_halo.x - 1, column = start * Stride + in_halo.y - 1;
+      const bool exists =
+          at < S::kHaloPixels && row >= 0 && row < height && column >= 0 && column < width;
+      if (first == 0 && within == 0) inside[at] = exists ? ~0u : 0u;
+      T* to = input + stage * sizes.stage() + at * sizes.pixel_pitch() + within;
+      const T* from = exists ? x + (int64_t{row} * width + column) * x_pixel + first + within : x;
+      const int step = exists ? kSharers * kPerVector<T> : 0;
+#pragma unroll
+      for (int c = within; c < sizes.step; c += kSharers * kPerVector<T>) {
+        async_copy_16(to, from, exists && (In || first + c < in_channels));
+        to += kSharers * kPerVector<T>;
+        from += step;
+      }
     }
   };
   const auto queue_expand = [&](int first, int chunk) {
-    copy_matrix<S::kChunk, kThreads>(sizes.step, expand + stage * sizes.expand_stage(),
-                                     pitch<T>(S::kChunk),
-                                     expand_weight + int64_t{first} * mid_pitch + chunk, mid_pitch,
-                                     in_channels - first, S::kChunk);
+    constexpr int kRows = In ? In : S::kStep;
+    const T* const from = expand_weight + int64_t{first} * mid_pitch + chunk;
+    T* const to = expand + stage * sizes.expand_stage();
+#pragma unroll 1
+    for (int k = 0; k < sizes.step; k += kRows) {
+      copy_matrix<kRows, S::kChunk, S::kChunkPitch, kThreads>(
+          to + k * S::kChunkPitch, from + k * mid_pitch, mid_pitch,
+          In ? In : min(sizes.step, in_channels - first) - k, S::kChunk);
+    }
   };
-  const auto queue_row = [&](float* to, const float* from) {
-    copy_matrix<S::kChunk, kThreads>(1, to, S::kChunk, from, 0, 1, S::kChunk);
-  };
-
-  // Of the pixels that this warp expands, the lane's that are inside the image.
-  const int first_slot = threadIdx.x / 32 * S::kTiles * 16;
-  const bool expands = first_slot < S::kSlots;
-  unsigned inside = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * S::kTiles; ++i) {
-    const int at = first_slot + 8 * i + threadIdx.x % 32 / 4;
-    if (is_inside(at, pixel_of(at))) inside |= 1u << i;
-  }
 
   typename Product::Tile total;
   const int own_column = first_column + Product::column();
-  total.start(project_bias + own_column, row_pitch - own_column);
+  if (slice == 0) {
+    total.start(project_bias + own_column, row_pitch - own_column);
+  } else {
+    total.start();
+  }
   queue_input(0);
-  queue_expand(0, 0);
-  queue_row(expanded_bias, expand_bias);
+  queue_expand(0, begin);
   async_commit();
+  // What this warp expands: of the halo's slots, and of a chunk's channels.
+  const int first_slot = warp / S::kAlong * S::kTiles * 16;
+  const int first_channel = warp % S::kAlong * S::kOwnChannels;
+  // And sums up, if it does: as many channels and pixels.
+  const int unit_channel = warp / S::kUnitsAcross * 8 % S::kChunk;
+  const int unit_pixel = warp % S::kUnitsAcross * 16 * S::kUnit;
 #pragma unroll 1
-  for (int chunk = 0; chunk < mid_channels; chunk += S::kChunk) {
+  for (int chunk = begin; chunk < end; chunk += S::kChunk) {
+    Accumulator<S::kTiles, S::kOwnChannels / 8> expanded;
+    expanded.start(expand_bias + chunk + first_channel);
+    const Filter<T> filter(depthwise_weight + chunk + unit_channel, mid_pitch);
     async_wait<0>();
     __syncthreads();
-    copy_matrix<S::kChunk, kThreads>(9, taps, S::kChunk, depthwise_weight + chunk, mid_pitch, 9,
-                                     S::kChunk);
-    queue_row(taps_bias, depthwise_bias + chunk);
-    async_commit();
-    copy_matrix<S::kColumns, kThreads>(S::kChunk, project, S::kColumnPitch,
-                                       project_weight + int64_t{chunk} * row_pitch + first_column,
-                                       row_pitch, S::kChunk, row_pitch - first_column);
+    uint32_t own_inside[2 * S::kTiles];
+#pragma unroll
+    for (int i = 0; i < 2 * S::kTiles; ++i) own_inside[i] = inside[first_slot + 8 * i + lane / 4];
+    copy_matrix<S::kChunk, S::kRow, S::kRowPitch, kThreads>(
+        project, project_weight + int64_t{chunk} * row_pitch + first_column, row_pitch, S::kChunk,
+        In ? S::kRow : row_pitch - first_column);
     async_commit();
 
-    Accumulator<S::kTiles, S::kChunk / 8> expanded;
-    expanded.start(expanded_bias);
     for (int first = 0; first < in_channels; first += sizes.step) {
       const int now = stage;
       if (sizes.stages > 1) {
@@ -199,46 +207,55 @@ __global__ void __launch_bounds__(kThreads, 2)
           async_commit();
         }
       }
-      if (!expands) continue;
-      const T* const x_now = input + now * sizes.stage() + first_slot * sizes.pixel_pitch();
-      const T* const expand_now = expand + now * sizes.expand_stage();
+      const T* x_now = input + now * sizes.stage() + first_slot * sizes.pixel_pitch();
+      const T* columns = expand + now * sizes.expand_stage() + first_channel;
       if constexpr (In != 0) {
-        multiply<In>(expanded, x_now, sizes.pixel_pitch(), expand_now, pitch<T>(S::kChunk));
+        multiply<In, S::kChunkPitch>(expanded, x_now, sizes.pixel_pitch(), columns);
       } else {
+        int k = 0;
 #pragma unroll 1
-        for (int k = 0; k < sizes.step; k += 16) {
-          multiply<16>(expanded, x_now + k, sizes.pixel_pitch(),
-                       expand_now + k * pitch<T>(S::kChunk), pitch<T>(S::kChunk));
+        for (; k + S::kStep <= sizes.step; k += S::kStep) {
+          multiply<S::kStep, S::kChunkPitch>(expanded, x_now, sizes.pixel_pitch(), columns);
+          x_now += S::kStep;
+          columns += S::kStep * S::kChunkPitch;
+        }
+        if (k < sizes.step) {
+          multiply<16, S::kChunkPitch>(expanded, x_now, sizes.pixel_pitch(), columns);
         }
       }
     }
-    if (expands) {
-      // Outside the image it is the expanded value that is zero, not x. Channels that exist only in
-      // memory are zero even where x is infinite.
-      const int channels = mid_channels - chunk;
-      expanded.for_each([&](int row, int column, float2& pair) {
-        const bool exists = inside >> row / 8 & 1;
-        float2 value = exists ? bounded(pair, low, high) : float2{0, 0};
-        if (In == 0 && column >= channels) value.x = 0;
-        if (In == 0 && column + 1 >= channels) value.y = 0;
-        store_pair(halo + (first_slot + row) * S::kHaloPitch + column, value);
-      });
-    }
-    async_wait<1>();
+    // Outside the image it is the expanded value that is zero, not x. Channels that exist only in
+    // memory are zero even where x is infinite.
+    expanded.for_each([&](int row, int column, float2& pair) {
+      const int channel = chunk + first_channel + column;
+      if (Mid == 0 && channel >= mid_channels) pair.x = 0;
+      if (Mid == 0 && channel + 1 >= mid_channels) pair.y = 0;
+      put(halo + (first_slot + row) * S::kChunkPitch + first_channel + column,
+          masked(clamp(pair), own_inside[row / 8]));
+    });
     __syncthreads();
-    if (const int next = chunk + S::kChunk; next < mid_channels) {
+    if (const int next = chunk + S::kChunk; next < end) {
       if (sizes.stages > 1) queue_input(0);
       queue_expand(0, next);
-      queue_row(expanded_bias, expand_bias + next);
     }
     async_commit();
-    depthwise<T, S, Stride, kThreads>(halo, left, taps, taps_bias, S::kChunk, 0, low, high);
+    if (S::kUnits >= kWarps || warp < S::kUnits) {
+      depthwise<T, typename S::Window, S::kUnit>(halo + unit_channel, left + unit_channel,
+                                                 S::kChunkPitch, unit_pixel, filter,
+                                                 depthwise_bias + chunk + unit_channel, clamp);
+    }
     async_wait<1>();
     __syncthreads();
-    multiply<S::kChunk>(total, left + Product::row() * S::kLeftPitch, S::kLeftPitch,
-                        project + Product::column(), S::kColumnPitch);
+    multiply<S::kChunk, S::kRowPitch>(total, left + Product::row() * S::kChunkPitch, S::kChunkPitch,
+                                      project + Product::column());
   }
-  __syncthreads();
+  if (slices > 1) {
+    const int64_t tile = blockIdx.x + int64_t{column_block} * gridDim.x;
+    int* const word = reinterpret_cast<int*>(inside);
+    if (!sum_slices<kThreads>(total, partials, counters, tile, slice, slices, word)) return;
+  } else {
+    __syncthreads();
+  }
 
   T* const result = expand;
   constexpr int kVectors = S::kColumns / kPerVector<T>;
@@ -249,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
       const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
       const bool exists = y < height && z < width && first_column + column < in_channels;
-      async_copy_16(result + pixel * S::kColumnPitch + column,
+      async_copy_16(result + pixel * S::kRowPitch + column,
                     exists ? x + (int64_t{y} * width + z) * x_pixel + first_column + column : x,
                     exists);
     }
@@ -259,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   total.for_each([&](int row, int column, float2& pair) {
     const int pixel = Product::row() + row, o = Product::column() + column;
-    T* const to = result + pixel * S::kColumnPitch + o;
+    T* const to = result + pixel * S::kRowPitch + o;
     if (adds) {
       const int at = slot<Stride, S::kHaloColumns>(pixel / S::kAcross + 1, pixel % S::kAcross + 1);
       const float2 own = load_pair(
@@ -271,50 +288,80 @@ __global__ void __launch_bounds__(kThreads, 2)
     store_pair(to, pair);
   });
   __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
-    const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
-    const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-    if (y >= out_height || z >= out_width || first_column + column >= stored) continue;
-    copy_16(out + (int64_t{y} * out_width + z) * out_pixel + first_column + column,
-            result + pixel * S::kColumnPitch + column);
-  }
+  store_tile<S::kRows, S::kAcross, S::kRow, S::kRowPitch, kThreads>(
+      out + (int64_t{top} * out_width + start) * out_pixel + first_column, result,
+      int64_t{out_width} * out_pixel, out_pixel, out_height - top, out_width - start,
+      stored - first_column);
 }
 
-template <class T, int In, int Out, int Stride>
-void run(const fastscnn_inverted_residual& op, fastscnn_stream stream) {
-  using S = Sizes<T, In, Out, Stride>;
+// How a call's work is cut, for the Sizes that it runs with.
+struct Cut {
+  int64_t tiles_down, tiles_across, column_blocks;
+  int chunks, slice_chunks, slices;
+
+  template <class S>
+  Cut(S, const fastscnn_inverted_residual& op, int wanted)
+      : tiles_down(divided_up(op.out_height, S::kRows)),
+        tiles_across(divided_up(op.out_width, S::kAcross)),
+        column_blocks(divided_up(op.out_channels, S::kColumns)),
+        chunks(divided_up(op.mid_channels, S::kChunk)),
+        slice_chunks(divided_up(chunks, wanted)),
+        slices(divided_up(chunks, slice_chunks)) {}
+
+  int64_t tiles(int64_t images) const { return images * tiles_down * tiles_across * column_blocks; }
+};
+
+// Calls `f` with the Sizes for these channels and stride, the general ones for others: those know
+// expanded and output channels which exist only in memory.
+template <class F>
+void with_sizes(const fastscnn_inverted_residual& op, F&& f) {
+  with_type(op.type, [&](auto element) {
+    using T = decltype(element);
+    const auto is = [&](int in, int mid, int out, int stride) {
+      return computed_channels(op.in_channels) == in && op.mid_channels == mid &&
+             op.out_channels == out && op.stride == stride;
+    };
+    if (is(64, 384, 64, 1)) return f(Sizes<T, 64, 384, 64, 1>{});
+    if (is(64, 384, 64, 2)) return f(Sizes<T, 64, 384, 64, 2>{});
+    if (is(64, 384, 96, 2)) return f(Sizes<T, 64, 384, 96, 2>{});
+    if (is(96, 576, 96, 1)) return f(Sizes<T, 96, 576, 96, 1>{});
+    if (is(96, 576, 128, 1)) return f(Sizes<T, 96, 576, 128, 1>{});
+    if (is(128, 768, 128, 1)) return f(Sizes<T, 128, 768, 128, 1>{});
+    const bool narrow = op.out_channels <= 64;
+    if (op.stride == 1) {
+      return narrow ? f(Sizes<T, 0, 0, 64, 1>{}) : f(Sizes<T, 0, 0, 128, 1>{});
+    }
+    narrow ? f(Sizes<T, 0, 0, 64, 2>{}) : f(Sizes<T, 0, 0, 128, 2>{});
+  });
+}
+
+template <class T, int In, int Mid, int Out, int Stride>
+void run(Sizes<T, In, Mid, Out, Stride> sizes, const fastscnn_inverted_residual& op,
+         fastscnn_stream stream) {
   const Bounds bounds = bounds_of(op.activation);
   const int in_channels = computed_channels(op.in_channels);
-  const int64_t tiles_down = divided_up(op.out_height, S::kRows);
-  const int64_t tiles_across = divided_up(op.out_width, S::kAcross);
-  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::input(in_channels).shared(),
-                    divided_up(op.out_channels, S::kColumns)};
-  FASTSCNN_LAUNCH((inverted_residual_kernel<T, In, Out, Stride>), shape, stream, op.x,
+  const Cut cut(sizes, op, op.slices);
+  const Shape shape{op.images * cut.tiles_down * cut.tiles_across, kThreads,
+                    sizes.input(in_channels).shared(), cut.column_blocks * cut.slices};
+  FASTSCNN_LAUNCH((inverted_residual_kernel<T, In, Mid, Out, Stride>), shape, stream, op.x,
                   op.expand_weight, op.expand_bias, op.depthwise_weight, op.depthwise_bias,
-                  op.project_weight, op.project_bias, op.out, op.height, op.width, op.out_height,
-                  op.out_width, tiles_down, tiles_across, in_channels, op.mid_channels,
-                  op.out_channels, op.residual, bounds.low, bounds.high, op.x_image, op.x_pixel,
-                  op.out_image, op.out_pixel);
+                  op.project_weight, op.project_bias, op.partials, op.counters, op.out, op.height,
+                  op.width, op.out_height, op.out_width, cut.tiles_down, cut.tiles_across,
+                  in_channels, op.mid_channels, op.out_channels, cut.slices,
+                  cut.slice_chunks * sizes.kChunk, op.residual, bounds.low, bounds.high, op.x_image,
+                  op.x_pixel, op.out_image, op.out_pixel);
 }
 
-// The instantiation for these channels and stride, the general one for others: it is the one that
-// knows expanded and output channels which exist only in memory.
-template <class T>
-void select(const fastscnn_inverted_residual& op, fastscnn_stream stream) {
-  const auto is = [&](int in, int out, int stride) {
-    return computed_channels(op.in_channels) == in && op.out_channels == out &&
-           op.mid_channels % 64 == 0 && op.stride == stride;
-  };
-  if (is(64, 64, 1)) return run<T, 64, 64, 1>(op, stream);
-  if (is(64, 64, 2)) return run<T, 64, 64, 2>(op, stream);
-  if (is(64, 96, 2)) return run<T, 64, 96, 2>(op, stream);
-  if (is(96, 96, 1)) return run<T, 96, 96, 1>(op, stream);
-  if (is(96, 128, 1)) return run<T, 96, 128, 1>(op, stream);
-  if (is(128, 128, 1)) return run<T, 128, 128, 1>(op, stream);
-  const bool narrow = op.out_channels <= 64;
-  if (op.stride == 1) return narrow ? run<T, 0, 64, 1>(op, stream) : run<T, 0, 128, 1>(op, stream);
-  narrow ? run<T, 0, 64, 2>(op, stream) : run<T, 0, 128, 2>(op, stream);
+// Refuses arguments that do not say how large the result is, or how it is computed.
+Arguments check_sizes(const fastscnn_inverted_residual& op) {
+  require(op.stride == 1 || op.stride == 2, "stride must be 1 or 2", op.stride);
+  const Arguments rules(op.type, op.images, op.activation);
+  rules.channels("in_channels", op.in_channels);
+  rules.channels("mid_channels", op.mid_channels);
+  rules.channels("out_channels", op.out_channels);
+  rules.side("height", op.height, op.out_height, op.stride, 1, 1);
+  rules.side("width", op.width, op.out_width, op.stride, 1, 1);
+  return rules;
 }
 
 }  // namespace
@@ -323,13 +370,7 @@ void select(const fastscnn_inverted_residual& op, fastscnn_stream stream) {
 int fastscnn_cuda_inverted_residual(const fastscnn_inverted_residual* op, fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    fc::require(op->stride == 1 || op->stride == 2, "stride must be 1 or 2", op->stride);
-    const fc::Arguments rules(op->type, op->images, op->activation);
-    rules.channels("in_channels", op->in_channels);
-    rules.channels("mid_channels", op->mid_channels);
-    rules.channels("out_channels", op->out_channels);
-    rules.side("height", op->height, op->out_height, op->stride, 1, 1);
-    rules.side("width", op->width, op->out_width, op->stride, 1, 1);
+    const fc::Arguments rules = fc::check_sizes(*op);
     rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
     rules.aligned("expand_weight", op->expand_weight);
     rules.aligned("expand_bias", op->expand_bias);
@@ -337,11 +378,47 @@ int fastscnn_cuda_inverted_residual(const fastscnn_inverted_residual* op, fastsc
     rules.aligned("depthwise_bias", op->depthwise_bias);
     rules.aligned("project_weight", op->project_weight);
     rules.aligned("project_bias", op->project_bias);
+    rules.at_least(1, "slices", op->slices);
+    if (op->slices > 1) {
+      rules.aligned("partials", op->partials);
+      rules.aligned("counters", op->counters);
+    }
     rules.result(op->out, op->out_channels, op->out_height, op->out_width, op->out_image,
                  op->out_pixel);
     fc::require(!op->residual || op->stride == 1, "stride must be 1 with residual", op->stride);
     fc::require(!op->residual || op->in_channels == op->out_channels,
                 "out_channels must be in_channels with residual", op->out_channels);
-    fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
+    fc::with_sizes(*op, [&](auto sizes) { fc::run(sizes, *op, stream); });
+  });
+}
+
+int fastscnn_cuda_inverted_residual_slices(const fastscnn_inverted_residual* op, int processors) {
+  namespace fc = fastscnn::cuda;
+  int best = 0;
+  fc::status_of([&] {  // the op says what is wrong
+    fc::check_sizes(*op);
+    fc::require(processors >= 1, "processors must be at least 1", processors);
+    fc::with_sizes(*op, [&](auto sizes) {
+      const fc::Cut whole(sizes, *op, 1);
+      best = fc::fewest_instructions(whole.tiles(op->images), whole.chunks, processors);
+    });
+  });
+  return best;
+}
+
+void fastscnn_cuda_inverted_residual_scratch(const fastscnn_inverted_residual* op, size_t* partials,
+                                             size_t* counters) {
+  namespace fc = fastscnn::cuda;
+  *partials = *counters = 0;
+  fc::status_of([&] {
+    fc::check_sizes(*op);
+    if (op->slices < 2) return;
+    fc::with_sizes(*op, [&](auto sizes) {
+      const fc::Cut cut(sizes, *op, op->slices);
+      const size_t tiles = cut.tiles(op->images);
+      if (cut.slices < 2) return;
+      *partials = tiles * cut.slices * sizes.kPixels * sizes.kColumns * sizeof(float);
+      *counters = tiles * sizeof(int32_t);
+    });
   });
 }

@@ -58,31 +58,32 @@ struct Accumulator {
 };
 
 // total += left (16 Rows, Depth) right (Depth, 8 Columns), both row-major in shared memory.
-template <int Depth, class T, int Rows, int Columns>
+template <int Depth, int RightPitch, class T, int Rows, int Columns>
 __device__ __forceinline__ void multiply(Accumulator<Rows, Columns>& total, const T* left,
-                                         int left_pitch, const T* right, int right_pitch) {
+                                         int left_pitch, const T* right) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
-    static_assert(Depth % 16 == 0 && Columns % 2 == 0);
+    static_assert(Depth % 16 == 0);
     left += lane % 16 * left_pitch + lane / 16 * 8;
-    right += lane % 16 * right_pitch + lane / 16 * 8;
-// More at a time would cost registers.
-#pragma unroll 4
-    for (int k = 0; k < Depth; k += 16) {
+    right += lane % 16 * RightPitch + lane / 16 * 8;
+    unrolled<Depth / 16>([&](auto step) {
+      constexpr int k = step * 16;
       uint32_t a[Rows][4];
 #pragma unroll
-      for (int i = 0; i < Rows; ++i) load_matrices(a[i], left + 16 * i * left_pitch + k);
-#pragma unroll
-      for (int j = 0; j < Columns; j += 2) {
-        uint32_t b[4];
-        load_matrices_transposed(b, right + k * right_pitch + 8 * j);
+      for (int i = 0; i < Rows; ++i) {
+        load_matrices<k* int(sizeof(T))>(a[i], left + 16 * i * left_pitch);
+      }
+      unrolled<divided_up(Columns, 2)>([&](auto pair) {
+        constexpr int j = pair * 2, at = (k * RightPitch + 8 * j) * int(sizeof(T));
+        uint32_t b[j + 1 < Columns ? 4 : 2];
+        load_matrices_transposed<at>(b, right);
 #pragma unroll
         for (int i = 0; i < Rows; ++i) {
           multiply_add<T>(total.v[i][j], a[i], b[0], b[1]);
-          multiply_add<T>(total.v[i][j + 1], a[i], b[2], b[3]);
+          if constexpr (j + 1 < Columns) multiply_add<T>(total.v[i][j + 1], a[i], b[2], b[3]);
         }
-      }
-    }
+      });
+    });
   } else {
     left += lane / 4 * left_pitch;
     right += lane % 4 * 2;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void multiply(Accumulator<Rows, Columns>& total, cons
       for (int within = 0; within < 2; ++within) {
 #pragma unroll
         for (int j = 0; j < Columns; ++j) {
-          const float2 b = load_pair(right + (k + within) * right_pitch + 8 * j);
+          const float2 b = load_pair(right + (k + within) * RightPitch + 8 * j);
 #pragma unroll
           for (int i = 0; i < Rows; ++i) {
 #pragma unroll
@@ -124,7 +125,7 @@ struct Shares {
   static constexpr int kAcross = Columns >= 64 && kNeeded < 2 ? 2 : kNeeded ? kNeeded : 1;  // warps
   static constexpr int kRows = Pixels * kAcross / (16 * Warps);
   static constexpr int kColumns = Columns / (8 * kAcross);
-  static_assert(kRows * 16 * Warps == Pixels * kAcross && kColumns % 2 == 0);
+  static_assert(kRows * 16 * Warps == Pixels * kAcross && kColumns * 8 * kAcross == Columns);
   using Tile = Accumulator<kRows, kColumns>;
 
   __device__ static int row() { return threadIdx.x / 32 / kAcross * kRows * 16; }
@@ -132,17 +133,45 @@ struct Shares {
 };
 
 // Queues copies of `rows` x `columns` of a matrix in global memory to shared memory, zeros beyond
-// them up to (all_rows, Columns); a block's Threads share them.
-template <int Columns, int Threads, class T>
-__device__ __forceinline__ void copy_matrix(int all_rows, T* to, int to_pitch, const T* from,
-                                            int64_t from_pitch, int rows, int columns) {
-  constexpr int kAcross = Columns / kPerVector<T>;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < all_rows * kAcross; i += Threads) {
-    const int row = i / kAcross, column = i % kAcross * kPerVector<T>;
-    const bool exists = row < rows && column < columns;
-    async_copy_16(to + row * to_pitch + column, exists ? from + row * from_pitch + column : from,
-                  exists);
+// them up to (Rows, Columns); a block's Threads share them.
+template <int Rows, int Columns, int Pitch, int Threads, class T>
+__device__ __forceinline__ void copy_matrix(T* to, const T* from, int from_pitch, int rows,
+                                            int columns) {
+  constexpr int kAcross = Columns / kPerVector<T>, kPass = Threads / kAcross;
+  static_assert(kAcross * kPass == Threads);
+  const int row = threadIdx.x / kAcross, column = threadIdx.x % kAcross * kPerVector<T>;
+  if (Rows < kPass && row >= Rows) return;
+  const bool whole = rows >= Rows && columns >= Columns;  // where it is known, nothing is asked
+  const int left = column < columns ? rows - row : 0;
+  to += row * Pitch + column;
+  from += int64_t{row} * from_pitch + column;
+  unrolled<divided_up(Rows, kPass)>([&](auto pass) {
+    constexpr int first = pass * kPass;
+    if (first + kPass > Rows && row + first >= Rows) return;
+    async_copy_16<first * Pitch* int(sizeof(T))>(to, from, whole || first < left);
+    from += kPass * from_pitch;
+  });
+}
+
+// Stores a tile of (Rows Across) pixels, of Columns channels each, to rows of `out`, 16 bytes at a
+// time: what lies before row `rows`, column `columns` and channel `channels`.
+template <int Rows, int Across, int Columns, int Pitch, int Threads, class T>
+__device__ __forceinline__ void store_tile(T* out, const T* tile, int64_t out_row, int out_pixel,
+                                           int rows, int columns, int channels) {
+  constexpr int kVectors = Columns / kPerVector<T>, kPass = Threads / kVectors;
+  static_assert(kPass * kVectors == Threads && (kPass % Across == 0 || Across % kPass == 0));
+  const int pixel = threadIdx.x / kVectors, channel = threadIdx.x % kVectors * kPerVector<T>;
+  const int row = pixel / Across, column = pixel % Across;
+  if (channel >= channels) return;
+  tile += pixel * Pitch + channel;
+  out += row * out_row + int64_t{column} * out_pixel + channel;
+#pragma unroll
+  for (int first = 0; first < Rows * Across; first += kPass) {
+    const int down = first / Across, along = first % Across;
+    if (kPass > Rows * Across && row >= Rows) return;
+    if (row + down < rows && column + along < columns) {
+      copy_16(out + down * out_row + int64_t{along} * out_pixel, tile + first * Pitch);
+    }
   }
 }
 

@@ -22,14 +22,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies 16 bytes (zeros where they do not `exist`) to shared memory; they are there after
-// async_wait() and a barrier. sm_75 copies through registers.
+// Copies 16 bytes (zeros where they do not `exist`) to shared memory, Offset bytes on; they are
+// there after async_wait() and a barrier. sm_75 copies through registers.
+template <int Offset = 0>
 __device__ __forceinline__ void async_copy_16(void* shared, const void* global, bool exists) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(exists ? 16 : 0));
+  asm volatile("cp.async.cg.shared.global [%0+%1], [%2], 16, %3;" ::"r"(shared_address(shared)),
+               "n"(Offset), "l"(global), "r"(exists ? 16 : 0));
 #else
-  *static_cast<uint4*>(shared) =
+  *reinterpret_cast<uint4*>(static_cast<unsigned char*>(shared) + Offset) =
       exists ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
 #endif
 }
@@ -49,17 +50,28 @@ __device__ __forceinline__ void async_wait() {
 #endif
 }
 
-// Four 8x8 matrices of 16-bit elements, whose rows lanes 0-7, 8-15, 16-23, 24-31 point to.
+// Four 8x8 matrices of 16-bit elements, whose rows lanes 0-7, 8-15, 16-23, 24-31 point to, Offset
+// bytes on.
+template <int Offset = 0>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row)));
+               : "r"(shared_address(row)), "n"(Offset));
 }
 
+template <int Offset = 0>
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row)));
+               : "r"(shared_address(row)), "n"(Offset));
+}
+
+// Two, whose rows lanes 0-15 point to.
+template <int Offset = 0>
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2+%3];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row)), "n"(Offset));
 }
 
 // d (16x8, float) += a (16x16) b (16x8).
@@ -101,6 +113,50 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], const
   __trap();  // sm_75 has no bfloat16; fastscnn_fast.backends does not choose it there
 #endif
 }
+
+// d (16x8, float) += a (16x8) b (8x8).
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b);
+
+template <>
+__device__ __forceinline__ void multiply_add<__half>(float (&d)[4], uint32_t a0, uint32_t a1,
+                                                     uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+template <>
+__device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], uint32_t a0, uint32_t a1,
+                                                            uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+#else
+  __trap();
+#endif
+}
+
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// Whether it holds for a lane of the warp.
+__device__ __forceinline__ bool any_of_warp(bool holds) { return __any_sync(~0u, holds); }
+
+// Global memory through which blocks give each other values: what a block's threads have stored
+// is there for the block that arrives after them, if each of them publishes it, one of them
+// arrives after a barrier, and those of the other block publish (which orders their loads too)
+// after another.
+__device__ __forceinline__ void store_for_others(float4* to, float4 v) { __stcg(to, v); }
+__device__ __forceinline__ float4 load_from_others(const float4* from) { return __ldcg(from); }
+__device__ __forceinline__ void publish() { __threadfence(); }
+
+// How many have arrived before.
+__device__ __forceinline__ int arrive(int* counter) { return atomicAdd(counter, 1); }
 
 }  // namespace fastscnn::cuda
 

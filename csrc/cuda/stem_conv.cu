@@ -180,16 +180,16 @@ __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
     total.start(bias + own, row_pitch - own);
   };
   const auto queue = [&](int chunk) {
-    copy_matrix<kColumns, kThreads>(kChunk, right, pitch<T>(kColumns),
-                                    weight + int64_t{chunk} * kChunk * row_pitch + first, row_pitch,
-                                    rows - chunk * kChunk, row_pitch - first);
+    copy_matrix<kChunk, kColumns, pitch<T>(kColumns), kThreads>(
+        right, weight + int64_t{chunk} * kChunk * row_pitch + first, row_pitch,
+        rows - chunk * kChunk, row_pitch - first);
     async_commit();
   };
   const auto multiply_chunk = [&] {
     async_wait<0>();
     __syncthreads();
-    multiply<S::kDepth>(total, left + Product::row() * pitch<T>(kChunk), pitch<T>(kChunk),
-                        right + Product::column(), pitch<T>(kColumns));
+    multiply<S::kDepth, pitch<T>(kColumns)>(total, left + Product::row() * pitch<T>(kChunk),
+                                            pitch<T>(kChunk), right + Product::column());
     __syncthreads();
   };
   if constexpr (S::kStaged) {
@@ -223,15 +223,10 @@ __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
                bounded(pair, low, high));
   });
   __syncthreads();
-  constexpr int kVectors = kColumns / kPerVector<T>;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kPixels * kVectors; i += kThreads) {
-    const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
-    const int y = top + pixel / kAcross, z = start + pixel % kAcross;
-    if (y >= out_height || z >= out_width || first + column >= out_channels) continue;
-    copy_16(out + (int64_t{y} * out_width + z) * out_pixel + first + column,
-            left + pixel * pitch<T>(kColumns) + column);
-  }
+  store_tile<kRows, kAcross, kColumns, pitch<T>(kColumns), kThreads>(
+      out + (int64_t{top} * out_width + start) * out_pixel + first, left,
+      int64_t{out_width} * out_pixel, out_pixel, out_height - top, out_width - start,
+      out_channels - first);
 }
 
 template <class T, class X, int Channels, int Stride>

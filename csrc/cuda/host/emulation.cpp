@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -37,6 +38,9 @@ struct Fiber {
   int line;  // of the barrier
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
+  std::vector<std::pair<float4*, float4>> unpublished;  // what other blocks do not see yet
+  bool published;                                       // whether it has, once at least
+  bool sees_others;                                     // whether it has since its block arrived
 };
 
 struct Warp {
@@ -52,7 +56,8 @@ struct Block {
   std::vector<unsigned char> memory;  // guard, shared memory, guard
   unsigned char* shared;
   size_t shared_bytes;
-  bool early;  // whether copies arrive at once, not when they are waited for
+  bool arrived;  // at a counter
+  bool early;    // whether copies arrive at once, not when they are waited for
   uint3 index;
   dim3 size, grid;
   const std::function<void()>* kernel;
@@ -117,6 +122,7 @@ void body() {
   if (!fiber.open.empty() || std::any_of(fiber.groups.begin(), fiber.groups.end(), unwaited)) {
     fail("a thread must wait for its asynchronous copies before it ends");
   }
+  if (!fiber.unpublished.empty()) fail("a thread must publish what it stores for other blocks");
   fiber.state = State::done;
   to_scheduler(true);
 }
@@ -126,6 +132,8 @@ void begin(Fiber& fiber) {
   fiber.state = State::ready;
   fiber.open.clear();
   fiber.groups.clear();
+  fiber.unpublished.clear();
+  fiber.published = fiber.sees_others = false;
   std::fill_n(stack_of(fiber) + kStack - kLocals, kLocals, kPoison);
   getcontext(&fiber.first);
   fiber.first.uc_stack.ss_sp = stack_of(fiber);
@@ -170,6 +178,7 @@ void check_guards() {
 
 void run_block(unsigned order) {
   std::fill(block->memory.begin(), block->memory.end(), kPoison);
+  block->arrived = false;
   for (Fiber& fiber : block->fibers) begin(fiber);
   for (Warp& warp : block->warps) warp.arrived = 0;
   const unsigned warps = unsigned(block->warps.size());
@@ -199,16 +208,24 @@ void run_block(unsigned order) {
   if (block->error.empty()) check_guards();
 }
 
+// Which of `all` blocks begins as the i-th: each does once, whatever the order.
+uint64_t place(uint64_t i, uint64_t all, unsigned order) {
+  if (order < 2) return order ? all - 1 - i : i;
+  uint64_t step = 2 * order + 1;
+  while (std::gcd(step, all) != 1) ++step;
+  return (i * step + order) % all;
+}
+
 void run_blocks(Block& mine, std::atomic<uint64_t>& next, uint64_t end, unsigned order,
                 std::atomic<bool>& failed) {
   block = &mine;
   for (uint64_t i; !failed && (i = next++) < end;) {
-    mine.index = {unsigned(i % mine.grid.x), unsigned(i / mine.grid.x), 0};
+    const uint64_t at = place(i, end, order);
+    mine.index = {unsigned(at % mine.grid.x), unsigned(at / mine.grid.x), 0};
     run_block(order);
     if (!mine.error.empty()) {
-      const auto at =
+      mine.error +=
           " (block " + std::to_string(mine.index.x) + ", " + std::to_string(mine.index.y) + ")";
-      mine.error += at;
       failed = true;
     }
   }
@@ -301,6 +318,32 @@ void wait(int pending) {
     }
     groups.erase(groups.begin());
   }
+}
+
+void store_for_others(float4* to, float4 v) { block->current->unpublished.emplace_back(to, v); }
+
+float4 load_from_others(const float4* from) {
+  if (!block->current->sees_others) {
+    fail("a thread must publish between its block's arrival and what it loads from other blocks");
+  }
+  return *from;
+}
+
+void publish() {
+  Fiber& fiber = *block->current;
+  for (const auto& [to, value] : std::exchange(fiber.unpublished, {})) *to = value;
+  fiber.published = true;
+  fiber.sees_others = block->arrived;
+}
+
+int arrive(int* counter) {
+  for (const Fiber& fiber : block->fibers) {
+    if (!fiber.unpublished.empty() || !fiber.published) {
+      fail("all threads of a block must have published before one of them arrives");
+    }
+  }
+  block->arrived = true;
+  return __atomic_fetch_add(counter, 1, __ATOMIC_SEQ_CST);
 }
 
 void collective(void* argument, void (*act)(void* const*)) {

@@ -43,7 +43,8 @@ void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
 
 // Of the launches that follow. 0: each warp runs until it must wait for others, in order; 1: in
 // reverse; 2 and above: a step of each warp in turns, in other orders. Asynchronous copies arrive
-// when they are waited for in even orders, at once in odd ones.
+// when they are waited for in even orders, at once in odd ones. Blocks begin in order, in reverse,
+// and from 2 on in other orders.
 void set_warp_order(unsigned order);
 
 // What follows is called by kernels.
@@ -57,6 +58,11 @@ void barrier(int line);
 void copy_16(const Copy& copy);
 void commit();
 void wait(int pending);
+// What blocks give each other. A stored value is in memory once its thread has published it.
+void store_for_others(float4* to, float4 v);
+float4 load_from_others(const float4* from);
+void publish();
+int arrive(int* counter);
 // Calls `act` with all 32 lanes' `argument`s once the warp is there.
 void collective(void* argument, void (*act)(void* const* lanes));
 

@@ -1,15 +1,20 @@
 // What ptx.cuh does with PTX, in C++ on the emulation's fibers.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "emulation.h"
 
 namespace fastscnn::cuda {
 
+using std::min;
+
 inline unsigned char* shared_memory() { return emulation::shared_memory(); }
 
-inline void async_copy_16(void* shared, const void* global, bool exists) {
+template <int Offset = 0>
+void async_copy_16(void* shared, const void* global, bool exists) {
+  shared = static_cast<unsigned char*>(shared) + Offset;
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
     emulation::fail("an asynchronous copy must be aligned to 16 bytes");
   }
@@ -30,9 +35,9 @@ struct MatrixRow {
   const void* row;
 };
 
-template <bool Transposed>
+template <bool Transposed, int Matrices>
 void load_matrices(void* const* lanes) {
-  for (int matrix = 0; matrix < 4; ++matrix) {
+  for (int matrix = 0; matrix < Matrices; ++matrix) {
     uint16_t m[8][8];
     unsigned banks = 0;  // eight groups of four, each of which gives 16 bytes at a time
     for (int row = 0; row < 8; ++row) {
@@ -50,13 +55,14 @@ void load_matrices(void* const* lanes) {
   }
 }
 
-template <bool Transposed>
-void load_matrices(uint32_t (&r)[4], const void* row) {
+template <bool Transposed, int Matrices>
+void load_matrices(uint32_t (&r)[Matrices], const void* row, int offset) {
+  row = static_cast<const unsigned char*>(row) + offset;
   if (reinterpret_cast<uintptr_t>(row) % 16) {
     emulation::fail("a matrix's row must be aligned to 16 bytes");
   }
   MatrixRow argument{r, row};
-  emulation::collective(&argument, load_matrices<Transposed>);
+  emulation::collective(&argument, load_matrices<Transposed, Matrices>);
 }
 
 template <class T>
@@ -66,22 +72,22 @@ float element(uint32_t pair, int which) {
   return static_cast<float>(values[which]);
 }
 
+// Of a product of depth Depth: a's and b's fragments in registers of 16 columns and 8 rows.
 struct Product {
   float* d;
-  const uint32_t* a;
-  uint32_t b[2];
+  uint32_t a[4], b[2];
 };
 
-template <class T>
+template <class T, int Depth>
 void multiply_add(void* const* lanes) {
-  float a[16][16], b[16][8];
+  float a[16][Depth], b[Depth][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& p = *static_cast<const Product*>(lanes[lane]);
     const int group = lane / 4, within = lane % 4 * 2;
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < Depth / 2; ++i) {
       a[group + i / 2 % 2 * 8][within + i % 2 + i / 4 * 8] = element<T>(p.a[i / 2], i % 2);
     }
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < Depth / 4; ++i)
       b[within + i % 2 + i / 2 * 8][group] = element<T>(p.b[i / 2], i % 2);
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -89,7 +95,7 @@ void multiply_add(void* const* lanes) {
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
       double sum = p.d[i];
-      for (int k = 0; k < 16; ++k) sum += double{a[row][k]} * b[k][column];
+      for (int k = 0; k < Depth; ++k) sum += double{a[row][k]} * b[k][column];
       p.d[i] = static_cast<float>(sum);
     }
   }
@@ -97,18 +103,44 @@ void multiply_add(void* const* lanes) {
 
 }  // namespace detail
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  detail::load_matrices<false>(r, row);
+template <int Offset = 0>
+void load_matrices(uint32_t (&r)[4], const void* row) {
+  detail::load_matrices<false>(r, row, Offset);
 }
 
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  detail::load_matrices<true>(r, row);
+template <int Offset = 0, int Matrices>
+void load_matrices_transposed(uint32_t (&r)[Matrices], const void* row) {
+  detail::load_matrices<true>(r, row, Offset);
 }
 
 template <class T>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  detail::Product argument{d, a, {b0, b1}};
-  emulation::collective(&argument, detail::multiply_add<T>);
+  detail::Product argument{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulation::collective(&argument, detail::multiply_add<T, 16>);
 }
+
+template <class T>
+void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  detail::Product argument{d, {a0, a1, 0, 0}, {b, 0}};
+  emulation::collective(&argument, detail::multiply_add<T, 8>);
+}
+
+inline void sync_warp() {
+  emulation::collective(nullptr, [](void* const*) {});
+}
+
+inline bool any_of_warp(bool holds) {
+  emulation::collective(&holds, [](void* const* lanes) {
+    bool any = false;
+    for (int lane = 0; lane < 32; ++lane) any |= *static_cast<bool*>(lanes[lane]);
+    for (int lane = 0; lane < 32; ++lane) *static_cast<bool*>(lanes[lane]) = any;
+  });
+  return holds;
+}
+
+inline void store_for_others(float4* to, float4 v) { emulation::store_for_others(to, v); }
+inline float4 load_from_others(const float4* from) { return emulation::load_from_others(from); }
+inline void publish() { emulation::publish(); }
+inline int arrive(int* counter) { return emulation::arrive(counter); }
 
 }  // namespace fastscnn::cuda

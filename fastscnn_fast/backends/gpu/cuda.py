@@ -117,10 +117,29 @@ def step(
     weights: Mapping[str, Buffer],
     dtype: torch.dtype,
     output: str,
+    processors: int,
 ) -> CudaStep:
-    """``layer`` on ``inputs`` (feature_fusion: (high, low)), laid out as plan.placed() does."""
+    """``layer`` on ``inputs`` (feature_fusion: (high, low)), laid out as plan.placed() does.
+
+    Its work is cut for a GPU of so many multiprocessors.
+    """
     made = _STEPS[layer.op](layer, inputs, out, weights, output)
-    return replace(made, sizes={"type": _TYPES[dtype], **_of_layer(layer), **made.sizes})
+    made = replace(made, sizes={"type": _TYPES[dtype], **_of_layer(layer), **made.sizes})
+    return _cut(made, processors) if layer.op == "inverted_residual" else made
+
+
+def _cut(made: CudaStep, processors: int) -> CudaStep:
+    """With the slices that fill the GPU, and the scratch in which their sums meet."""
+    module = registry.cuda_module()
+    made = replace(made, sizes={**made.sizes, "slices": 1})
+    slices = module.inverted_residual_slices(made.struct(), processors)
+    made = replace(made, sizes={**made.sizes, "slices": slices})
+    partials, counters = module.inverted_residual_scratch(made.struct())
+    scratch = {
+        "partials": Buffer.dense("partials", torch.float32, (partials // 4,)),
+        "counters": Buffer.dense("counters", torch.int32, (counters // 4,)),
+    }
+    return replace(made, arguments={**made.arguments, **(scratch if counters else {})})
 
 
 def _of_layer(layer: Layer) -> dict[str, int]:

@@ -138,7 +138,9 @@ def compiled(op: str, architecture: int) -> dict[str, Code]:
 
 def _entries(ptx: str) -> dict[str, str]:
     """By entry, PTX of that kernel alone: what stands before the first one, and it."""
-    kernel = re.compile(r"^(?:\.visible |\.weak )?\.entry (\w+)\(.*?^\}", re.MULTILINE | re.DOTALL)
+    # A brace that ends a line of inline assembly is no kernel's end: a comment follows it.
+    begin, end = r"^(?:\.visible |\.weak )?\.entry (\w+)\(", r"^\}$(?!\n\s*// end inline asm)"
+    kernel = re.compile(f"{begin}.*?{end}", re.MULTILINE | re.DOTALL)
     matches = list(kernel.finditer(ptx))
     head = ptx[: matches[0].start()]
     return {match[1]: f"{head}{match[0]}\n" for match in matches}

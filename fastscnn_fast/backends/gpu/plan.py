@@ -17,7 +17,7 @@ from ..gpus import Architecture
 from . import choices, cuda
 from .choices import Choice, Choices
 from .cuda import CudaStep
-from .tiles import tile
+from .tiles import processors, tile
 from .torch_step import TorchStep
 
 #: Memories that each call brings; all others are scratch.
@@ -146,7 +146,8 @@ def _steps(
         choices.CUDA if backend == "cuda" else place.tile(dtype, architecture)
     )
     if cut == choices.CUDA:
-        return [cuda.step(layer, place.inputs, out, weights, dtype, output)]
+        count = processors(architecture)
+        return [cuda.step(layer, place.inputs, out, weights, dtype, output, count)]
     if cut == choices.TORCH:
         names = input_names(layer)
         arguments = {**dict(zip(names, place.inputs)), "out": out, **weights}

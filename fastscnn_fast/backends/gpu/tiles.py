@@ -79,6 +79,12 @@ _INTERPRETED = {
 _UNKNOWN_PROCESSORS = GPUS[80].processors
 
 
+def processors(architecture: Architecture) -> int:
+    """Multiprocessors of a usual GPU of that architecture."""
+    gpu = GPUS.get(architecture)
+    return _UNKNOWN_PROCESSORS if gpu is None else gpu.processors
+
+
 def _most_pixels(architecture: Architecture) -> int:
     """Bytes of x that a program of inverted_residual may keep in shared memory while it goes over the expanded channels.
 
@@ -126,8 +132,7 @@ def _block(
     finish earlier although they expand more in all.
     """
     most = _most_pixels(architecture)
-    gpu = GPUS.get(architecture)
-    processors = _UNKNOWN_PROCESSORS if gpu is None else gpu.processors
+    count = processors(architecture)
 
     def expanded(block: tuple[int, int]) -> int:
         rows, columns = block
@@ -135,7 +140,7 @@ def _block(
 
     def longest(block: tuple[int, int]) -> int:
         programs = cdiv(pixels, lanes * block[0] * block[1])
-        return cdiv(programs, processors) * expanded(block)
+        return cdiv(programs, count) * expanded(block)
 
     channels = computed_channels(layer.in_channels) * dtype.itemsize
     fitting = [block for block in _BLOCKS if expanded(block) * lanes * channels <= most]
