@@ -33,12 +33,27 @@ struct Halo {
     return {row, column < kEven ? 2 * column : 2 * (column - kEven) + 1};
   }
 
-  // In elements: where an output's window begins, and a tap from there on.
-  __device__ static __forceinline__ int window(int pixel) {
+  // In elements: where an output's window begins, and a tap from there on: known, and moved.
+  __device__ __forceinline__ int window(int pixel) const {
     return slot<Stride, kColumns>(pixel / Across * Stride, pixel % Across * Stride) * Pitch;
   }
-  __host__ __device__ static constexpr int tap(int number) {
-    return slot<Stride, kColumns>(number / 3, number % 3) * Pitch;
+  __host__ __device__ static constexpr int known(int tap) {
+    return slot<Stride, kColumns>(tap / 3, tap % 3) * Pitch;
+  }
+  __device__ __forceinline__ int moved(int) const { return 0; }
+};
+
+// A halo of `columns` slots a row, whose windows' taps lie `down` rows and `along` slots apart.
+template <int Across, int Pitch>
+struct DilatedHalo {
+  int columns, down, along;
+
+  __device__ __forceinline__ int window(int pixel) const {
+    return (pixel / Across * columns + pixel % Across) * Pitch;
+  }
+  __host__ __device__ static constexpr int known(int) { return 0; }
+  __device__ __forceinline__ int moved(int tap) const {
+    return (tap / 3 * down * columns + tap % 3 * along) * Pitch;
   }
 };
 
@@ -67,8 +82,7 @@ class Filter {
 
   // Of the two channels whose sums the lane has; rounded as the diagonal is.
   __device__ __forceinline__ float2 pair(int tap) const {
-    const auto weights = packed(load_pair(weight_ + tap * pitch_ + threadIdx.x % 4 * 2), T{});
-    return load_pair(reinterpret_cast<const T*>(&weights));
+    return unpacked(packed(load_pair(weight_ + tap * pitch_ + threadIdx.x % 4 * 2), T{}));
   }
 
  private:
@@ -77,10 +91,11 @@ class Filter {
   float own_[9];
 };
 
-// The sums of 16 Rows pixels from `first` on, to `left`; `halo`, `left` and `bias` at the first of
-// the 8 channels. `left` may be the halo: what another warp reads is not written to.
-template <class T, class Halo, int Rows>
-__device__ __forceinline__ void depthwise(const T* halo, T* left, int left_pitch, int first,
+// The sums of 16 Rows pixels from `first` on, to `left`; `memory`, in which the halo is, `left` and
+// `bias` at the first of the 8 channels. `left` may be the halo: what another warp reads is not
+// written to.
+template <int Rows, int LeftPitch, class T, class Halo>
+__device__ __forceinline__ void depthwise(const Halo& halo, const T* memory, T* left, int first,
                                           const Filter<T>& filter, const float* bias,
                                           const Clamp<T>& clamp) {
   Accumulator<Rows, 1> sums;
@@ -90,10 +105,10 @@ __device__ __forceinline__ void depthwise(const T* halo, T* left, int left_pitch
     for (int tap = 0; tap < 9; ++tap) taps[tap] = filter.pair(tap);
     sums.start(bias);
     sums.for_each([&](int row, int column, float2& pair) {
-      const T* const window = halo + Halo::window(first + row) + column;
+      const T* const window = memory + halo.window(first + row) + column;
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap) {
-        pair = multiply_add(load_pair(window + Halo::tap(tap)), taps[tap], pair);
+        pair = multiply_add(load_pair(window + halo.known(tap) + halo.moved(tap)), taps[tap], pair);
       }
     });
   };
@@ -103,14 +118,14 @@ __device__ __forceinline__ void depthwise(const T* halo, T* left, int left_pitch
     const T* windows[Rows / 2];
 #pragma unroll
     for (int i = 0; i < Rows / 2; ++i) {
-      windows[i] = halo + Halo::window(first + 32 * i + threadIdx.x % 32);
+      windows[i] = memory + halo.window(first + 32 * i + threadIdx.x % 32);
     }
     unrolled<9>([&](auto tap) {
       const uint32_t diagonal = filter.diagonal(tap);
 #pragma unroll
       for (int i = 0; i < Rows / 2; ++i) {
         uint32_t a[4];
-        load_matrices<Halo::tap(tap) * int(sizeof(T))>(a, windows[i]);
+        load_matrices<Halo::known(tap) * int(sizeof(T))>(a, windows[i] + halo.moved(tap));
         multiply_add<T>(sums.v[2 * i][0], a[0], a[1], diagonal);
         multiply_add<T>(sums.v[2 * i + 1][0], a[2], a[3], diagonal);
       }
@@ -123,7 +138,7 @@ __device__ __forceinline__ void depthwise(const T* halo, T* left, int left_pitch
   }
   sync_warp();
   sums.for_each([&](int row, int column, float2& pair) {
-    put(left + (first + row) * left_pitch + column, clamp(pair));
+    put(left + (first + row) * LeftPitch + column, clamp(pair));
   });
 }
 

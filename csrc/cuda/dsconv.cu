@@ -191,9 +191,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncthreads();
       if constexpr (Stride != 0) {
         if (exists) {
-          depthwise<T, typename S::Window, S::kUnit>(halo(chunk) + unit_channel,
-                                                     left + unit_channel, S::kChunkPitch,
-                                                     unit_pixel, filter, depthwise_bias + c, clamp);
+          depthwise<S::kUnit, S::kChunkPitch>(typename S::Window{}, halo(chunk) + unit_channel,
+                                              left + unit_channel, unit_pixel, filter,
+                                              depthwise_bias + c, clamp);
         } else {
           clear<S::kUnit, S::kChunkPitch>(left + unit_pixel * S::kChunkPitch + unit_channel);
         }

@@ -44,24 +44,32 @@ __host__ __device__ constexpr int padded_columns(int channels) {
   return rounded_up(channels, power < kMostColumns ? power : kMostColumns);
 }
 
-__device__ __forceinline__ float2 load_pair(const float* p) {
-  return *reinterpret_cast<const float2*>(p);
+// Two adjacent elements, as they lie in memory, and as floats.
+__device__ __forceinline__ float2 packed(float2 v, float) { return v; }
+__device__ __forceinline__ __half2 packed(float2 v, __half) { return __floats2half2_rn(v.x, v.y); }
+__device__ __forceinline__ __nv_bfloat162 packed(float2 v, __nv_bfloat16) {
+  return __floats2bfloat162_rn(v.x, v.y);
 }
-__device__ __forceinline__ float2 load_pair(const __half* p) {
-  return __half22float2(*reinterpret_cast<const __half2*>(p));
-}
-__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* p) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
+template <class T>
+using Pair = decltype(packed(float2{}, T{}));
+
+__device__ __forceinline__ float2 unpacked(float2 v) { return v; }
+__device__ __forceinline__ float2 unpacked(__half2 v) { return __half22float2(v); }
+__device__ __forceinline__ float2 unpacked(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+
+template <class T>
+__device__ __forceinline__ float2 load_pair(const T* p) {
+  return unpacked(*reinterpret_cast<const Pair<T>*>(p));
 }
 
-__device__ __forceinline__ void store_pair(float* p, float2 v) {
-  *reinterpret_cast<float2*>(p) = v;
+template <class T>
+__device__ __forceinline__ void put(T* p, Pair<T> pair) {
+  *reinterpret_cast<Pair<T>*>(p) = pair;
 }
-__device__ __forceinline__ void store_pair(__half* p, float2 v) {
-  *reinterpret_cast<__half2*>(p) = __floats2half2_rn(v.x, v.y);
-}
-__device__ __forceinline__ void store_pair(__nv_bfloat16* p, float2 v) {
-  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(v.x, v.y);
+
+template <class T>
+__device__ __forceinline__ void store_pair(T* p, float2 v) {
+  put(p, packed(v, T{}));
 }
 
 __device__ __forceinline__ float to_float(float v) { return v; }
@@ -111,23 +119,15 @@ __device__ __forceinline__ float2 bounded(float2 v, float low, float high) {
   return {bounded(v.x, low, high), bounded(v.y, low, high)};
 }
 
-// Two adjacent elements, as they lie in memory.
-__device__ __forceinline__ float2 packed(float2 v, float) { return v; }
-__device__ __forceinline__ __half2 packed(float2 v, __half) { return __floats2half2_rn(v.x, v.y); }
-__device__ __forceinline__ __nv_bfloat162 packed(float2 v, __nv_bfloat16) {
-  return __floats2bfloat162_rn(v.x, v.y);
-}
-
 // Pairs of T, rounded, between two bounds that T has exactly: rounding does not change an order.
 template <class T>
 struct Clamp {
-  using Pair = decltype(packed(float2{}, T{}));
-  Pair low, high;
+  Pair<T> low, high;
 
   __device__ Clamp(float least, float most)
       : low(packed({least, least}, T{})), high(packed({most, most}, T{})) {}
 
-  __device__ __forceinline__ Pair operator()(float2 v) const {
+  __device__ __forceinline__ Pair<T> operator()(float2 v) const {
     if constexpr (sizeof(T) == sizeof(float)) {
       return bounded(v, low.x, high.x);
     } else {
@@ -137,18 +137,13 @@ struct Clamp {
 };
 
 // The pair where the mask has all bits set, zero where it has none.
-template <class Pair>
-__device__ __forceinline__ Pair masked(Pair pair, uint32_t mask) {
-  uint32_t words[sizeof(Pair) / sizeof(uint32_t)];
+template <class V>
+__device__ __forceinline__ V masked(V pair, uint32_t mask) {
+  uint32_t words[sizeof pair / sizeof(uint32_t)];
   std::memcpy(words, static_cast<const void*>(&pair), sizeof pair);
   for (uint32_t& word : words) word &= mask;
   std::memcpy(static_cast<void*>(&pair), words, sizeof pair);
   return pair;
-}
-
-template <class T, class Pair>
-__device__ __forceinline__ void put(T* p, Pair pair) {
-  *reinterpret_cast<Pair*>(p) = pair;
 }
 
 // A number that is a type: what is computed of it is a part of the instruction.

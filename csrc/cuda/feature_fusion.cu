@@ -2,11 +2,11 @@
 // resized nor the refined tensor exists in memory.
 //
 // A block owns a tile of pixels with up to 128 of their output channels. Both 1x1s are one product
-// over the channels of low and then of high, chunk by chunk: low's are resized and refined by the
-// threads, high's and the rows of the weights arrive asynchronously while the chunk before is
-// computed.
+// over the channels of low and then of high, chunk by chunk: low's are resized at the pixels that
+// the tile's taps read, and refined from there; high's and the rows of the weights arrive
+// asynchronously while the chunk before is computed.
 #include "arguments.cuh"
-#include "product.cuh"
+#include "depthwise.cuh"
 #include "resize.cuh"
 
 namespace fastscnn::cuda {
@@ -14,146 +14,125 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kRows = 4, kAcross = 16;  // of a tile
-constexpr int kPixels = kRows * kAcross;
-constexpr int kChunk = 32;  // channels
-constexpr int kPairs = kChunk / 2;
-static_assert(kThreads == kPairs * kAcross, "a thread refines two channels of a tile's column");
+constexpr int kRows = 4;  // of a tile
+constexpr int kMostDilation = 8;
 
-// What a tile samples, the same for all channels. `Side` x `Side` taps.
-template <int Side>
-struct Samples {
-  static constexpr int kDown = Side * kRows, kMost = 2 * kDown;
+// The distinct positions of `size` adjacent outputs' taps, in order, as a slot each: their number,
+// how far a tap lies from the next, and where a position is, from the first output on. Without a
+// dilation the outputs themselves.
+struct Positions {
+  int count, apart;
 
-  Sample down[kDown];             // of tap row and row; low < 0 outside the image
-  Sample across[Side * kAcross];  // of tap column and column
-  int last[kMost];                // whether no sample after has this row, low or high, too
-  int rows;                       // of low that are touched
-  int row[kMost];
-  alignas(16) float shares[kMost][kDown];  // of a row in the samples; < 0: not touched
+  __host__ __device__ Positions(int size, int dilation)
+      : count(dilation < size ? size + 2 * dilation : 3 * size),
+        apart(dilation < size ? dilation : size) {}
 
-  // Fills the table from what is sampled at the tile's rows and columns; a barrier must follow.
-  __device__ __forceinline__ void fill(int top, int start, int dilation, int height, int width,
-                                       int low_height, int low_width, const Resize& y,
-                                       const Resize& x) {
-    const auto at = [&](int i, int tap, int size, const Resize& resize, int low_size) {
-      const int64_t k = i + int64_t{tap - Side / 2} * dilation;
-      return k >= 0 && k < size ? sample(int(k), resize, low_size) : Sample{-1, -1, 0};
-    };
-    const int i = threadIdx.x;
-    if (i < kDown) {
-      down[i] = at(top + i % kRows, i / kRows, height, y, low_height);
-    } else if (i < kDown + Side * kAcross) {
-      const int j = i - kDown;
-      across[j] = at(start + j % kAcross, j / kAcross, width, x, low_width);
-    }
-    __syncthreads();
-    const int mine = i >= kMost ? -1 : i % 2 ? down[i / 2].high : down[i / 2].low;
-    bool is_last = mine >= 0;
-#pragma unroll
-    for (int j = 0; j < kDown; ++j) {
-      if (2 * j > i && down[j].low == mine) is_last = false;
-      if (2 * j + 1 > i && down[j].high == mine) is_last = false;
-    }
-    if (i < kMost) last[i] = is_last;
-    __syncthreads();
-    if (i >= kMost) return;
-    int k = 0;
-#pragma unroll
-    for (int j = 0; j < kMost; ++j) k += j > i ? last[j] : 0;
-    if (i == 0) rows = k + is_last;
-    if (!is_last) return;
-    row[k] = mine;
-#pragma unroll
-    for (int j = 0; j < kDown; ++j) {
-      const Sample& s = down[j];
-      float share = s.low == mine ? 1 - s.weight : 0;
-      if (s.high == mine) share += s.weight;
-      shares[k][j] = s.low == mine || s.high == mine ? share : -1;
-    }
+  __device__ __forceinline__ int64_t at(int slot, int size, int dilation) const {
+    if (apart == dilation) return slot - dilation;
+    return slot % size + int64_t{slot / size - 1} * dilation;
   }
 };
 
-// Sizes for Out channels, 0 if those are known only at run time. Shared memory in elements: the
-// left and right matrices of two chunks, and in the same memory the result; then the samples.
-template <class T, int Out, int Side>
+// Sizes for tiles of Across columns and Out channels, 0 if those are known only at run time; Side x
+// Side taps.
+template <class T, int Out, int Side, int Across>
 struct Sizes {
+  static constexpr int kPixels = kRows * Across;
+  static constexpr int kChunk = 64 / int(sizeof(T));  // channels
+  static constexpr int kChunkPitch = pitch<T>(kChunk);
   static constexpr int kColumns = Out ? padded_columns(Out) : 64;
-  static constexpr int kLeft = kPixels * pitch<T>(kChunk);
-  static constexpr int kRight = kChunk * pitch<T>(kColumns);
+  static constexpr int kRowPitch = pitch<T>(kColumns);
+  static constexpr int kMostRows = Side * kRows;
+  static constexpr int kMostColumns = Side == 1 ? Across : Across == 16 ? 32 : 24;
+  // A warp refines 16 kUnit pixels of 8 channels.
+  static constexpr int kUnit = sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kUnitsAcross = kPixels / (16 * kUnit);
+  static constexpr int kUnits = kUnitsAcross * (kChunk / 8);
+
+  // Shared memory in elements: the left and right matrices of two chunks, and in the same memory
+  // the result; then what is resized of a chunk.
+  static constexpr int kLeft = kPixels * kChunkPitch;
+  static constexpr int kRight = kChunk * kRowPitch;
   static constexpr int kPipeline = 2 * (kLeft + kRight);
-  static constexpr int kResult = kPixels * pitch<T>(kColumns);
+  static constexpr int kResult = kPixels * kRowPitch;
   static constexpr int kTile = kPipeline > kResult ? kPipeline : kResult;
-  static constexpr size_t kShared = kTile * sizeof(T) + sizeof(Samples<Side>);
+
+  // What a tile samples at the rows and columns of its taps; low < 0 outside the image.
+  struct alignas(16) Position {
+    Sample sample;
+  };
+  struct Samples {
+    Position down[kMostRows], across[kMostColumns];
+  };
+
+  static size_t shared(int dilation) {
+    const int resized =
+        Side == 1 ? 0 : Positions(kRows, dilation).count * Positions(Across, dilation).count;
+    return (kTile + resized * kChunkPitch) * sizeof(T) + sizeof(Samples);
+  }
 };
 
-// relu(refine(resize(low))) of one chunk, to `left`. A thread has two channels of a column of the
-// tile. It passes once over the rows of low that the column's samples touch: the row's samples at
-// the tap columns are weighted by each tap row, and those sums count for the pixels whose tap row
-// touches the row.
-template <class T, int Side>
-__device__ __forceinline__ void refine(const T* low, T* left, const Samples<Side>& samples,
-                                       const float* weight, const float* bias, int channels,
-                                       int first, int64_t low_row, int low_pixel) {
-  const int within = threadIdx.x % kPairs * 2, column = threadIdx.x / kPairs, c = first + within;
-  const bool exists = c < channels;
-  float2 taps[Side * Side], sums[kRows], start{0, 0};
-  if constexpr (Side > 1) {
-#pragma unroll
-    for (int tap = 0; tap < Side * Side; ++tap) {
-      taps[tap] = exists ? load_pair(weight + tap * channels + c) : float2{0, 0};
-    }
-    if (exists) start = load_pair(bias + c);
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) sums[r] = start;
-  const T *lows[Side], *highs[Side];
-  float weights[Side];
-  bool inside[Side];
-#pragma unroll
-  for (int x = 0; x < Side; ++x) {
-    const Sample& s = samples.across[x * kAcross + column];
-    inside[x] = exists && s.low >= 0;
-    lows[x] = inside[x] ? low + int64_t{s.low} * low_pixel + c : low;
-    highs[x] = inside[x] ? low + int64_t{s.high} * low_pixel + c : low;
-    weights[x] = s.weight;
-  }
+// One chunk of low at the samples' positions, to slots of `to`; with Refined, after a ReLU. A
+// thread has four channels of a column and walks down: a row of low is blended along the column
+// once.
+template <bool Refined, class T, class S>
+__device__ __forceinline__ void resize(const T* low, T* to, const typename S::Samples& samples,
+                                       int rows, int columns, int channels, int64_t low_row,
+                                       int low_pixel) {
+  constexpr int kOwn = 4, kSharers = S::kChunk / kOwn;
+  using Own = Vector<Pair<T>, kOwn / 2>;
+  const int c = threadIdx.x % kSharers * kOwn;
+  const Clamp<T> clamp(Refined ? 0.0f : -INFINITY, INFINITY);
 #pragma unroll 1
-  for (int i = 0; i < samples.rows; ++i) {
-    const int64_t at = samples.row[i] * low_row;
-    float2 across[Side];
+  for (int column = threadIdx.x / kSharers; column < columns; column += kThreads / kSharers) {
+    const Sample along = samples.across[column].sample;
+    const bool inside = along.low >= 0 && c < channels;
+    const T* const left = low + (inside ? int64_t{along.low} * low_pixel + c : 0);
+    const T* const right = low + (inside ? int64_t{along.high} * low_pixel + c : 0);
+    const auto blend_row = [&](int row, float2(&values)[2]) {
+      const Own a = *reinterpret_cast<const Own*>(left + row * low_row);
+      const Own b = *reinterpret_cast<const Own*>(right + row * low_row);
 #pragma unroll
-    for (int x = 0; x < Side; ++x) {
-      across[x] = blended(load_pair(lows[x] + at), load_pair(highs[x] + at), weights[x]);
-      if (!inside[x]) across[x] = {0, 0};
-    }
-#pragma unroll
-    for (int y = 0; y < Side; ++y) {
-      const float4 four = *reinterpret_cast<const float4*>(samples.shares[i] + y * kRows);
-      if (fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)) < 0) continue;
-      float2 sum = across[0];
-      if constexpr (Side > 1) {
-        sum = {0, 0};
-#pragma unroll
-        for (int x = 0; x < Side; ++x) sum = multiply_add(across[x], taps[Side * y + x], sum);
+      for (int i = 0; i < 2; ++i) {
+        values[i] = blended(unpacked(a.v[i]), unpacked(b.v[i]), along.weight);
       }
-      const float shares[kRows] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (shares[r] >= 0) sums[r] = multiply_add({shares[r], shares[r]}, sum, sums[r]);
+    };
+    T* at = to + column * S::kChunkPitch + c;
+    float2 above[2], below[2];
+    int row_above = -1, row_below = -1;
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r, at += columns * S::kChunkPitch) {
+      const Sample down = samples.down[r].sample;
+      if (!inside || down.low < 0) {
+        *reinterpret_cast<Own*>(at) = Own{};
+        continue;
       }
-    }
-  }
+      if (down.low != row_above) {
+        if (down.low == row_below) {
+          above[0] = below[0], above[1] = below[1];
+        } else {
+          blend_row(down.low, above);
+        }
+        row_above = down.low;
+      }
+      if (down.high != row_below) {
+        blend_row(down.high, below);
+        row_below = down.high;
+      }
+      Own own;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    store_pair(left + (r * kAcross + column) * pitch<T>(kChunk) + within,
-               bounded(sums[r], 0, INFINITY));
+      for (int i = 0; i < 2; ++i) {
+        const float2 value = blended(above[i], below[i], down.weight);
+        own.v[i] = Refined ? clamp(value) : packed(value, T{});
+      }
+      *reinterpret_cast<Own*>(at) = own;
+    }
   }
 }
 
 // high (H, W, high channels) and low (h, w, low channels) -> out (H, W, out channels), a tile of
 // image block / (tiles down and across).
-template <class T, int Low, int High, int Out, int Taps>
+template <class T, int Low, int High, int Out, int Taps, int Across>
 __global__ void __launch_bounds__(kThreads, 2)
     feature_fusion_kernel(const T* __restrict__ high, const T* __restrict__ low,
                           const float* __restrict__ refine_weight,
@@ -166,42 +145,48 @@ __global__ void __launch_bounds__(kThreads, 2)
                           float least, float most, int64_t high_image, int high_pixel,
                           int64_t low_image, int low_pixel, int64_t out_image, int out_pixel) {
   constexpr int kSide = Taps == 9 ? 3 : 1;
-  using S = Sizes<T, Out, kSide>;
-  using Product = Shares<kPixels, S::kColumns, kWarps>;
+  using S = Sizes<T, Out, kSide, Across>;
+  using Product = Shares<S::kPixels, S::kColumns, kWarps>;
   if (Low) low_channels = Low;
   if (High) high_channels = High;
   if (Out) out_channels = Out;
+  if (kSide == 1) dilation = 0;
   const int row_pitch = padded_columns(out_channels);
+  const Positions down_at(kRows, dilation), along_at(Across, dilation);
   T* const memory = reinterpret_cast<T*>(shared_memory());
-  auto& samples = *reinterpret_cast<Samples<kSide>*>(memory + S::kTile);
+  auto& samples = *reinterpret_cast<typename S::Samples*>(memory + S::kTile);
+  T* const resized = reinterpret_cast<T*>(&samples + 1);
   const auto left = [&](int chunk) { return memory + chunk % 2 * S::kLeft; };
   const auto right = [&](int chunk) { return memory + 2 * S::kLeft + chunk % 2 * S::kRight; };
 
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
-  const int top = down * kRows, start = across * kAcross;
+  const int top = down * kRows, start = across * Across;
   high += image * high_image;
   low += image * low_image;
   out += image * out_image;
   const int first_column = blockIdx.y * S::kColumns;
 
-  const int low_chunks = divided_up(low_channels, kChunk);
-  const int chunks = low_chunks + divided_up(high_channels, kChunk);
+  const int low_chunks = divided_up(low_channels, S::kChunk);
+  const int chunks = low_chunks + divided_up(high_channels, S::kChunk);
   const auto queue = [&](int chunk) {
     const bool of_low = chunk < low_chunks;
-    const int first = (of_low ? chunk : chunk - low_chunks) * kChunk;
-    copy_matrix<kChunk, S::kColumns, pitch<T>(S::kColumns), kThreads>(
+    const int first = (of_low ? chunk : chunk - low_chunks) * S::kChunk;
+    copy_matrix<S::kChunk, S::kColumns, S::kRowPitch, kThreads>(
         right(chunk),
         (of_low ? low_weight : high_weight) + int64_t{first} * row_pitch + first_column, row_pitch,
-        (of_low ? low_channels : high_channels) - first, row_pitch - first_column);
+        Low && High ? S::kChunk : (of_low ? low_channels : high_channels) - first,
+        Out ? S::kColumns : row_pitch - first_column);
     if (!of_low) {
-      constexpr int kVectors = kChunk / kPerVector<T>;
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kPixels * kVectors; i += kThreads) {
-        const int pixel = i / kVectors, within = i % kVectors * kPerVector<T>;
-        const int y = top + pixel / kAcross, z = start + pixel % kAcross;
-        const bool exists = y < height && z < width && first + within < high_channels;
-        async_copy_16(left(chunk) + pixel * pitch<T>(kChunk) + within,
+      constexpr int kVectors = S::kChunk / kPerVector<T>;
+#pragma unroll
+      for (int i = 0; i < S::kPixels * kVectors; i += kThreads) {
+        const int at = i + threadIdx.x, pixel = at / kVectors;
+        const int within = at % kVectors * kPerVector<T>;
+        if (S::kPixels * kVectors < kThreads && at >= S::kPixels * kVectors) break;
+        const int y = top + pixel / Across, z = start + pixel % Across;
+        const bool exists = y < height && z < width && (High || first + within < high_channels);
+        async_copy_16(left(chunk) + pixel * S::kChunkPitch + within,
                       exists ? high + (int64_t{y} * width + z) * high_pixel + first + within : high,
                       exists);
       }
@@ -212,39 +197,71 @@ __global__ void __launch_bounds__(kThreads, 2)
   queue(0);
   typename Product::Tile total;
   const int own_column = first_column + Product::column();
-  total.start(bias + own_column, row_pitch - own_column);
-  samples.fill(top, start, dilation, height, width, low_height, low_width,
-               {y_scale, y_shift, y_divisor}, {x_scale, x_shift, x_divisor});
+  total.start(bias + own_column, Out ? S::kColumns : row_pitch - own_column);
+  const auto sample_at = [&](int64_t at, int size, int64_t scale, int64_t shift, int64_t divisor,
+                             int low_size) {
+    const bool exists = at >= 0 && at < size;
+    return exists ? sample(int(at), {scale, shift, divisor}, low_size) : Sample{-1, -1, 0};
+  };
+  if (const int i = threadIdx.x; i < down_at.count) {
+    samples.down[i].sample = sample_at(top + down_at.at(i, kRows, dilation), height, y_scale,
+                                       y_shift, y_divisor, low_height);
+  } else if (const int j = i - kThreads / 2; j >= 0 && j < along_at.count) {
+    samples.across[j].sample = sample_at(start + along_at.at(j, Across, dilation), width, x_scale,
+                                         x_shift, x_divisor, low_width);
+  }
+  // What this warp refines, if it does.
+  const int warp = threadIdx.x / 32;
+  const int unit_channel = warp / S::kUnitsAcross * 8 % S::kChunk;
+  const int unit_pixel = warp % S::kUnitsAcross * 16 * S::kUnit;
+  const DilatedHalo<Across, S::kChunkPitch> halo{along_at.count, down_at.apart, along_at.apart};
+  const Clamp<T> relu(0, INFINITY), clamp(least, most);
   __syncthreads();
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     if (chunk < low_chunks) {
-      refine<T, kSide>(low, left(chunk), samples, refine_weight, refine_bias, low_channels,
-                       chunk * kChunk, int64_t{low_width} * low_pixel, low_pixel);
+      const int first = chunk * S::kChunk, c = first + unit_channel;
+      const bool exists = Low || c < low_channels;
+      resize<kSide == 1, T, S>(low + first, kSide == 1 ? left(chunk) : resized, samples,
+                               down_at.count, along_at.count, low_channels - first,
+                               int64_t{low_width} * low_pixel, low_pixel);
+      if constexpr (kSide > 1) {
+        const Filter<T> filter(refine_weight + (exists ? c : 0), low_channels);
+        __syncthreads();
+        if (S::kUnits >= kWarps || warp < S::kUnits) {
+          if (exists) {
+            depthwise<S::kUnit, S::kChunkPitch>(halo, resized + unit_channel,
+                                                left(chunk) + unit_channel, unit_pixel, filter,
+                                                refine_bias + c, relu);
+          } else {
+            clear<S::kUnit, S::kChunkPitch>(left(chunk) + unit_pixel * S::kChunkPitch +
+                                            unit_channel);
+          }
+        }
+      }
     }
     async_wait<0>();
     __syncthreads();  // after which nobody multiplies the chunk before
     if (chunk + 1 < chunks) queue(chunk + 1);
-    multiply<kChunk, pitch<T>(S::kColumns)>(total, left(chunk) + Product::row() * pitch<T>(kChunk),
-                                            pitch<T>(kChunk), right(chunk) + Product::column());
+    multiply<S::kChunk, S::kRowPitch>(total, left(chunk) + Product::row() * S::kChunkPitch,
+                                      S::kChunkPitch, right(chunk) + Product::column());
   }
   __syncthreads();
 
   T* const tile = memory;
   total.for_each([&](int row, int column, float2& pair) {
-    store_pair(tile + (Product::row() + row) * pitch<T>(S::kColumns) + Product::column() + column,
-               bounded(pair, least, most));
+    put(tile + (Product::row() + row) * S::kRowPitch + Product::column() + column, clamp(pair));
   });
   __syncthreads();
-  store_tile<kRows, kAcross, S::kColumns, pitch<T>(S::kColumns), kThreads>(
+  store_tile<kRows, Across, S::kColumns, S::kRowPitch, kThreads>(
       out + (int64_t{top} * width + start) * out_pixel + first_column, tile,
       int64_t{width} * out_pixel, out_pixel, height - top, width - start,
       out_channels - first_column);
 }
 
-template <class T, int Low, int High, int Out, int Taps>
+template <class T, int Low, int High, int Out, int Taps, int Across = 16>
 void run(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
-  using S = Sizes<T, Out, Taps == 9 ? 3 : 1>;
+  using S = Sizes<T, Out, Taps == 9 ? 3 : 1, Across>;
   const Bounds end = bounds_of(op.activation);
   const Resize y = resize_of(op.low_height, op.height, op.align_corners);
   const Resize x = resize_of(op.low_width, op.width, op.align_corners);
@@ -252,20 +269,24 @@ void run(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
             high_channels = computed_channels(op.high_channels);
   const int out_channels = computed_channels(op.out_channels);
   const int64_t tiles_down = divided_up(op.height, kRows);
-  const int64_t tiles_across = divided_up(op.width, kAcross);
-  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::kShared,
+  const int64_t tiles_across = divided_up(op.width, Across);
+  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::shared(op.dilation),
                     divided_up(out_channels, S::kColumns)};
-  FASTSCNN_LAUNCH((feature_fusion_kernel<T, Low, High, Out, Taps>), shape, stream, op.high, op.low,
-                  op.refine_weight, op.refine_bias, op.low_weight, op.high_weight, op.bias, op.out,
-                  op.height, op.width, op.low_height, op.low_width, tiles_down, tiles_across,
-                  low_channels, high_channels, out_channels, op.dilation, y.scale, y.shift,
-                  y.divisor, x.scale, x.shift, x.divisor, end.low, end.high, op.high_image,
+  FASTSCNN_LAUNCH((feature_fusion_kernel<T, Low, High, Out, Taps, Across>), shape, stream, op.high,
+                  op.low, op.refine_weight, op.refine_bias, op.low_weight, op.high_weight, op.bias,
+                  op.out, op.height, op.width, op.low_height, op.low_width, tiles_down,
+                  tiles_across, low_channels, high_channels, out_channels, op.dilation, y.scale,
+                  y.shift, y.divisor, x.scale, x.shift, x.divisor, end.low, end.high, op.high_image,
                   op.high_pixel, op.low_image, op.low_pixel, op.out_image, op.out_pixel);
 }
 
-// The instantiation for these channels, the general one for others.
+// The instantiation for these channels, the general one for others; with narrower tiles where the
+// taps of wide ones would touch more columns than shared memory holds.
 template <class T, int Taps>
 void select(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
+  if constexpr (Taps == 9) {
+    if (op.dilation > kMostDilation) return run<T, 0, 0, 0, Taps, 8>(op, stream);
+  }
   if (computed_channels(op.low_channels) == 128 && computed_channels(op.high_channels) == 64 &&
       computed_channels(op.out_channels) == 128) {
     return run<T, 128, 64, 128, Taps>(op, stream);

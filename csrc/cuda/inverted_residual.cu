@@ -47,8 +47,8 @@ struct Sizes {
   static constexpr int kRowPitch = pitch<T>(kRow);
   using Window = Halo<Stride, kAcross, kChunkPitch>;
 
-  // Shared memory in elements: each stage's halo of x, its expanding columns, the expanded halo, the
-  // depthwise result, the projecting rows. Where no two warps sum up the same channels, the
+  // Shared memory in elements: each stage's halo of x, its expanding columns, the expanded halo,
+  // the depthwise result, the projecting rows. Where no two warps sum up the same channels, the
   // result takes the place of the halo.
   static constexpr int kHalo = kSlots * kChunkPitch;
   static constexpr int kLeft = kUnitsAcross > 1 ? kPixels * kChunkPitch : 0;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   typename Product::Tile total;
   const int own_column = first_column + Product::column();
   if (slice == 0) {
-    total.start(project_bias + own_column, row_pitch - own_column);
+    total.start(project_bias + own_column, In ? S::kColumns : row_pitch - own_column);
   } else {
     total.start();
   }
@@ -240,9 +240,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     async_commit();
     if (S::kUnits >= kWarps || warp < S::kUnits) {
-      depthwise<T, typename S::Window, S::kUnit>(halo + unit_channel, left + unit_channel,
-                                                 S::kChunkPitch, unit_pixel, filter,
-                                                 depthwise_bias + chunk + unit_channel, clamp);
+      depthwise<S::kUnit, S::kChunkPitch>(typename S::Window{}, halo + unit_channel,
+                                          left + unit_channel, unit_pixel, filter,
+                                          depthwise_bias + chunk + unit_channel, clamp);
     }
     async_wait<1>();
     __syncthreads();

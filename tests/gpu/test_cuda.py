@@ -26,14 +26,14 @@ from helpers import ROOT, small_network
 from fastscnn_fast import fuse, ops
 from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
-from fastscnn_fast.backends.gpu import choices, cuda, nvcc, runner, tune
+from fastscnn_fast.backends.gpu import choices, cuda, dump, nvcc, runner, tune
 from fastscnn_fast.backends.gpu.cuda import CudaStep
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.backends.gpus import MULTIPROCESSORS
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program.layers import ACTIVATIONS, OPS, OUTPUTS, Layer
 from fastscnn_fast.program.memory import Buffer
-from fastscnn_fast.program.program import fast_scnn
+from fastscnn_fast.program.program import fast_scnn, layer_sizes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 built = pytest.mark.skipif(
@@ -241,6 +241,41 @@ def test_scratch_is_as_large_as_the_header_says(name: str, host: Any) -> None:
 
 
 @emulated
+@pytest.mark.parametrize("name", PRESETS)
+def test_bottlenecks_share_their_scratch_in_turn(name: str, host: Any) -> None:
+    """Partial sums and counters of as many bytes as the C interface says, of those alone that are cut."""
+    plan = plan_of(name)
+    steps = [step for step in plan.steps if step.op == "inverted_residual"]
+    assert all(step.sizes["slices"] > 1 for step in steps)  # few tiles at 96 x 160
+    for step in steps:
+        scratch = [step.arguments[field].bytes for field in ("partials", "counters")]
+        assert tuple(scratch) == host.inverted_residual_scratch(step.struct())
+    whole = dataclasses.replace(steps[0], sizes={**steps[0].sizes, "slices": 1})
+    assert host.inverted_residual_scratch(whole.struct()) == (0, 0)
+    assert plan.counters >= max(step.arguments["counters"].bytes for step in steps)
+
+
+@emulated
+def test_work_is_cut_to_fill_the_multiprocessors(host: Any) -> None:
+    """By the fewest instructions of the busiest: most of an H100's 132 have a block, none has two."""
+    layers = layer_sizes(PRESETS["paper"], 512, 1024)
+    for one in (one for one in layers if one.layer.op == "inverted_residual"):
+        (made,) = dump.launches(one, torch.float16, 90, backend="cuda").steps
+        (launch,) = cuda.described(made)
+        assert 96 <= launch.grid[0] * launch.grid[1] <= 132
+        arguments = made.struct()
+        assert host.inverted_residual_slices(arguments, 132) == launch.grid[1]
+        # An Orin has work enough, and so has a batch; no image is no work.
+        assert host.inverted_residual_slices(arguments, 16) <= 2
+        for images in (0, 64):
+            arguments.images = images
+            assert host.inverted_residual_slices(arguments, 132) == 1
+        arguments.stride = 3  # which the op refuses, and says so
+        assert host.inverted_residual_slices(arguments, 132) == 0
+        assert host.inverted_residual_scratch(arguments) == (0, 0)
+
+
+@emulated
 def test_both_backends_follow_what_tuning_chose(host: Any) -> None:
     layers = fast_scnn(PRESETS["paper"]).layers
     every = {step.op: step for step in plan_of("paper").steps}
@@ -338,7 +373,7 @@ RULES: dict[str, tuple[list[str], list[str], list[tuple[str, Any, str]]]] = {
     "inverted_residual": (
         ["x", "out"],
         ["in_", "mid_", "out_"],
-        [*SIDES, ("stride", 3, "1 or 2"), ("residual", 1, "1 with residual")],
+        [*SIDES, ("stride", 3, "1 or 2"), ("residual", 1, "1 with residual"), ("slices", 0, "at least 1")],
     ),
     "pyramid_pooling": (
         ["x", "out"],

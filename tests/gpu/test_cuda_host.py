@@ -23,6 +23,7 @@ from helpers import ROOT
 from targets import ONE_OF_EACH, GpuCase, Target, check_odd, check_upsampling, slow_unless
 
 from fastscnn_fast.arch.config import PRESETS
+from fastscnn_fast.backends.gpu import runner
 from fastscnn_fast.program.layers import OPS, Layer
 from fastscnn_fast.program.program import layer_sizes
 
@@ -81,6 +82,24 @@ def test_wide_layers(layer: Layer, arithmetic: str, emulation: Target) -> None:
         check_odd(emulation.case(Case(layer, ((9, 18),)), arithmetic))
 
 
+SLICED = Layer("inverted_residual", "", 64, 64, mid_channels=384, residual=True)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "float16"])
+def test_slices_meet_in_their_order(arithmetic: str, emulation: Target) -> None:
+    """Whichever block is the last: the bits are the same, call after call on one arena."""
+    case = emulation.case(Case(SLICED, ((9, 18),), batch=2), arithmetic)
+    inputs, weights = case.inputs(), case.weights()
+    results = []
+    for order in (0, 1, 2, 3, 4, 7):
+        cuda_host.shared().set_warp_order(order)
+        results.append(case.run(inputs, weights))
+    assert all(torch.equal(results[0], y) for y in results)
+    ((bound,),) = runner._pool._free.values()
+    (call,) = bound._calls
+    assert call._step.sizes["slices"] > 1
+
+
 def fenced(packed: torch.Tensor) -> torch.Tensor:
     """The same at the very end of memory whose next page may not be read."""
     page, size = mmap.PAGESIZE, packed.numel()
@@ -131,12 +150,35 @@ def test_nothing_is_read_past_the_weights(out_channels: int, emulation: Target) 
 # ---------------------------------------------------------------- mutants: kernels that are wrong on purpose
 
 
+#: Headers whose code is mutated too, and the op that shows it.
+HEADERS = {
+    "convolution": "pyramid_pooling",
+    "depthwise": "inverted_residual",
+    "product": "dsconv",
+    "slices": "inverted_residual",
+}
+
+
 def source_of(name: str) -> str:
-    """An op's source, or "convolution": the header that pyramid_pooling is written around."""
-    if name != "convolution":
-        return (cuda_host.CUDA / f"{name}.cu").read_text()
-    header = (cuda_host.CUDA / "convolution.cuh").read_text()
-    return header.replace("#pragma once", "")
+    """An op's source, or one of HEADERS."""
+    return (cuda_host.CUDA / f"{name}{'.cuh' if name in HEADERS else '.cu'}").read_text()
+
+
+def inlined(text: str, changed: dict[str, str], seen: set[str]) -> str:
+    """``text`` with the kernels' headers in place of what includes them, each once."""
+
+    def header(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in seen:
+            return ""
+        seen.add(name)
+        return inlined(changed.get(name) or source_of_header(name), changed, seen)
+
+    return re.sub(r'#include "(\w+)\.cuh"\n', header, text)
+
+
+def source_of_header(name: str) -> str:
+    return (cuda_host.CUDA / f"{name}.cuh").read_text().replace("#pragma once", "")
 
 
 #: What a failing check says: numbers that are wrong (or were never written, and stayed NaN), labels that are, memory
@@ -148,6 +190,9 @@ WRITTEN = (
 )
 WRITTEN += r"|AssertionError: a kernel wrote outside of its scratch memory"
 BARRIERS = r"ValueError: \w+: (a barrier|threads of one block wait at different barriers)"
+COUNTERS = r"AssertionError: a kernel left a counter"
+OTHERS = r"ValueError: \w+: (a thread must publish|all threads of a block must have published)"
+FINITE = r"AssertionError: Tensor-likes are not close"
 COPIES = r"ValueError: \w+: a thread must wait for its asynchronous copies before it ends"
 
 
@@ -167,7 +212,7 @@ class Mutant:
 
     @property
     def op(self) -> str:
-        return "pyramid_pooling" if self.source == "convolution" else self.source
+        return HEADERS.get(self.source, self.source)
 
     def text(self) -> str:
         text = source_of(self.source)
@@ -175,7 +220,8 @@ class Mutant:
         changed = text[: found.start()] + found.expand(self.replacement) + text[found.end() :]
         if self.source == self.op:
             return changed
-        return source_of(self.op).replace(f'#include "{self.source}.cuh"\n', changed)
+        changed = changed.replace("#pragma once", "")
+        return inlined(source_of(self.op), {self.source: changed}, set())
 
 
 BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
@@ -188,7 +234,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", (NUMBERS,)),
     (
         "reads past the edge",
-        r"(?<=z >= 0 && z) < width|(?<=pixel\.y) < width",
+        r"(?<=z >= 0 && z) < width|(?<=column >= 0 && column) < width",
         " <= width",
         (NUMBERS,),
     ),
@@ -198,6 +244,17 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         r"(\g<0>) && false",
         (NUMBERS, LABELS, WRITTEN),
     ),
+    ("writes past the edge", r" && column \+ along < columns", "", (NUMBERS, WRITTEN)),
+    ("a counter that is not reset", r"counters\[tile\] = 0", "(void)tile", (COUNTERS,)),
+    ("nobody published", r"publish\(\);", ";", (OTHERS,)),
+    ("summed up too early", r"slices - 1\)", "slices - 2)", (NUMBERS, COUNTERS)),
+    ("a slice left out", r"from = 0; from", "from = 1; from", (NUMBERS,)),
+    (
+        "one infinity makes all NaN",
+        r"if \(any_of_warp.*\) one_by_one",
+        "if (false) one_by_one",
+        (FINITE,),
+    ),
     ("a write past the end", r"p >= pixels\b", "p > pixels", (NUMBERS, LABELS, WRITTEN)),
     ("labels past the edge", r"if \(column < width\) to", "to", (LABELS, WRITTEN)),
     ("a local that is not written", r"(terms\[.*\])\{\}", r"\1", (NUMBERS,)),
@@ -205,7 +262,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 
 
 def mutants() -> Iterator[Any]:
-    for source in (*OPS, "convolution"):
+    for source in (*OPS, *HEADERS):
         for kind in KINDS:
             for n in range(len(re.findall(kind[1], source_of(source)))):
                 mutant = Mutant(source, *kind, n=n)
@@ -233,7 +290,8 @@ def run_emulated(module: Path, selected: str, timeout: int, **environment: str) 
 def test_mutants_are_found(mutant: Mutant) -> None:
     """By a check that is there to find them; a crash, or another error, is no such thing."""
     built = cuda_host.build(changed={f"{mutant.op}.cu": mutant.text()})
-    selected = f"{mutant.op} and (real_layers or small_size or upsampling or wide_layers)"
+    cases = "real_layers or small_size or upsampling or wide_layers or infinity"
+    selected = f"{mutant.op} and ({cases})"
     done = run_emulated(built, selected, 300)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
     (said,) = re.findall(r"^E +(\w*(?:Error|Exception): .*)", done.stdout, re.MULTILINE)

@@ -303,7 +303,8 @@ def _cuda_unused(launch: cuda.Described) -> tuple[str, ...]:
     if (
         kernel == "feature_fusion_kernel"
     ):  # a dense refinement is a launch of its own, without a low branch
-        refine = ("refine_weight", "refine_bias") if template.endswith(", 1>") else ()
+        taps = template.split(", ")[4]
+        refine = ("refine_weight", "refine_bias") if taps == "1" else ()
         return (*refine, *(() if values["low_channels"] else ("low", "low_weight")))
     return ("shares",) if kernel == "convolution_kernel" and not values["cells"] else ()
 
