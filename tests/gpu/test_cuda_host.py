@@ -227,7 +227,7 @@ class Mutant:
 BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
 LATER_WAIT = r"async_wait<(1|kStages - 2)>\(\);"
 KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS)),
+    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, BARRIERS, OTHERS)),
     ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", (BARRIERS,)),
     ("copies not waited for", LAST_WAIT, ";", (NUMBERS, COPIES)),
     ("copies waited for too late", LATER_WAIT, r"async_wait<\1 + 1>();", (NUMBERS, COPIES)),
