@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,28 +87,31 @@ def choose(tab: Any, label: str, option: str) -> None:
     tab.get_by_role("option", name=option).click()
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def address(weights: Path) -> Iterator[str]:
+    """Where the command serves."""
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fastscnn_fast", "app", "--port", str(port)]
+    served = subprocess.Popen(
+        [*command, "--weights", str(weights)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert served.stdout is not None
+        assert served.stdout.readline() == f"http://127.0.0.1:{port}\n"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        served.terminate()
+        served.communicate(timeout=60)
+
+
 @pytest.mark.slow
 class TestInABrowser:
-    @pytest.fixture
-    def address(self, weights: Path) -> Iterator[str]:
-        """Where the command serves."""
-        pytest.importorskip("gradio")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "fastscnn_fast", "app", "--port", str(port)]
-        served = subprocess.Popen(
-            [*command, "--weights", str(weights)], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert served.stdout is not None
-            assert served.stdout.readline() == f"http://127.0.0.1:{port}\n"
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            served.send_signal(signal.SIGINT)
-            assert served.wait(60) == 0
-            served.stdout.close()  # type: ignore[union-attr]
-
     def test_by_its_interface(self, address: str, tmp_path: Path) -> None:
         client = pytest.importorskip("gradio_client")
         Image.fromarray(PICTURE).save(tmp_path / "a.png")
@@ -122,17 +126,16 @@ class TestInABrowser:
             2
         ].startswith("**int8 needs the ranges of the network's values")
 
+    @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+    @pytest.mark.skipif(find_spec("playwright") is None, reason="there is no playwright")
     def test_by_hand(self, address: str, tmp_path: Path) -> None:
         """In Chromium: the street at first, another arithmetic, a picture of one's own, one of the camera, a mistake."""
-        api = pytest.importorskip("playwright.sync_api")
-        chromium = shutil.which("chromium") or shutil.which("google-chrome")
-        if chromium is None:
-            pytest.skip("there is no Chromium")
+        api = import_module("playwright.sync_api")
         Image.fromarray(PICTURE).save(tmp_path / "a.png")
         screenshots = os.environ.get("FASTSCNN_SCREENSHOTS", str(tmp_path))
         with api.sync_playwright() as browsers:
             browser = browsers.chromium.launch(
-                executable_path=chromium,
+                executable_path=CHROMIUM,
                 args=[
                     "--no-sandbox",
                     "--use-fake-device-for-media-stream",
