@@ -3,6 +3,7 @@
 #
 #   make demo [IMAGE=photo.jpg]   segment a picture, with the speed and the parity beside it
 #   make test                     the tests, but for the groups that it names at its end
+#   make extras                   the tests of what the extras app, hub and ray bring, in an environment beside it
 #   make bench                    the whole network (and bench.png), then every fused op, against torch
 #   make sanitize                 the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (GCC or Clang)
 #   make lint                     ruff, clang-format, mypy, the contracts on imports
@@ -27,11 +28,13 @@ installed := $(VENV)/fastscnn-installed
 installed_dev := $(VENV)/fastscnn-installed-dev
 installed_bench := $(VENV)/fastscnn-installed-bench
 installed_docs := $(VENV)/fastscnn-installed-docs
+beside := $(VENV)-extras
+installed_extras := $(beside)/fastscnn-installed
 built := $(VENV)/fastscnn-built
 csrc := $(shell find csrc -type f -not -name '*.md')
 install := $(python) -m pip install --disable-pip-version-check -c $(constraints)
 
-.PHONY: demo test bench sanitize lint docs clean
+.PHONY: demo test extras bench sanitize lint docs clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -40,6 +43,10 @@ demo: $(installed) $(built)
 
 test: $(installed_dev) $(built)
 	$(python) -m pytest
+
+extras: $(installed_extras) $(built)
+	$(beside)/bin/python -m pytest -m "not gpu" --durations=5 tests/checkpoints/test_hub.py tests/cli/test_app.py \
+	  tests/packaging/test_examples.py tests/runtime/test_cluster.py
 
 bench: $(installed_bench) $(built)
 	$(python) -m fastscnn_fast bench
@@ -61,7 +68,7 @@ docs: $(installed_docs)
 clean:
 	rm -rf build dist demo_out bench.png *.egg-info fastscnn_fast/_c*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f $(VENV)/fastscnn-*
+	rm -f $(VENV)/fastscnn-* $(installed_extras)
 
 $(python):
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +85,16 @@ $(installed) $(installed_dev) $(installed_bench) $(installed_docs): $(constraint
 $(installed_dev): extras := [dev]
 $(installed_bench): extras := [dev,bench]
 $(installed_docs): extras := [docs]
+
+# Gradio wants an older Pillow than the tests: it gets one where only these tests see it, beside all that $(VENV) has.
+$(installed_extras): $(installed_dev)
+	$(python) -m venv --clear $(beside)
+	@$(python) -c 'from sysconfig import get_path; print("import site; site.addsitedir(%r)" % get_path("purelib"))' \
+	  > $$($(beside)/bin/python -c 'from sysconfig import get_path; print(get_path("purelib"))')/borrowed.pth
+	sed '/^pillow/d' $(constraints) > $(beside)/constraints.txt
+	$(beside)/bin/python -m pip install --disable-pip-version-check -c $(beside)/constraints.txt \
+	  'fastscnn_fast[app,hub,ray]'
+	@touch $@
 
 $(built): $(csrc) setup.py | $(installed)
 	$(python) setup.py --quiet build_ext --inplace

@@ -20,6 +20,7 @@ COMMANDS = {
         "train": "learn from labelled pictures",
         "quantize": "measure the ranges that int8 needs, with scores and speed before and after",
         "evaluate": "score weights on labelled pictures",
+        "app": "a page to try weights in a browser",
         "export": "write the network as ONNX",
         "info": "versions, compiler, instruction sets, backends",
     },

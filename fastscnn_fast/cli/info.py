@@ -15,6 +15,8 @@ from ..arch.config import Config
 from ..backends import registry
 from ..program.arithmetic import dtypes
 
+_PACKAGES = "torch numpy pillow safetensors matplotlib onnx onnxscript onnxruntime triton huggingface_hub ray gradio"
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.description = (
@@ -25,8 +27,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     print(f"fastscnn_fast {__version__}, Python {platform.python_version()}")
     print(f"processor: {bench.processor()}, {torch.get_num_threads()} threads")
-    packages = "torch numpy pillow safetensors matplotlib onnx onnxscript onnxruntime triton"
-    print("packages: " + ", ".join(f"{name} {_version(name)}" for name in packages.split()))
+    print("packages: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES.split()))
     if registry.isas():
         module = registry.cpu_module()
         compiler = module.compiler if module.compiler[0].isalpha() else f"GCC {module.compiler}"

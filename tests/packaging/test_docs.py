@@ -35,7 +35,7 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 page = pytest.mark.parametrize("page", PAGES, ids=str)
-SOURCES = ("benchmarks", "csrc", "docs", "fastscnn_fast", "kernels", "tests")
+SOURCES = ("benchmarks", "csrc", "docs", "examples", "fastscnn_fast", "kernels", "tests")
 # Below these the README names no folders; and what builds leave.
 CLOSED = {"benchmarks", "docs", "tests"}
 BUILT = {"build", "dist", "demo_out", "__pycache__"}
@@ -140,8 +140,17 @@ def test_commands_and_options_exist(page: Path) -> None:
     assert set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", text, re.MULTILINE)) <= {*targets[1].split()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/use.md"])
-def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "name", "shape"),
+    [
+        ("README.md", "logits", (1, 11, 64, 96)),
+        ("docs/use.md", "logits", (1, 11, 64, 96)),
+        ("docs/anywhere.md", "labels", (1, 360, 480)),
+    ],
+)
+def test_examples_run(
+    page: str, name: str, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each after the other, beside a street.jpg."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(street(0, 64, 96)[0]).save("street.jpg")
@@ -149,7 +158,7 @@ def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names: dict[str, object] = {}
     for example in examples:
         exec(compile(example, page, "exec"), names)
-    assert names["logits"].shape == (1, 11, 64, 96)  # type: ignore[attr-defined]
+    assert names[name].shape == shape  # type: ignore[attr-defined]
 
 
 def test_the_picture_is_what_its_command_draws() -> None:
