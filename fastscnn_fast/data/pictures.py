@@ -63,14 +63,15 @@ PICTURE_SUFFIXES = (
 )
 _TAKEN = "a path, a PIL image, the bytes of a file, a binary file, uint8 or uint16 pixels"
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)  # C:/ is none
-_VIDEO = "is a video, and only pictures are read: take frames out first (ffmpeg -i VIDEO FOLDER/%06d.png)"
+_VIDEO = "is a video, and only pictures are read here: fastscnn_fast.segment_video and the command segment take it"
 _HEIC = "is HEIC, which is not read: convert it to JPEG or PNG first"
-_VIDEO_SUFFIXES = (
+#: Endings by which files in a folder are taken for videos.
+VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".h264", ".h265", ".hevc", ".m2ts", ".m4v", ".mkv", ".mov"),
     *(".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".vob", ".webm", ".wmv", ".y4m"),
 )
 #: Endings of files that people take for pictures, and what is wrong with them.
-_OTHER_SUFFIXES = dict.fromkeys(_VIDEO_SUFFIXES, _VIDEO) | dict.fromkeys((".heic", ".heif"), _HEIC)
+_OTHER_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, _VIDEO) | dict.fromkeys((".heic", ".heif"), _HEIC)
 #: How such files begin.
 _OTHER_STARTS = {
     rb"....ftyp(hei|hev|mif1|msf1)": _HEIC,
@@ -78,12 +79,16 @@ _OTHER_STARTS = {
     rb"\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS|0&\xb2u|\0\0\x01[\xba\xb3]|YUV4MPEG2": _VIDEO,
     rb"G.{187}G.{187}G": _VIDEO,  # MPEG-TS
 }
-#: What the results of a picture are called, after its name.
+#: What the results of a picture are called, after its name, and those of a video.
 LABELS, CONFIDENCE, OVERLAY = "_labels.png", "_confidence.png", "_overlay"
+VIDEO_LABELS, VIDEO_OVERLAY = "_labels.mkv", "_overlay.mp4"
 #: How overlays are stored.
 OVERLAY_FORMATS = ("png", "jpg")
 #: Endings by which files are known to be results.
-ENDINGS = (LABELS, CONFIDENCE, *(f"{OVERLAY}.{kind}" for kind in OVERLAY_FORMATS))
+ENDINGS = (
+    *(LABELS, CONFIDENCE, VIDEO_LABELS, VIDEO_OVERLAY),
+    *(f"{OVERLAY}.{kind}" for kind in OVERLAY_FORMATS),
+)
 #: The passes of an interlaced PNG: first column and row, distance of columns and of rows.
 _ADAM7 = (
     (0, 0, 8, 8),
@@ -228,6 +233,15 @@ def no_picture(name: str, start: bytes = b"") -> str | None:
         if re.match(pattern, start, re.DOTALL):
             return said
     return _OTHER_SUFFIXES.get(os.path.splitext(name)[1].lower())
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is called as a video, or begins as one and is not called as a picture."""
+    said = no_picture(path.name)
+    if said is None and path.suffix.lower() not in PICTURE_SUFFIXES:
+        with suppress(OSError), path.open("rb") as file:
+            said = no_picture("", file.read(1024))
+    return said == _VIDEO
 
 
 class _Bits(NamedTuple):
@@ -524,24 +538,34 @@ def overlay(
     return _with_legend(tinted, [(classes[k], palette[k]) for k in present])
 
 
-def _with_legend(image: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Image.Image:
-    """``image`` above rows of colour swatches with names; small images get a wider frame."""
-    size = max(13, image.width // 55)
+def legend(entries: Sequence[tuple[str, Colour]], least: int, size: int, most: int) -> Image.Image:
+    """Rows of colour swatches with names in letters of ``size`` pixels, at least ``least`` wide.
+
+    It is wider than ``most`` only where a name is.
+    """
     font: Any = ImageFont.load_default(size)
     gap, swatch, line = size // 2, round(size * 1.4), round(size * 1.7)
     steps = [swatch + gap + round(font.getlength(name)) + 2 * gap for name, _ in entries]
-    width = max([image.width, *(gap + step for step in steps)])
-    places, x, y = [], gap, gap
+    most = max([most, *(gap + step for step in steps)])
+    places, x, y, width = [], gap, gap, least
     for step in steps:
-        if x > gap and x + step > width:
+        if x > gap and x + step > most:
             x, y = gap, y + line
         places.append((x, y))
         x += step
-    framed = Image.new("RGB", (width, image.height + y + line), (255, 255, 255))
-    framed.paste(image, (0, 0))
-    draw = ImageDraw.Draw(framed)
+        width = max(width, x)
+    rows = Image.new("RGB", (width, y + line), (255, 255, 255))
+    draw = ImageDraw.Draw(rows)
     for (name, colour), (x, y) in zip(entries, places):
-        y += image.height
         draw.rectangle((x, y, x + swatch, y + size), fill=colour, outline=(90, 90, 90))
         draw.text((x + swatch + gap, y + size / 2), name, fill=(20, 20, 20), font=font, anchor="lm")
+    return rows
+
+
+def _with_legend(image: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Image.Image:
+    """``image`` above a legend; small images get a wider frame."""
+    below = legend(entries, image.width, max(13, image.width // 55), image.width)
+    framed = Image.new("RGB", (below.width, image.height + below.height), (255, 255, 255))
+    framed.paste(image, (0, 0))
+    framed.paste(below, (0, image.height))
     return framed

@@ -107,13 +107,7 @@ def segment(
             pixels, the model is in training mode or has more than 256 classes.
         RuntimeError: a tensor has lost its memory.
     """
-    fast = unwrapped(fast)
-    if not isinstance(fast, (FusedFastSCNN, FastSCNN)):
-        other = " (fastscnn_fast.accelerate takes other implementations)"
-        raise TypeError(
-            "fast, the first argument, must be a model: a fastscnn_fast.FastSCNN or its fused copy, got"
-            f" {type(fast).__name__}{other if isinstance(fast, nn.Module) else ''}"
-        )
+    fast = check_model(fast)
     several = isinstance(picture, (list, tuple))
     pictures: Several = picture if isinstance(picture, (list, tuple)) else [picture]
     results: list[Any] = [None] * len(pictures)
@@ -126,6 +120,22 @@ def segment(
             pair = classified.at(shape)
             results[place] = pair if confidence else pair[0]
     return results if several else results[0]
+
+
+def check_model(fast: nn.Module) -> FusedFastSCNN | FastSCNN:
+    """The network in ``fast``, which may wrap it.
+
+    Raises:
+        TypeError: it is none.
+    """
+    fast = unwrapped(fast)
+    if not isinstance(fast, (FusedFastSCNN, FastSCNN)):
+        other = " (fastscnn_fast.accelerate takes other implementations)"
+        raise TypeError(
+            "fast, the first argument, must be a model: a fastscnn_fast.FastSCNN or its fused copy, got"
+            f" {type(fast).__name__}{other if isinstance(fast, nn.Module) else ''}"
+        )
+    return fast
 
 
 class _Waiting(NamedTuple):

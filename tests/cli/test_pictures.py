@@ -129,10 +129,8 @@ def test_what_is_no_file_is_named_and_counted(capsys: pytest.CaptureFixture[str]
     arguments = ["in/loop", "in/camera", "/dev/null", "https://example.org/a.png", "in/clip.mp4"]
     assert cli.main(["segment", "in", *arguments, "-o", "out"]) == 1
     printed = capsys.readouterr()
-    video = "is a video, and only pictures are read: take frames out first (ffmpeg -i VIDEO FOLDER/%06d.png)"
     assert printed.err.splitlines() == [
         "skipped in/camera: is a pipe",
-        f"skipped in/clip.mp4: {video}",
         f"skipped in/deep/up: is a link in a circle, to {Path('in').resolve()}",
         "skipped in/gone.jpg: is a link to nowhere.jpg, which does not exist",
         "skipped in/loop: is a link in a circle",
@@ -143,9 +141,12 @@ def test_what_is_no_file_is_named_and_counted(capsys: pytest.CaptureFixture[str]
         "skipped in/camera: is a pipe",
         "skipped /dev/null: is a device",
         "skipped https://example.org/a.png: is a URL, and only files are read: download it first",
-        f"skipped in/clip.mp4: {video}",
+        "left out in/clip.mp4: is the same as in/clip.mp4, which is there already",
+        "skipped in/clip.mp4: is empty",
     ]
-    assert printed.out.startswith("2 segmented, 13 skipped; ")
+    assert printed.out.startswith(
+        "2 segmented, 12 skipped, 1 left out (links to others, or given twice); "
+    )
 
 
 def test_folders_that_cannot_be_searched_or_hold_nothing(
