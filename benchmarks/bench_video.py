@@ -24,8 +24,8 @@ from fastscnn_fast import fuse, load_checkpoint
 from fastscnn_fast.cli import clips, options
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.data.videos import Overlay, Video, Writer, frame_pixels
+from fastscnn_fast.runtime.network import as_input
 from fastscnn_fast.runtime.segment import classify, run_size
-from fastscnn_fast.runtime.video import as_input
 
 HEIGHT, WIDTH = 720, 1280
 

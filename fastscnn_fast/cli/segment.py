@@ -30,7 +30,8 @@ from ..data.videos import CONTAINERS, LOSSLESS
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.overlapped import overlapped
 from ..runtime.segment import Classified, Prepared, classify, fits, prepare
-from . import clips, on_ray, options, results
+from ..runtime.tiles import tiling
+from . import clips, on_ray, options, results, tiled
 
 #: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
 _MOST_PIXELS = 2**26
@@ -78,6 +79,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
         **options.SIZE,
         help="size the network runs at (as many pixels as the weights were trained at, else the picture's"
         " own size); the labels keep the picture's own size",
+    )
+    command.add_argument(
+        "--tile",
+        **options.SIZE,
+        help="run pictures at their own size in tiles of this size, at least 64, with memory for a row of them only:"
+        " for pictures that are too large otherwise; TIFFs are read by rows, with the extra tiff, PNGs written by rows",
+    )
+    command.add_argument(
+        "--overlap",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pixels that neighbouring tiles share, in which they are blended (%(default)s)",
     )
     command.add_argument(
         "--confidence",
@@ -157,6 +171,17 @@ def _check(args: argparse.Namespace, found: Found, cameras: list[int]) -> None:
         )
     if args.confidence and videos and not pictures:
         raise ValueError(f"--confidence must go with pictures, got {videos[0]} alone")
+    if args.tile is not None:
+        if args.size is not None:
+            height, width = args.size
+            raise ValueError(f"--size must not go with --tile, got {height}x{width}")
+        if args.overlay_format == "jpg":
+            raise ValueError(
+                "--overlay-format must be png with --tile, which writes by rows, got jpg"
+            )
+        if videos:
+            raise ValueError(f"--tile must go with pictures alone, got {videos[0]}")
+        tiling(args.tile, args.overlap)
     if args.out is None or not _is_video_file(args.out):
         return
     if pictures or len(videos) > 1:
@@ -181,7 +206,7 @@ def _segment(
         (job.path, job.name) for job in found.jobs if job.video
     ]
     sources += [(number, Path(f"camera{number}")) for number in cameras]
-    done = _pictures(args, fast, pictures)
+    done = (_pictures if args.tile is None else _tiled)(args, fast, pictures)
     shown, damaged = 0, 0
     for source, name in sources:
         clip = _clip(args, source, name)
@@ -219,6 +244,21 @@ def _clip(args: argparse.Namespace, source: Path | int, name: Path) -> clips.Cli
     return clips.Clip(
         source, out, args.size, args.every, labels_only=args.overlay_format is None, show=args.show
     )
+
+
+def _tiled(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> int:
+    """As :func:`_pictures`, in tiles."""
+    cut, done = tiling(args.tile, args.overlap), 0
+    overlays = args.overlay_format is not None
+    for job in jobs:
+        try:
+            name = args.out / job.name
+            tiled.segment(fast, job.path, name, cut, args.bits, overlays, args.confidence)
+        except ValueError as error:
+            print(f"skipped {error}", file=sys.stderr)
+        else:
+            done += 1
+    return done
 
 
 def _pictures(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> int:

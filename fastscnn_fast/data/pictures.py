@@ -166,9 +166,9 @@ def pixels_of(
     tell: Callable[[Guess], None] = Guess.tell,
 ) -> NDArray[np.uint8]:
     """As :func:`read_picture`; errors call what has no name of its own ``name``, and ``tell`` hears of guesses."""
-    to_eight = _Bits(None if bits is None else _depth(bits), name, tell)
+    to_eight = Bits(None if bits is None else _depth(bits), name, tell)
     if isinstance(picture, Tensor):
-        return _array_pixels(_tensor_array(picture, name), channels, to_eight)
+        return _array_pixels(tensor_array(picture, name), channels, to_eight)
     if isinstance(picture, np.ndarray):
         return _array_pixels(np.asarray(picture), channels, to_eight)
     if isinstance(picture, Image.Image):
@@ -244,7 +244,7 @@ def is_video(path: Path) -> bool:
     return said == _VIDEO
 
 
-class _Bits(NamedTuple):
+class Bits(NamedTuple):
     """How values of 16 bits become eight, and who hears of a guess."""
 
     bits: int | None
@@ -252,7 +252,7 @@ class _Bits(NamedTuple):
     tell: Callable[[Guess], None]
     folder: str | None = None
 
-    def of(self, source: object) -> _Bits:
+    def of(self, source: object) -> Bits:
         """The same for a file or image that may have a name of its own."""
         found = getattr(source, "filename", None) or getattr(source, "name", None)
         if not isinstance(found, (str, os.PathLike)) or not os.fspath(found):
@@ -260,22 +260,32 @@ class _Bits(NamedTuple):
         name = os.fsdecode(found)
         return self._replace(name=name, folder=os.path.dirname(name))
 
+    def chosen(self, largest: int) -> int:
+        """How many bits a picture with this largest value has."""
+        if self.bits is None:
+            bits = next((b for b in _FEWER_BITS if largest < 1 << b), 16)
+            if bits < 16 and largest:
+                self.tell(Guess(self.name, self.folder, largest, bits))
+            return bits
+        if largest >= 1 << self.bits:
+            raise ValueError(
+                f"bits must be enough for the picture's largest value, {largest}, got {self.bits}"
+            )
+        return self.bits
+
     def __call__(self, values: NDArray[Any]) -> NDArray[np.uint8]:
         """The upper eight of grey (H, W) or colours (H, W, C), as :func:`read_picture` has it."""
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("must have at most 16 bits a channel")
-        colours = values if values.ndim == 2 else values[..., : (values.shape[2] - 1) // 2 * 2 + 1]
-        largest, bits = int(colours.max()), self.bits
-        if bits is None:
-            bits = next((b for b in _FEWER_BITS if largest < 1 << b), 16)
-            if bits < 16 and largest:
-                self.tell(Guess(self.name, self.folder, largest, bits))
-        elif largest >= 1 << bits:
-            raise ValueError(
-                f"bits must be enough for the picture's largest value, {largest}, got {bits}"
-            )
+        bits = self.chosen(largest_colour(values))
         eight: NDArray[np.uint8] = np.minimum(values >> (bits - 8), 255).astype(np.uint8)
         return eight
+
+
+def largest_colour(values: NDArray[Any]) -> int:
+    """The largest of grey values (H, W) or colours (H, W, C); alpha has no say."""
+    colours = values if values.ndim == 2 else values[..., : (values.shape[2] - 1) // 2 * 2 + 1]
+    return int(colours.max())
 
 
 def _rewound(file: Any, name: str) -> io.BytesIO:
@@ -296,7 +306,7 @@ def _rewound(file: Any, name: str) -> io.BytesIO:
     return io.BytesIO(content)
 
 
-def _content_pixels(file: IO[bytes], channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
+def _content_pixels(file: IO[bytes], channels: int, to_eight: Bits) -> NDArray[np.uint8]:
     """The pixels of a picture's file."""
     try:
         with Image.open(file) as image:
@@ -311,7 +321,7 @@ def _content_pixels(file: IO[bytes], channels: int, to_eight: _Bits) -> NDArray[
         raise ValueError(f"{to_eight.name}: {why_not}") from error
 
 
-def _image_pixels(image: Image.Image, channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
+def _image_pixels(image: Image.Image, channels: int, to_eight: Bits) -> NDArray[np.uint8]:
     if 0 in image.size:
         raise ValueError(f"must have pixels, got {image.size[1]}x{image.size[0]}")
     to_eight = to_eight.of(image)
@@ -417,7 +427,7 @@ def _png_missing(content: bytes) -> int:
     return size - len(zlib.decompressobj().decompress(b"".join(data), size))
 
 
-def _tensor_array(x: Tensor, name: str) -> NDArray[Any]:
+def tensor_array(x: Tensor, name: str) -> NDArray[Any]:
     """A tensor of pixels (C, H, W) as an array (H, W, C), in the tensor's memory where that is the CPU's."""
     if x.dtype not in (torch.uint8, torch.uint16):
         hint = "; the network itself takes normalised floats" if x.is_floating_point() else ""
@@ -433,9 +443,20 @@ def _tensor_array(x: Tensor, name: str) -> NDArray[Any]:
     return x.detach().cpu().permute(1, 2, 0).numpy()
 
 
-def _array_pixels(pixels: NDArray[Any], channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
+def _array_pixels(pixels: NDArray[Any], channels: int, to_eight: Bits) -> NDArray[np.uint8]:
     """The array itself, where torch can take it as it is."""
-    name, shape = to_eight.name, pixels.shape
+    pixels = checked_array(pixels, to_eight.name)
+    if pixels.dtype.itemsize == 2:
+        pixels = to_eight(pixels)
+    if pixels.shape[2] != channels:
+        return _image_pixels(_to_image(pixels), channels, to_eight)
+    writable: NDArray[np.uint8] = np.require(pixels, requirements=["C", "W"])
+    return writable
+
+
+def checked_array(pixels: NDArray[Any], name: str) -> NDArray[Any]:
+    """Pixels (H, W, C), where they are of a dtype and shape that is taken."""
+    shape = pixels.shape
     if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
         hint = "; the network itself takes normalised floats" if pixels.dtype.kind == "f" else ""
         raise ValueError(f"{name} must be a uint8 or uint16 array, got {pixels.dtype}{hint}")
@@ -446,12 +467,7 @@ def _array_pixels(pixels: NDArray[Any], channels: int, to_eight: _Bits) -> NDArr
         raise ValueError(f"{name} must be (H, W) or (H, W, 1 to 4), got shape {shape}{hint}")
     if 0 in shape:
         raise ValueError(f"{name} must have pixels, got shape {shape}")
-    if pixels.dtype.itemsize == 2:
-        pixels = to_eight(pixels)
-    if pixels.shape[2] != channels:
-        return _image_pixels(_to_image(pixels), channels, to_eight)
-    writable: NDArray[np.uint8] = np.require(pixels, requirements=["C", "W"])
-    return writable
+    return pixels
 
 
 def _to_image(pixels: NDArray[np.uint8]) -> Image.Image:
@@ -530,12 +546,32 @@ def overlay(
     pixels = read_picture(picture)
     if labels.shape != pixels.shape[:2]:
         raise ValueError(f"labels must be {pixels.shape[:2]} like the picture, got {labels.shape}")
+    tinted = tint(pixels, labels, classes, palette, strength)
+    return _with_legend(tinted, named(np.unique(labels), classes, palette))
+
+
+def tint(
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    classes: Sequence[str],
+    palette: Sequence[Colour],
+    strength: float = 0.55,
+) -> Image.Image:
+    """:func:`overlay` of pixels (H, W, 3), without the legend."""
     plain = Image.fromarray(pixels)
     tinted = Image.blend(plain, label_image(labels, palette).convert("RGB"), strength)
     first = label_count(len(classes)) - len(classes)  # label of the first class
     tinted.paste(plain, mask=Image.fromarray((labels < first) | (labels >= first + len(classes))))
-    present = [k - first for k in np.unique(labels).tolist() if 0 <= k - first < len(classes)]
-    return _with_legend(tinted, [(classes[k], palette[k]) for k in present])
+    return tinted
+
+
+def named(
+    labels: NDArray[np.integer[Any]], classes: Sequence[str], palette: Sequence[Colour]
+) -> list[tuple[str, Colour]]:
+    """Names and colours of those of ``labels`` that have them."""
+    first = label_count(len(classes)) - len(classes)
+    present = [k - first for k in labels.tolist() if 0 <= k - first < len(classes)]
+    return [(classes[k], palette[k]) for k in present]
 
 
 def legend(entries: Sequence[tuple[str, Colour]], least: int, size: int, most: int) -> Image.Image:

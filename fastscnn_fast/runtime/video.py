@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from ..arch.config import Size, picture_size
 from ..backends.registry import logger
@@ -21,7 +20,8 @@ from ..data.videos import Video, VideoSource, frame_pixels
 from .beside import beside, each
 from .fused import FusedFastSCNN
 from .model import FastSCNN
-from .segment import Labels, check_model, classify, run_size
+from .network import as_input, check_model
+from .segment import Labels, check_out, classify, filled, run_size
 
 if TYPE_CHECKING:
     import av
@@ -95,10 +95,8 @@ def segment_video(
     fast = check_model(fast)
     run_at = None if size is None else picture_size(size)
     check_every(every)
-    if out is not None and not (
-        isinstance(out, np.ndarray) and out.dtype == np.uint8 and out.ndim == 2
-    ):
-        raise TypeError(f"out must be a uint8 array (H, W), got {_kind(out)}")
+    if out is not None:
+        check_out(out)
     channels = fast.config.in_channels
 
     def pair(seconds: float | None, pixels: NDArray[np.uint8], labels: Labels) -> Any:
@@ -173,10 +171,7 @@ def _filled(
     with video or nullcontext(), closing(steps):
         for _, (frame, labels) in steps:
             if out is not None:
-                if out.shape != labels.shape:
-                    raise ValueError(f"out must be {labels.shape} like the frame, got {out.shape}")
-                np.copyto(out, labels)
-                labels = out
+                labels = filled(out, labels)
             count += 1
             yield (frame, labels) if frames else labels
     if video is not None and (damage := video.damage) is not None:
@@ -224,11 +219,3 @@ def labelled(
         torch.set_num_threads(
             threads
         )  # of threads that are yet to come, which take the last number set
-
-
-def as_input(pixels: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
-    """Pixels (H, W, C) as the network takes them, (1, C, *size); a sixth of the time that Pillow takes."""
-    x = torch.from_numpy(np.require(pixels, None, "W")).permute(2, 0, 1)[None]
-    if x.shape[2:] == size:
-        return x
-    return functional.interpolate(x, size=size, mode="bilinear", antialias=True)

@@ -414,3 +414,44 @@ def test_jpeg_is_encoded_as_asked() -> None:
         assert jpg.format == "JPEG"
     with Image.open(io.BytesIO(pictures.encoded(image))) as png:
         assert np.array_equal(np.asarray(png), PICTURE)
+
+
+def test_tiles_are_those_of_python_and_written_by_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    picture = street(5, 150, 333)[0]
+    draw("in/a.tif", "in/b.png", picture=picture)
+    draw("in/narrow.png", picture=picture[:, :40])
+    Path("in/broken.tif").write_bytes(b"II*\0")
+    words = ["--tile", "96x128", "--overlap", "32", "--confidence"]
+    assert cli.main(["segment", "in", "-o", "out", *words]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("skipped in/broken.tif: ")
+    assert printed.out.startswith("3 segmented, 1 skipped; results: out/*_labels.png, ")
+    fast = fuse(UNTRAINED_MODEL(num_classes=11))
+    for name, own in (("a", picture), ("b", picture), ("narrow", picture[:, :40])):
+        labels, confidence = segment(fast, own, tile=(96, 128), overlap=32, confidence=True)
+        with Image.open(f"out/{name}_labels.png") as image:
+            assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
+            assert image.getpalette()[:33] == [c for colour in fast.palette for c in colour]
+        with Image.open(f"out/{name}_confidence.png") as image:
+            assert np.array_equal(np.asarray(image), np.rint(255 * confidence).astype(np.uint8))
+        shown = np.asarray(pictures.overlay(own, labels, fast.classes, fast.palette))
+        with Image.open(f"out/{name}_overlay.png") as image:
+            found = np.asarray(image)
+            assert np.array_equal(found[:150, : own.shape[1]], shown[:150, : own.shape[1]])
+            assert found.shape[0] > 150 and (name == "narrow" or np.array_equal(found, shown))
+    words = ["--tile", "96x128", "--overlap", "32", "--labels-only"]
+    assert cli.main(["segment", "in/a.tif", "-o", "alone", *words]) == 0
+    assert files("alone") == ["a_labels.png"]
+
+
+def test_options_that_do_not_go_with_tiles(capsys: pytest.CaptureFixture[str]) -> None:
+    draw("a.png")
+    Path("a.mp4").write_bytes(b"")
+    for words, said in (
+        (["--size", "64"], "--size must not go with --tile, got 64x64"),
+        (["--overlay-format", "jpg"], "--overlay-format must be png with --tile"),
+        (["--overlap", "200"], "overlap must be from 0 to 64, "),
+        (["a.mp4"], "--tile must go with pictures alone, got a.mp4"),
+    ):
+        assert cli.main(["segment", "a.png", *words, "--tile", "128", "-o", "out"]) == 2
+        assert f"error: {said}" in capsys.readouterr().err

@@ -57,7 +57,9 @@ def test_out_is_filled_and_yielded_each_time(fast: FusedFastSCNN, clip: Path) ->
         assert labels is out
         found.append(labels.copy())
     assert all(map(np.array_equal, found, expected)) and len(found) == 10
-    with pytest.raises(ValueError, match=r"out must be \(48, 64\) like the frame, got \(64, 48\)"):
+    with pytest.raises(
+        ValueError, match=r"out must be \(48, 64\) like the picture, got \(64, 48\)"
+    ):
         next(segment_video(fast, clip, out=np.zeros((64, 48), np.uint8)))
     for wrong, said in (
         (np.zeros((48, 64)), r"float64 of shape \(48, 64\)"),
