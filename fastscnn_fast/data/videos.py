@@ -35,6 +35,7 @@ CONTAINERS = {".m4v": "mp4", ".mkv": "matroska", ".mov": "mov", ".mp4": "mp4", "
 LOSSLESS = {"matroska": "ffv1", "mov": "png", "mp4": "ffv1"}
 _MPEG, _FULL = 1, 2  # FFmpeg's numbers for the ranges 16 to 235 and 0 to 255
 _BT709, _UNSPECIFIED = 1, 2  # its numbers for matrices, primaries and transfer functions
+_GAMUT = ("color_primaries", "color_trc")  # which frames of PyAV 16 do not have
 _SHORT = 0.5  # seconds by which containers err about how long they are
 _converters = threading.local()
 
@@ -115,7 +116,7 @@ class Video:
         self.sound = list(self.container.streams.audio)
         long = None if self.live else self.container.duration
         self.seconds = long / 1e6 if long else None
-        self.start = (self.container.start_time or 0) / 1e6
+        self.start = max(0, self.container.start_time or 0) / 1e6  # sound may begin just before 0
         self.size: tuple[int, int] | None = None
         self._undecoded = 0
         self._read = 0
@@ -280,8 +281,9 @@ class Overlay:
         rows = (3, *size) if pixel_format == "yuv444p" else (size[0] * 3 // 2, size[1])
         made = _av().VideoFrame.from_ndarray(np.concatenate(planes).reshape(rows), pixel_format)
         made.colorspace, made.color_range = plain.colorspace, _MPEG
-        if not frame.format.is_rgb:
-            made.color_primaries, made.color_trc = plain.color_primaries, plain.color_trc
+        for name in _GAMUT if not frame.format.is_rgb else ():
+            if hasattr(plain, name):
+                setattr(made, name, getattr(plain, name))
         return made
 
     def _tint(self, colorspace: int, size: tuple[int, int], pixel_format: str) -> _Tint:
@@ -391,7 +393,7 @@ class Writer:
             with suppress(_av().error.InvalidDataError):  # a damaged packet is silence
                 for heard in cast(Any, packet.decode()):
                     if heard.pts is not None:
-                        heard.pts -= round(self._video.start * heard.sample_rate)
+                        heard.pts -= round(self._video.start / heard.time_base)
                     self._file.mux(stream.encode(heard))
         elif packet.dts is not None and packet.dts > self._last.get(index, packet.dts - 1):
             self._last[index] = packet.dts
@@ -413,8 +415,9 @@ class Writer:
         if aspect:
             turned = round(source.rotation / 90) % 2
             context.sample_aspect_ratio = 1 / aspect if turned else aspect
-        for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
-            setattr(context, name, getattr(frame, name))
+        for name in ("color_range", "colorspace", *_GAMUT):
+            if hasattr(frame, name):
+                setattr(context, name, getattr(frame, name))
         self._stream = made
         for heard in self._heard:
             anew = heard.codec_context.name not in self._file.supported_codecs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -36,14 +37,15 @@ def write(
     start: int = 0,
     **options: Any,
 ) -> Path:
-    """A clip of ``frames`` at 25 a second or at ``times`` (ms), with a tone coded as ``sound``, 40 ms a frame."""
+    """A clip of ``frames`` at 25 a second or at ``times`` (ms), with a tone coded as ``sound``, 40 ms a frame.
+
+    ``rotation``, in degrees to the left, is how an MP4 says that it is to be shown.
+    """
     times = [40 * k for k in range(len(frames))] if times is None else times
     with av.open(str(path), "w", **options) as file:
         video = file.add_stream(codec, rate=25)
         video.height, video.width, video.pix_fmt = *frames[0].shape[:2], pixel_format
         video.codec_context.time_base = MILLISECOND
-        if rotation:
-            video.set_display_rotation(rotation)
         tone = None if sound is None else file.add_stream(sound, rate=48000, layout="mono")
         for k, (pixels, time) in enumerate(zip(frames, times)):
             frame = av.VideoFrame.from_ndarray(
@@ -59,6 +61,13 @@ def write(
                 file.mux(tone.encode(heard))
         for stream in (video, tone) if tone is not None else (video,):
             file.mux(stream.encode(None))
+    if rotation:
+        content = path.read_bytes()
+        turn = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}[rotation]
+        a, b, c, d = (65536 * one for one in turn)
+        place = content.index(b"tkhd") + 44  # of the picture's matrix, after times and volume
+        matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        path.write_bytes(content[:place] + matrix + content[place + 36 :])
     return path
 
 
