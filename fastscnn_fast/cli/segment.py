@@ -131,6 +131,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.ray is not None:
+        _check_ray(args)
         return on_ray.run(args)
     if isinstance(args.out, str):
         raise ValueError(f"--out must be a folder unless --ray is given, got {args.out}")
@@ -143,6 +144,15 @@ def run(args: argparse.Namespace) -> int:
         return _segment(args, fast, found, cameras)
     with options.out(args.out.parent if _is_video_file(args.out) else args.out):
         return _segment(args, fast, found, cameras)
+
+
+def _check_ray(args: argparse.Namespace) -> None:
+    """Refuses what one machine does alone."""
+    if args.out is None:
+        raise ValueError("--out must say where results go to with --ray")
+    for name, given in (("tile", args.tile), ("show", args.show), ("every", args.every > 1)):
+        if given:
+            raise ValueError(f"--{name} must not go with --ray, which spreads whole pictures")
 
 
 def _is_camera(argument: str) -> bool:

@@ -63,7 +63,8 @@ PICTURE_SUFFIXES = (
 )
 _TAKEN = "a path, a PIL image, the bytes of a file, a binary file, uint8 or uint16 pixels"
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)  # C:/ is none
-_VIDEO = "is a video, and only pictures are read here: fastscnn_fast.segment_video and the command segment take it"
+#: What is wrong with a video where only pictures are taken.
+VIDEO = "is a video, and only pictures are read here: fastscnn_fast.segment_video takes it, and the command segment"
 _HEIC = "is HEIC, which is not read: convert it to JPEG or PNG first"
 #: Endings by which files in a folder are taken for videos.
 VIDEO_SUFFIXES = (
@@ -71,13 +72,13 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".vob", ".webm", ".wmv", ".y4m"),
 )
 #: Endings of files that people take for pictures, and what is wrong with them.
-_OTHER_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, _VIDEO) | dict.fromkeys((".heic", ".heif"), _HEIC)
+_OTHER_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, VIDEO) | dict.fromkeys((".heic", ".heif"), _HEIC)
 #: How such files begin.
 _OTHER_STARTS = {
     rb"....ftyp(hei|hev|mif1|msf1)": _HEIC,
-    rb"....(ftyp(?!avi)|moov|mdat|wide|skip)": _VIDEO,  # MPEG-4, QuickTime; avif and avis are AVIF
-    rb"\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS|0&\xb2u|\0\0\x01[\xba\xb3]|YUV4MPEG2": _VIDEO,
-    rb"G.{187}G.{187}G": _VIDEO,  # MPEG-TS
+    rb"....(ftyp(?!avi)|moov|mdat|wide|skip)": VIDEO,  # MPEG-4, QuickTime; avif and avis are AVIF
+    rb"\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS|0&\xb2u|\0\0\x01[\xba\xb3]|YUV4MPEG2": VIDEO,
+    rb"G.{187}G.{187}G": VIDEO,  # MPEG-TS
 }
 #: What the results of a picture are called, after its name, and those of a video.
 LABELS, CONFIDENCE, OVERLAY = "_labels.png", "_confidence.png", "_overlay"
@@ -241,7 +242,7 @@ def is_video(path: Path) -> bool:
     if said is None and path.suffix.lower() not in PICTURE_SUFFIXES:
         with suppress(OSError), path.open("rb") as file:
             said = no_picture("", file.read(1024))
-    return said == _VIDEO
+    return said == VIDEO
 
 
 class Bits(NamedTuple):

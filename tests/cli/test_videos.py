@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastscnn_fast import bench, checkpoints, cli, extras, fuse, segment
+from fastscnn_fast import bench, checkpoints, cli, cluster, extras, fuse, segment
 from fastscnn_fast.cli import clips as clips_of_commands, options
 from fastscnn_fast.data import videos
 
@@ -208,6 +208,9 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
         assert cli.main(["segment", *words]) == 2
         assert f"fastscnn_fast: error: {said}" in capsys.readouterr().err
     assert files() == ["a.mp4", "a.png", "b.mp4"]
+    found = cluster.found(["a.png", "a.mp4"])
+    assert [str(job.path) for job in found.jobs] == ["a.png"]
+    assert found.problems[0].startswith("a.mp4: is a video, and only pictures are read here")
 
 
 def test_without_pyav_videos_are_skipped_and_the_extra_named(
