@@ -14,31 +14,36 @@ if TYPE_CHECKING:
     from .runtime.calibrate import calibrate
     from .runtime.fused import FusedFastSCNN, fuse
     from .runtime.model import FastSCNN
-    from .runtime.segment import segment
+    from .runtime.segment import Transform, segment
+    from .runtime.video import segment_video
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FastSCNN",
     "FusedFastSCNN",
+    "Transform",
     "Weights",
     "accelerate",
     "calibrate",
     "fuse",
     "load_checkpoint",
     "segment",
+    "segment_video",
 ]
 
 #: Where each public name lives; it is imported at its first use.
 _HOMES = {
     "FastSCNN": "runtime.model",
     "FusedFastSCNN": "runtime.fused",
+    "Transform": "runtime.segment",
     "Weights": "checkpoints",
     "accelerate": "compat",
     "calibrate": "runtime.calibrate",
     "fuse": "runtime.fused",
     "load_checkpoint": "checkpoints",
     "segment": "runtime.segment",
+    "segment_video": "runtime.video",
 }
 
 

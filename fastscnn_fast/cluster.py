@@ -26,7 +26,7 @@ from .arch.config import Size
 from .checkpoints import Weights, load_checkpoint
 from .data import remote
 from .data.jobs import Found, Job, find, result_names
-from .data.pictures import ENDINGS, PICTURE_SUFFIXES, no_picture, size_of
+from .data.pictures import ENDINGS, PICTURE_SUFFIXES, VIDEO, no_picture, size_of
 from .data.results import encode
 from .extras import need
 from .runtime.flow import flow
@@ -165,7 +165,10 @@ def found(arguments: Sequence[str]) -> Found:
     """
     uris = [remote.is_uri(argument) for argument in arguments]
     if not any(uris):
-        return find(arguments)
+        here = find(arguments)
+        videos = [f"{job.path}: {VIDEO}" for job in here.jobs if job.video]
+        pictures = [job for job in here.jobs if not job.video]
+        return here._replace(jobs=pictures, problems=[*here.problems, *videos])
     if not all(uris):
         raise ValueError("pictures must be all URIs or all files and folders, got both")
     places: dict[str, tuple[str, ...]] = {}

@@ -54,13 +54,19 @@ def write_whole(
 
 
 def _replace(path: Path, content: bytes | memoryview, durable: bool) -> None:
+    with whole(path) as part, part.open("xb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """The path of a file to write beside ``path``; it becomes ``path`` at the end, or, after an error, is removed."""
     part = path.with_name(_PART.format(secrets.token_hex(8)))
     try:
-        with part.open("xb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        yield part
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
-"""``fastscnn_fast segment``: pictures to labels."""
+"""``fastscnn_fast segment``: pictures, videos and cameras to labels."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -18,14 +20,18 @@ from ..data.pictures import (
     LABELS,
     OVERLAY,
     OVERLAY_FORMATS,
+    VIDEO_LABELS,
+    VIDEO_OVERLAY,
     Guess,
     size_of,
 )
 from ..data.results import endings
+from ..data.videos import CONTAINERS, LOSSLESS
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.overlapped import overlapped
 from ..runtime.segment import Classified, Prepared, classify, fits, prepare
-from . import on_ray, options, results
+from ..runtime.tiles import tiling
+from . import clips, on_ray, options, results, tiled
 
 #: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
 _MOST_PIXELS = 2**26
@@ -34,27 +40,33 @@ _OF_ONE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
+    videos = ", ".join(CONTAINERS)
     command.description = (
         "Write, for each picture NAME.*, its class ids as a palette PNG of the picture's own"
         f" size (NAME{LABELS}) and the picture tinted by class with a legend"
-        f" (NAME{OVERLAY}.png). Pictures that cannot be read are reported and skipped, as are links in"
-        " circles, pipes, devices and videos; the exit code is then 1."
+        f" (NAME{OVERLAY}.png); for each video or camera a video of the frames tinted by class, with the sound"
+        f" (NAME{VIDEO_OVERLAY}). What cannot be read is reported and skipped, as are links in"
+        " circles, pipes and devices; the exit code is then 1. A video that is damaged or cut off ends with what could be"
+        " read, is reported, and the exit code is 1."
     )
     command.epilog = (
-        "Folders are searched with their subfolders, which reappear in OUT, and links are followed. A picture"
-        f" that is met again is left out, and said. Earlier results (*{', *'.join(ENDINGS)}) in"
-        " folders are no pictures. Equal names from two folders keep their folders; where two pictures in one"
-        " have one name, the second gets its ending added: NAME_png."
+        "Folders are searched with their subfolders, which reappear in OUT, and links are followed. What"
+        f" is met again is left out, and said. Earlier results (*{', *'.join(ENDINGS)}) in"
+        " folders are no pictures. Equal names from two folders keep their folders; where two in one"
+        " have one name, the second gets its ending added: NAME_png. Videos and cameras need the extra video."
     )
     command.add_argument(
         "pictures",
         nargs="+",
         type=options.filled,
-        metavar="PICTURE_OR_FOLDER",
-        help="what to segment: files, no videos, and URLs only with --ray",
+        metavar="PICTURE_VIDEO_FOLDER_OR_CAMERA",
+        help="what to segment: files, folders of files, a camera's number, from 0 up, and URLs only with --ray",
     )
     command.add_argument(
-        "-o", "--out", type=options.place, required=True, help="folder for the results"
+        "-o",
+        "--out",
+        type=options.place,
+        help=f"folder for the results, or, of one video or camera, the video to write ({videos}); needed unless --show",
     )
     on_ray.add_option(command)
     options.add_weights(command)
@@ -67,6 +79,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
         **options.SIZE,
         help="size the network runs at (as many pixels as the weights were trained at, else the picture's"
         " own size); the labels keep the picture's own size",
+    )
+    command.add_argument(
+        "--tile",
+        **options.SIZE,
+        help="run pictures at their own size in tiles of this size, at least 64, with memory for a row of them only:"
+        " for pictures that are too large otherwise; TIFFs are read by rows, with the extra tiff, PNGs written by rows",
+    )
+    command.add_argument(
+        "--overlap",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pixels that neighbouring tiles share, in which they are blended (%(default)s)",
     )
     command.add_argument(
         "--confidence",
@@ -87,26 +112,167 @@ def add_options(command: argparse.ArgumentParser) -> None:
         dest="overlay_format",
         action="store_const",
         const=None,
-        help="write no tinted picture",
+        help="write no tinted picture; of a video write its class ids, as grey frames without loss, instead"
+        f" (NAME{VIDEO_LABELS})",
+    )
+    command.add_argument(
+        "--every",
+        type=options.count,
+        default=1,
+        metavar="N",
+        help="of a video or camera take every Nth frame only (%(default)s)",
+    )
+    command.add_argument(
+        "--show",
+        action="store_true",
+        help="show a video or camera in a window while it is segmented, until that is closed (Escape or q)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.ray is not None:
+        _check_ray(args)
         return on_ray.run(args)
     if isinstance(args.out, str):
         raise ValueError(f"--out must be a folder unless --ray is given, got {args.out}")
+    cameras = [int(one) for one in args.pictures if _is_camera(one)]
+    found = find([one for one in args.pictures if not _is_camera(one)])
+    _check(args, found, cameras)
     model = load_checkpoint(args.weights)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
-    with options.out(args.out):
-        return _segment(args, fast, find(args.pictures))
+    if args.out is None:
+        return _segment(args, fast, found, cameras)
+    with options.out(args.out.parent if _is_video_file(args.out) else args.out):
+        return _segment(args, fast, found, cameras)
 
 
-def _segment(args: argparse.Namespace, fast: FusedFastSCNN, found: Found) -> int:
+def _check_ray(args: argparse.Namespace) -> None:
+    """Refuses what one machine does alone."""
+    if args.out is None:
+        raise ValueError("--out must say where results go to with --ray")
+    for name, given in (("tile", args.tile), ("show", args.show), ("every", args.every > 1)):
+        if given:
+            raise ValueError(f"--{name} must not go with --ray, which spreads whole pictures")
+
+
+def _is_camera(argument: str) -> bool:
+    return argument.isdecimal() and not os.path.lexists(argument)
+
+
+def _is_video_file(out: Path) -> bool:
+    return out.suffix.lower() in CONTAINERS and not out.is_dir()
+
+
+def _check(args: argparse.Namespace, found: Found, cameras: list[int]) -> None:
+    """Refuses options that go with nothing that there is to segment.
+
+    Raises:
+        ValueError: and which, and why.
+    """
+    pictures = [job for job in found.jobs if not job.video]
+    videos = [str(job.path) for job in found.jobs if job.video] + [str(one) for one in cameras]
+    if args.out is None and not args.show:
+        raise ValueError("--out must say where results go to (or --show that a window shows them)")
+    if args.show and pictures:
+        raise ValueError(f"--show must go with videos and cameras alone, got {pictures[0].path}")
+    if args.every > 1 and pictures and not videos:
+        raise ValueError(
+            f"--every must go with a video or camera, got {args.every} for {pictures[0].path}"
+        )
+    if args.confidence and videos and not pictures:
+        raise ValueError(f"--confidence must go with pictures, got {videos[0]} alone")
+    if args.tile is not None:
+        if args.size is not None:
+            height, width = args.size
+            raise ValueError(f"--size must not go with --tile, got {height}x{width}")
+        if args.overlay_format == "jpg":
+            raise ValueError(
+                "--overlay-format must be png with --tile, which writes by rows, got jpg"
+            )
+        if videos:
+            raise ValueError(f"--tile must go with pictures alone, got {videos[0]}")
+        tiling(args.tile, args.overlap)
+    if args.out is None or not _is_video_file(args.out):
+        return
+    if pictures or len(videos) > 1:
+        rule = "--out must be a folder, unless there is one video or camera"
+        got = f"{len(pictures)} pictures and {len(videos)} videos"
+        raise ValueError(f"{rule}, got {args.out} for {got}")
+    if args.overlay_format is None and CONTAINERS[args.out.suffix.lower()] not in LOSSLESS:
+        taken = ", ".join(end for end, kind in CONTAINERS.items() if kind in LOSSLESS)
+        rule = f"--out must end in {taken}, which keep labels without loss, with --labels-only"
+        raise ValueError(f"{rule}, got {args.out}")
+
+
+def _segment(
+    args: argparse.Namespace, fast: FusedFastSCNN, found: Found, cameras: list[int]
+) -> int:
     for said in found.problems:
         print(f"skipped {said}", file=sys.stderr)
     for said in found.repeats:
         print(f"left out {said}", file=sys.stderr)
+    pictures = [job for job in found.jobs if not job.video]
+    sources: list[tuple[Path | int, Path]] = [
+        (job.path, job.name) for job in found.jobs if job.video
+    ]
+    sources += [(number, Path(f"camera{number}")) for number in cameras]
+    done = (_pictures if args.tile is None else _tiled)(args, fast, pictures)
+    shown, damaged = 0, 0
+    for source, name in sources:
+        clip = _clip(args, source, name)
+        try:
+            damaged += not clips.segment(fast, clip)
+        except ValueError as error:
+            print(f"skipped {error}", file=sys.stderr)
+        except ImportError as error:
+            print(f"skipped {source}: {error}", file=sys.stderr)
+        else:
+            shown += 1
+    segmented, skipped = done + shown, len(pictures) - done + len(sources) - shown
+    skipped += len(found.problems)
+    said = f"{segmented} segmented, {skipped} skipped"
+    if damaged:
+        said += f", {damaged} damaged"
+    if found.repeated:
+        said += f", {found.repeated} left out (links to others, or given twice)"
+    written = endings(args.overlay_format, args.confidence) if done else []
+    written += [_video_ending(args)] if shown else []
+    if written and args.out is not None and not _is_video_file(args.out):
+        said += f"; results: {args.out}/*{', *'.join(written)}"
+    print(said)
+    return 1 if skipped or damaged or not segmented else 0
+
+
+def _video_ending(args: argparse.Namespace) -> str:
+    return VIDEO_LABELS if args.overlay_format is None else VIDEO_OVERLAY
+
+
+def _clip(args: argparse.Namespace, source: Path | int, name: Path) -> clips.Clip:
+    out: Path | None = args.out
+    if out is not None and not _is_video_file(out):
+        out = out / name.with_name(name.name + _video_ending(args))
+    return clips.Clip(
+        source, out, args.size, args.every, labels_only=args.overlay_format is None, show=args.show
+    )
+
+
+def _tiled(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> int:
+    """As :func:`_pictures`, in tiles."""
+    cut, done = tiling(args.tile, args.overlap), 0
+    overlays = args.overlay_format is not None
+    for job in jobs:
+        try:
+            name = args.out / job.name
+            tiled.segment(fast, job.path, name, cut, args.bits, overlays, args.confidence)
+        except ValueError as error:
+            print(f"skipped {error}", file=sys.stderr)
+        else:
+            done += 1
+    return done
+
+
+def _pictures(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> int:
+    """How many of ``jobs`` were segmented; what is wrong with the others is said."""
 
     def read(job: Job) -> tuple[Prepared, list[Guess]]:
         guesses: list[Guess] = []  # told in the order of the pictures
@@ -141,7 +307,7 @@ def _segment(args: argparse.Namespace, fast: FusedFastSCNN, found: Found) -> int
         return guesses
 
     threads = torch.get_num_threads()
-    done, jobs = 0, found.jobs
+    done = 0
     steps = overlapped(
         jobs,
         read,
@@ -167,11 +333,4 @@ def _segment(args: argparse.Namespace, fast: FusedFastSCNN, found: Found) -> int
                 bar.update()
     finally:
         torch.set_num_threads(threads)
-    skipped = len(jobs) - done + len(found.problems)
-    left_out = (
-        f", {found.repeated} left out (links to others, or given twice)" if found.repeated else ""
-    )
-    written = ", *".join(endings(args.overlay_format, args.confidence))
-    where = f"; results: {args.out}/*{written}" if done else ""
-    print(f"{done} segmented, {skipped} skipped{left_out}{where}")
-    return 1 if skipped or not done else 0
+    return done

@@ -1,4 +1,4 @@
-"""Which pictures the arguments of a command come to, and what their results are called."""
+"""Which pictures and videos the arguments of a command come to, and what their results are called."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .pictures import ENDINGS, PICTURE_SUFFIXES, no_file, no_picture
+from .pictures import ENDINGS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, is_video, no_file, no_picture
 
 
 class Job(NamedTuple):
-    """A picture to work on."""
+    """A picture or video to work on."""
 
     path: Path
     name: Path  #: of its results, below the folder for them and without their endings
+    video: bool = False
 
 
 class Found(NamedTuple):
@@ -28,7 +29,7 @@ class Found(NamedTuple):
 
 
 def find(arguments: Sequence[str]) -> Found:
-    """The pictures that ``arguments``, files and folders, come to, each once, and what is wrong with the rest.
+    """The pictures and videos that ``arguments``, files and folders, come to, each once, and what is wrong with the rest.
 
     Folders are searched with their subfolders and those that links lead to. A picture that is reached in several
     ways is taken where no link leads to it, else where it is met first.
@@ -48,7 +49,7 @@ def find(arguments: Sequence[str]) -> Found:
         repeats.append((place, f"{path}: is a link to {real}, which is searched already", count))
     taken = sorted(chosen.values(), key=lambda picture: picture.place)
     return Found(
-        [Job(picture.path, name) for picture, name in zip(taken, _names_of(taken))],
+        [Job(one.path, name, one.video) for one, name in zip(taken, _names_of(taken))],
         [said for _, said in sorted(search.problems)],
         [said for _, said, _ in sorted(repeats)],
         sum(count for *_, count in repeats),
@@ -64,6 +65,7 @@ class _Picture(NamedTuple):
     place: _Place
     linked: bool  #: whether it is a link or behind one, as seen from the argument
     real: str  #: where it lies
+    video: bool
 
 
 class _Search:
@@ -121,22 +123,27 @@ class _Search:
                 self._links.append((place, path))
             elif (why_not := _why_not(path)) is not None:
                 self.problems.append((place, f"{path}: {why_not}"))
-            elif path.suffix.lower() in PICTURE_SUFFIXES:
+            elif path.suffix.lower() in (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES):
                 self._picture(path, place, linked or entry.is_symlink())
 
     def _picture(self, path: Path, place: _Place, linked: bool) -> None:
-        self.pictures.append(_Picture(path, place, linked, os.path.realpath(path)))
+        real = os.path.realpath(path)
+        self.pictures.append(_Picture(path, place, linked, real, is_video(path)))
 
 
 def _why_not(path: Path) -> str | None:
     """Why something in a folder is no picture, where it may be meant as one."""
     why_not = no_file(str(path))
     if why_not is None:
-        return no_picture(path.name)
+        return None if path.suffix.lower() in VIDEO_SUFFIXES else no_picture(path.name)
     gone = not os.path.lexists(
         os.path.realpath(path)
     )  # of a link that leads nowhere, not in a circle
-    return None if gone and path.suffix.lower() not in ("", *PICTURE_SUFFIXES) else why_not
+    return (
+        None
+        if gone and path.suffix.lower() not in ("", *PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
+        else why_not
+    )
 
 
 def _names_of(pictures: Sequence[_Picture]) -> list[Path]:

@@ -63,27 +63,33 @@ PICTURE_SUFFIXES = (
 )
 _TAKEN = "a path, a PIL image, the bytes of a file, a binary file, uint8 or uint16 pixels"
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)  # C:/ is none
-_VIDEO = "is a video, and only pictures are read: take frames out first (ffmpeg -i VIDEO FOLDER/%06d.png)"
+#: What is wrong with a video where only pictures are taken.
+VIDEO = "is a video, and only pictures are read here: fastscnn_fast.segment_video takes it, and the command segment"
 _HEIC = "is HEIC, which is not read: convert it to JPEG or PNG first"
-_VIDEO_SUFFIXES = (
+#: Endings by which files in a folder are taken for videos.
+VIDEO_SUFFIXES = (
     *(".3gp", ".asf", ".avi", ".flv", ".h264", ".h265", ".hevc", ".m2ts", ".m4v", ".mkv", ".mov"),
     *(".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".vob", ".webm", ".wmv", ".y4m"),
 )
 #: Endings of files that people take for pictures, and what is wrong with them.
-_OTHER_SUFFIXES = dict.fromkeys(_VIDEO_SUFFIXES, _VIDEO) | dict.fromkeys((".heic", ".heif"), _HEIC)
+_OTHER_SUFFIXES = dict.fromkeys(VIDEO_SUFFIXES, VIDEO) | dict.fromkeys((".heic", ".heif"), _HEIC)
 #: How such files begin.
 _OTHER_STARTS = {
     rb"....ftyp(hei|hev|mif1|msf1)": _HEIC,
-    rb"....(ftyp(?!avi)|moov|mdat|wide|skip)": _VIDEO,  # MPEG-4, QuickTime; avif and avis are AVIF
-    rb"\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS|0&\xb2u|\0\0\x01[\xba\xb3]|YUV4MPEG2": _VIDEO,
-    rb"G.{187}G.{187}G": _VIDEO,  # MPEG-TS
+    rb"....(ftyp(?!avi)|moov|mdat|wide|skip)": VIDEO,  # MPEG-4, QuickTime; avif and avis are AVIF
+    rb"\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|OggS|0&\xb2u|\0\0\x01[\xba\xb3]|YUV4MPEG2": VIDEO,
+    rb"G.{187}G.{187}G": VIDEO,  # MPEG-TS
 }
-#: What the results of a picture are called, after its name.
+#: What the results of a picture are called, after its name, and those of a video.
 LABELS, CONFIDENCE, OVERLAY = "_labels.png", "_confidence.png", "_overlay"
+VIDEO_LABELS, VIDEO_OVERLAY = "_labels.mkv", "_overlay.mp4"
 #: How overlays are stored.
 OVERLAY_FORMATS = ("png", "jpg")
 #: Endings by which files are known to be results.
-ENDINGS = (LABELS, CONFIDENCE, *(f"{OVERLAY}.{kind}" for kind in OVERLAY_FORMATS))
+ENDINGS = (
+    *(LABELS, CONFIDENCE, VIDEO_LABELS, VIDEO_OVERLAY),
+    *(f"{OVERLAY}.{kind}" for kind in OVERLAY_FORMATS),
+)
 #: The passes of an interlaced PNG: first column and row, distance of columns and of rows.
 _ADAM7 = (
     (0, 0, 8, 8),
@@ -161,9 +167,9 @@ def pixels_of(
     tell: Callable[[Guess], None] = Guess.tell,
 ) -> NDArray[np.uint8]:
     """As :func:`read_picture`; errors call what has no name of its own ``name``, and ``tell`` hears of guesses."""
-    to_eight = _Bits(None if bits is None else _depth(bits), name, tell)
+    to_eight = Bits(None if bits is None else _depth(bits), name, tell)
     if isinstance(picture, Tensor):
-        return _array_pixels(_tensor_array(picture, name), channels, to_eight)
+        return _array_pixels(tensor_array(picture, name), channels, to_eight)
     if isinstance(picture, np.ndarray):
         return _array_pixels(np.asarray(picture), channels, to_eight)
     if isinstance(picture, Image.Image):
@@ -230,7 +236,16 @@ def no_picture(name: str, start: bytes = b"") -> str | None:
     return _OTHER_SUFFIXES.get(os.path.splitext(name)[1].lower())
 
 
-class _Bits(NamedTuple):
+def is_video(path: Path) -> bool:
+    """Whether a file is called as a video, or begins as one and is not called as a picture."""
+    said = no_picture(path.name)
+    if said is None and path.suffix.lower() not in PICTURE_SUFFIXES:
+        with suppress(OSError), path.open("rb") as file:
+            said = no_picture("", file.read(1024))
+    return said == VIDEO
+
+
+class Bits(NamedTuple):
     """How values of 16 bits become eight, and who hears of a guess."""
 
     bits: int | None
@@ -238,7 +253,7 @@ class _Bits(NamedTuple):
     tell: Callable[[Guess], None]
     folder: str | None = None
 
-    def of(self, source: object) -> _Bits:
+    def of(self, source: object) -> Bits:
         """The same for a file or image that may have a name of its own."""
         found = getattr(source, "filename", None) or getattr(source, "name", None)
         if not isinstance(found, (str, os.PathLike)) or not os.fspath(found):
@@ -246,22 +261,32 @@ class _Bits(NamedTuple):
         name = os.fsdecode(found)
         return self._replace(name=name, folder=os.path.dirname(name))
 
+    def chosen(self, largest: int) -> int:
+        """How many bits a picture with this largest value has."""
+        if self.bits is None:
+            bits = next((b for b in _FEWER_BITS if largest < 1 << b), 16)
+            if bits < 16 and largest:
+                self.tell(Guess(self.name, self.folder, largest, bits))
+            return bits
+        if largest >= 1 << self.bits:
+            raise ValueError(
+                f"bits must be enough for the picture's largest value, {largest}, got {self.bits}"
+            )
+        return self.bits
+
     def __call__(self, values: NDArray[Any]) -> NDArray[np.uint8]:
         """The upper eight of grey (H, W) or colours (H, W, C), as :func:`read_picture` has it."""
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("must have at most 16 bits a channel")
-        colours = values if values.ndim == 2 else values[..., : (values.shape[2] - 1) // 2 * 2 + 1]
-        largest, bits = int(colours.max()), self.bits
-        if bits is None:
-            bits = next((b for b in _FEWER_BITS if largest < 1 << b), 16)
-            if bits < 16 and largest:
-                self.tell(Guess(self.name, self.folder, largest, bits))
-        elif largest >= 1 << bits:
-            raise ValueError(
-                f"bits must be enough for the picture's largest value, {largest}, got {bits}"
-            )
+        bits = self.chosen(largest_colour(values))
         eight: NDArray[np.uint8] = np.minimum(values >> (bits - 8), 255).astype(np.uint8)
         return eight
+
+
+def largest_colour(values: NDArray[Any]) -> int:
+    """The largest of grey values (H, W) or colours (H, W, C); alpha has no say."""
+    colours = values if values.ndim == 2 else values[..., : (values.shape[2] - 1) // 2 * 2 + 1]
+    return int(colours.max())
 
 
 def _rewound(file: Any, name: str) -> io.BytesIO:
@@ -282,7 +307,7 @@ def _rewound(file: Any, name: str) -> io.BytesIO:
     return io.BytesIO(content)
 
 
-def _content_pixels(file: IO[bytes], channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
+def _content_pixels(file: IO[bytes], channels: int, to_eight: Bits) -> NDArray[np.uint8]:
     """The pixels of a picture's file."""
     try:
         with Image.open(file) as image:
@@ -297,7 +322,7 @@ def _content_pixels(file: IO[bytes], channels: int, to_eight: _Bits) -> NDArray[
         raise ValueError(f"{to_eight.name}: {why_not}") from error
 
 
-def _image_pixels(image: Image.Image, channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
+def _image_pixels(image: Image.Image, channels: int, to_eight: Bits) -> NDArray[np.uint8]:
     if 0 in image.size:
         raise ValueError(f"must have pixels, got {image.size[1]}x{image.size[0]}")
     to_eight = to_eight.of(image)
@@ -403,7 +428,7 @@ def _png_missing(content: bytes) -> int:
     return size - len(zlib.decompressobj().decompress(b"".join(data), size))
 
 
-def _tensor_array(x: Tensor, name: str) -> NDArray[Any]:
+def tensor_array(x: Tensor, name: str) -> NDArray[Any]:
     """A tensor of pixels (C, H, W) as an array (H, W, C), in the tensor's memory where that is the CPU's."""
     if x.dtype not in (torch.uint8, torch.uint16):
         hint = "; the network itself takes normalised floats" if x.is_floating_point() else ""
@@ -419,9 +444,20 @@ def _tensor_array(x: Tensor, name: str) -> NDArray[Any]:
     return x.detach().cpu().permute(1, 2, 0).numpy()
 
 
-def _array_pixels(pixels: NDArray[Any], channels: int, to_eight: _Bits) -> NDArray[np.uint8]:
+def _array_pixels(pixels: NDArray[Any], channels: int, to_eight: Bits) -> NDArray[np.uint8]:
     """The array itself, where torch can take it as it is."""
-    name, shape = to_eight.name, pixels.shape
+    pixels = checked_array(pixels, to_eight.name)
+    if pixels.dtype.itemsize == 2:
+        pixels = to_eight(pixels)
+    if pixels.shape[2] != channels:
+        return _image_pixels(_to_image(pixels), channels, to_eight)
+    writable: NDArray[np.uint8] = np.require(pixels, requirements=["C", "W"])
+    return writable
+
+
+def checked_array(pixels: NDArray[Any], name: str) -> NDArray[Any]:
+    """Pixels (H, W, C), where they are of a dtype and shape that is taken."""
+    shape = pixels.shape
     if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
         hint = "; the network itself takes normalised floats" if pixels.dtype.kind == "f" else ""
         raise ValueError(f"{name} must be a uint8 or uint16 array, got {pixels.dtype}{hint}")
@@ -432,12 +468,7 @@ def _array_pixels(pixels: NDArray[Any], channels: int, to_eight: _Bits) -> NDArr
         raise ValueError(f"{name} must be (H, W) or (H, W, 1 to 4), got shape {shape}{hint}")
     if 0 in shape:
         raise ValueError(f"{name} must have pixels, got shape {shape}")
-    if pixels.dtype.itemsize == 2:
-        pixels = to_eight(pixels)
-    if pixels.shape[2] != channels:
-        return _image_pixels(_to_image(pixels), channels, to_eight)
-    writable: NDArray[np.uint8] = np.require(pixels, requirements=["C", "W"])
-    return writable
+    return pixels
 
 
 def _to_image(pixels: NDArray[np.uint8]) -> Image.Image:
@@ -516,32 +547,62 @@ def overlay(
     pixels = read_picture(picture)
     if labels.shape != pixels.shape[:2]:
         raise ValueError(f"labels must be {pixels.shape[:2]} like the picture, got {labels.shape}")
+    tinted = tint(pixels, labels, classes, palette, strength)
+    return _with_legend(tinted, named(np.unique(labels), classes, palette))
+
+
+def tint(
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    classes: Sequence[str],
+    palette: Sequence[Colour],
+    strength: float = 0.55,
+) -> Image.Image:
+    """:func:`overlay` of pixels (H, W, 3), without the legend."""
     plain = Image.fromarray(pixels)
     tinted = Image.blend(plain, label_image(labels, palette).convert("RGB"), strength)
     first = label_count(len(classes)) - len(classes)  # label of the first class
     tinted.paste(plain, mask=Image.fromarray((labels < first) | (labels >= first + len(classes))))
-    present = [k - first for k in np.unique(labels).tolist() if 0 <= k - first < len(classes)]
-    return _with_legend(tinted, [(classes[k], palette[k]) for k in present])
+    return tinted
 
 
-def _with_legend(image: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Image.Image:
-    """``image`` above rows of colour swatches with names; small images get a wider frame."""
-    size = max(13, image.width // 55)
+def named(
+    labels: NDArray[np.integer[Any]], classes: Sequence[str], palette: Sequence[Colour]
+) -> list[tuple[str, Colour]]:
+    """Names and colours of those of ``labels`` that have them."""
+    first = label_count(len(classes)) - len(classes)
+    present = [k - first for k in labels.tolist() if 0 <= k - first < len(classes)]
+    return [(classes[k], palette[k]) for k in present]
+
+
+def legend(entries: Sequence[tuple[str, Colour]], least: int, size: int, most: int) -> Image.Image:
+    """Rows of colour swatches with names in letters of ``size`` pixels, at least ``least`` wide.
+
+    It is wider than ``most`` only where a name is.
+    """
     font: Any = ImageFont.load_default(size)
     gap, swatch, line = size // 2, round(size * 1.4), round(size * 1.7)
     steps = [swatch + gap + round(font.getlength(name)) + 2 * gap for name, _ in entries]
-    width = max([image.width, *(gap + step for step in steps)])
-    places, x, y = [], gap, gap
+    most = max([most, *(gap + step for step in steps)])
+    places, x, y, width = [], gap, gap, least
     for step in steps:
-        if x > gap and x + step > width:
+        if x > gap and x + step > most:
             x, y = gap, y + line
         places.append((x, y))
         x += step
-    framed = Image.new("RGB", (width, image.height + y + line), (255, 255, 255))
-    framed.paste(image, (0, 0))
-    draw = ImageDraw.Draw(framed)
+        width = max(width, x)
+    rows = Image.new("RGB", (width, y + line), (255, 255, 255))
+    draw = ImageDraw.Draw(rows)
     for (name, colour), (x, y) in zip(entries, places):
-        y += image.height
         draw.rectangle((x, y, x + swatch, y + size), fill=colour, outline=(90, 90, 90))
         draw.text((x + swatch + gap, y + size / 2), name, fill=(20, 20, 20), font=font, anchor="lm")
+    return rows
+
+
+def _with_legend(image: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Image.Image:
+    """``image`` above a legend; small images get a wider frame."""
+    below = legend(entries, image.width, max(13, image.width // 55), image.width)
+    framed = Image.new("RGB", (below.width, image.height + below.height), (255, 255, 255))
+    framed.paste(image, (0, 0))
+    framed.paste(below, (0, image.height))
     return framed

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arch.config import SMALLEST_SIDE, Config, Size, picture_size
-from ..arch.structure import unwrapped
 from ..data.pictures import Guess, Picture, pixels_of, resized
+from ..data.windows import open_rows
 from ..program.labels import labels_of, probabilities_of
 from .forked import serial
 from .fused import FusedFastSCNN
 from .model import FastSCNN
+from .network import check_model, fused_for
+from .tiles import Tiling, bands, tiling
 
 Labels = NDArray[np.uint8]
 Confidence = NDArray[np.float32]
@@ -38,6 +40,9 @@ def segment(
     size: Size | None = None,
     bits: int | None = None,
     confidence: Literal[False] = False,
+    tile: Size | None = None,
+    overlap: int = 128,
+    out: Labels | None = None,
 ) -> Labels: ...
 
 
@@ -49,6 +54,9 @@ def segment(
     bits: int | None = None,
     *,
     confidence: Literal[True],
+    tile: Size | None = None,
+    overlap: int = 128,
+    out: Labels | None = None,
 ) -> tuple[Labels, Confidence]: ...
 
 
@@ -59,6 +67,8 @@ def segment(
     size: Size | None = None,
     bits: int | None = None,
     confidence: Literal[False] = False,
+    tile: Size | None = None,
+    overlap: int = 128,
 ) -> list[Labels]: ...
 
 
@@ -70,6 +80,8 @@ def segment(
     bits: int | None = None,
     *,
     confidence: Literal[True],
+    tile: Size | None = None,
+    overlap: int = 128,
 ) -> list[tuple[Labels, Confidence]]: ...
 
 
@@ -79,6 +91,9 @@ def segment(
     size: Size | None = None,
     bits: int | None = None,
     confidence: bool = False,
+    tile: Size | None = None,
+    overlap: int = 128,
+    out: Labels | None = None,
 ) -> Any:
     """The class of every pixel of a picture, uint8 (H, W) at the picture's own size; of several, a list of these.
 
@@ -100,24 +115,40 @@ def segment(
             :func:`~fastscnn_fast.data.pictures.read_picture`, which warns of it.
         confidence: also return how probable the network takes each pixel's label to be, float32 (H, W) from 0
             to 1: a pair of labels and confidence for each picture. The network runs twice for it.
+        tile: (height, width) of tiles, or the side of a square, at least 64, for pictures that are too large to be run
+            at once: the network runs at the picture's own size, on one tile after the other, and their logits are
+            blended where they overlap (:func:`~fastscnn_fast.runtime.tiles.bands` says how, and what is in
+            memory). A tile is all that the network sees at a time, in its pooled features too. TIFFs are read by
+            rows, with the extra ``tiff``.
+        overlap: of neighbouring tiles, in pixels, at most about half a tile.
+        out: uint8 (H, W), to be filled and returned instead of a new array: ``np.memmap``, for one picture that is
+            larger than memory.
 
     Raises:
-        TypeError: ``fast`` is no such network, a picture is nothing of these, ``size`` or ``bits`` no integers.
+        TypeError: ``fast`` is no such network, a picture is nothing of these, ``size``, ``bits``, ``tile`` or
+            ``overlap`` no integers, ``out`` no array.
         ValueError: a picture cannot be read or has no pixels, ``size`` is below 32 a side or has more than 2^30
-            pixels, the model is in training mode or has more than 256 classes.
+            pixels, ``tile`` is below 64 a side or given with ``size``, ``overlap`` is too large, ``out`` is not as the labels
+            are or given for several pictures, the model is in training mode or has more than 256 classes.
         RuntimeError: a tensor has lost its memory.
     """
-    fast = unwrapped(fast)
-    if not isinstance(fast, (FusedFastSCNN, FastSCNN)):
-        other = " (fastscnn_fast.accelerate takes other implementations)"
-        raise TypeError(
-            "fast, the first argument, must be a model: a fastscnn_fast.FastSCNN or its fused copy, got"
-            f" {type(fast).__name__}{other if isinstance(fast, nn.Module) else ''}"
-        )
+    fast = check_model(fast)
     several = isinstance(picture, (list, tuple))
     pictures: Several = picture if isinstance(picture, (list, tuple)) else [picture]
-    results: list[Any] = [None] * len(pictures)
+    if out is not None:
+        check_out(out)
+        if several:
+            raise ValueError("out must be None for a list of pictures, got an array")
     names = (f"picture[{index}]" if several else "picture" for index in range(len(pictures)))
+    if tile is not None:
+        if size is not None:
+            raise ValueError(
+                f"size must be None with tile, at whose size the network runs, got {size}"
+            )
+        cut = tiling(tile, overlap)
+        tiled = [_tiled(fast, *one, bits, confidence, cut, out) for one in zip(pictures, names)]
+        return tiled if several else tiled[0]
+    results: list[Any] = [None] * len(pictures)
     read = (prepare(one, fast.config, size, bits, name) for one, name in zip(pictures, names))
     waiting = (_Waiting(index, one.pixels.shape, one.x) for index, one in enumerate(read))
     for batch in _batches(waiting):
@@ -125,7 +156,64 @@ def segment(
         for (place, shape, _), classified in zip(batch, found):
             pair = classified.at(shape)
             results[place] = pair if confidence else pair[0]
+    if out is not None:
+        results[0] = (filled(out, pair[0]), pair[1]) if confidence else filled(out, pair[0])
     return results if several else results[0]
+
+
+def check_out(out: object) -> None:
+    """Refuses what cannot hold labels.
+
+    Raises:
+        TypeError: it is no uint8 array (H, W).
+    """
+    if isinstance(out, np.ndarray) and out.dtype == np.uint8 and out.ndim == 2:
+        return
+    kind = (
+        f"{out.dtype} of shape {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+    )
+    raise TypeError(f"out must be a uint8 array (H, W), got {kind}")
+
+
+def filled(out: Labels, labels: Labels) -> Labels:
+    """``out``, with ``labels`` in it.
+
+    Raises:
+        ValueError: it has another shape, or is not to be written to.
+    """
+    _check_fits(out, labels.shape)
+    np.copyto(out, labels)
+    return out
+
+
+def _check_fits(out: Labels, shape: tuple[int, ...]) -> None:
+    if out.shape != shape:
+        raise ValueError(f"out must be {shape} like the picture, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be an array that can be written to, got one that is read-only")
+
+
+def _tiled(
+    fast: FusedFastSCNN | FastSCNN,
+    picture: Picture,
+    name: str,
+    bits: int | None,
+    confidence: bool,
+    cut: Tiling,
+    out: Labels | None,
+) -> Any:
+    with open_rows(picture, fast.config.in_channels, bits, name) as rows:
+        size = (rows.height, rows.width)
+        if out is not None:
+            _check_fits(out, size)
+        labels = np.empty(size, np.uint8) if out is None else out
+        sure = np.empty(size, np.float32) if confidence else None
+        for band in bands(fast, rows, cut, confidence):
+            bottom = band.top + len(band.labels)
+            labels[band.top : bottom] = band.labels
+            if sure is not None:
+                sure[band.top : bottom] = band.confidence
+    return (labels, sure) if confidence else labels
 
 
 class _Waiting(NamedTuple):
@@ -234,7 +322,7 @@ def classify(
     fast: FusedFastSCNN | FastSCNN, pictures: Sequence[Tensor], confidence: bool = False
 ) -> list[Classified]:
     """The network's labels of each of uint8 pixels (1, C, h, w) of one size, and how probable it takes them to be."""
-    fused, x = _fused_for(fast, pictures[0] if len(pictures) == 1 else torch.cat(list(pictures)))
+    fused, x = fused_for(fast, pictures[0] if len(pictures) == 1 else torch.cat(list(pictures)))
     if fused is not None:
         labels = fused.labels(x)
         probabilities = fused.probabilities(x) if confidence else None
@@ -246,18 +334,6 @@ def classify(
     probable = None if probabilities is None else _of_labels(probabilities.float(), labels)
     sure = [None] * len(pictures) if probable is None else probable.cpu().numpy()
     return [Classified(*pair) for pair in zip(labels.cpu().numpy(), sure)]
-
-
-def _fused_for(fast: FusedFastSCNN | FastSCNN, x: Tensor) -> tuple[FusedFastSCNN | None, Tensor]:
-    """The fused network of ``fast``, None where plain torch must run, and x on its device."""
-    if isinstance(fast, FusedFastSCNN):
-        return fast, x.to(fast.weights.device)
-    if fast.training:
-        raise ValueError("the model must be in eval mode (model.eval()), got one in training mode")
-    if fast.config.num_classes > 256:
-        raise ValueError(f"num_classes must be at most 256, got {fast.config.num_classes}")
-    x = x.to(fast.classifier.conv.weight.device)
-    return fast.fused_for(x), x
 
 
 def _of_labels(probabilities: Tensor, labels: Tensor) -> Tensor:

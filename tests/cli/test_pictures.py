@@ -129,10 +129,8 @@ def test_what_is_no_file_is_named_and_counted(capsys: pytest.CaptureFixture[str]
     arguments = ["in/loop", "in/camera", "/dev/null", "https://example.org/a.png", "in/clip.mp4"]
     assert cli.main(["segment", "in", *arguments, "-o", "out"]) == 1
     printed = capsys.readouterr()
-    video = "is a video, and only pictures are read: take frames out first (ffmpeg -i VIDEO FOLDER/%06d.png)"
     assert printed.err.splitlines() == [
         "skipped in/camera: is a pipe",
-        f"skipped in/clip.mp4: {video}",
         f"skipped in/deep/up: is a link in a circle, to {Path('in').resolve()}",
         "skipped in/gone.jpg: is a link to nowhere.jpg, which does not exist",
         "skipped in/loop: is a link in a circle",
@@ -143,9 +141,12 @@ def test_what_is_no_file_is_named_and_counted(capsys: pytest.CaptureFixture[str]
         "skipped in/camera: is a pipe",
         "skipped /dev/null: is a device",
         "skipped https://example.org/a.png: is a URL, and only files are read: download it first",
-        f"skipped in/clip.mp4: {video}",
+        "left out in/clip.mp4: is the same as in/clip.mp4, which is there already",
+        "skipped in/clip.mp4: is empty",
     ]
-    assert printed.out.startswith("2 segmented, 13 skipped; ")
+    assert printed.out.startswith(
+        "2 segmented, 12 skipped, 1 left out (links to others, or given twice); "
+    )
 
 
 def test_folders_that_cannot_be_searched_or_hold_nothing(
@@ -413,3 +414,44 @@ def test_jpeg_is_encoded_as_asked() -> None:
         assert jpg.format == "JPEG"
     with Image.open(io.BytesIO(pictures.encoded(image))) as png:
         assert np.array_equal(np.asarray(png), PICTURE)
+
+
+def test_tiles_are_those_of_python_and_written_by_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    picture = street(5, 150, 333)[0]
+    draw("in/a.tif", "in/b.png", picture=picture)
+    draw("in/narrow.png", picture=picture[:, :40])
+    Path("in/broken.tif").write_bytes(b"II*\0")
+    words = ["--tile", "96x128", "--overlap", "32", "--confidence"]
+    assert cli.main(["segment", "in", "-o", "out", *words]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("skipped in/broken.tif: ")
+    assert printed.out.startswith("3 segmented, 1 skipped; results: out/*_labels.png, ")
+    fast = fuse(UNTRAINED_MODEL(num_classes=11))
+    for name, own in (("a", picture), ("b", picture), ("narrow", picture[:, :40])):
+        labels, confidence = segment(fast, own, tile=(96, 128), overlap=32, confidence=True)
+        with Image.open(f"out/{name}_labels.png") as image:
+            assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
+            assert image.getpalette()[:33] == [c for colour in fast.palette for c in colour]
+        with Image.open(f"out/{name}_confidence.png") as image:
+            assert np.array_equal(np.asarray(image), np.rint(255 * confidence).astype(np.uint8))
+        shown = np.asarray(pictures.overlay(own, labels, fast.classes, fast.palette))
+        with Image.open(f"out/{name}_overlay.png") as image:
+            found = np.asarray(image)
+            assert np.array_equal(found[:150, : own.shape[1]], shown[:150, : own.shape[1]])
+            assert found.shape[0] > 150 and (name == "narrow" or np.array_equal(found, shown))
+    words = ["--tile", "96x128", "--overlap", "32", "--labels-only"]
+    assert cli.main(["segment", "in/a.tif", "-o", "alone", *words]) == 0
+    assert files("alone") == ["a_labels.png"]
+
+
+def test_options_that_do_not_go_with_tiles(capsys: pytest.CaptureFixture[str]) -> None:
+    draw("a.png")
+    Path("a.mp4").write_bytes(b"")
+    for words, said in (
+        (["--size", "64"], "--size must not go with --tile, got 64x64"),
+        (["--overlay-format", "jpg"], "--overlay-format must be png with --tile"),
+        (["--overlap", "200"], "overlap must be from 0 to 64, "),
+        (["a.mp4"], "--tile must go with pictures alone, got a.mp4"),
+    ):
+        assert cli.main(["segment", "a.png", *words, "--tile", "128", "-o", "out"]) == 2
+        assert f"error: {said}" in capsys.readouterr().err
