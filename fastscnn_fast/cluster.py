@@ -6,6 +6,7 @@ run as actors, one a GPU or, without GPUs, one a group of processors; Ray starts
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import platform
@@ -83,7 +84,10 @@ class Segmenter:
         dtype: torch.dtype = torch.float32,
         precision: str = "highest",
     ) -> None:
-        model = weights if isinstance(weights, FastSCNN) else load_checkpoint(weights)
+        if isinstance(weights, FastSCNN):
+            model = copy.deepcopy(weights)  # it may move to a GPU
+        else:
+            model = load_checkpoint(weights)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.fast = fuse(model, backend, dtype, precision)
         self.column, self.size, self.bits = column, size, bits
@@ -219,7 +223,7 @@ def predict(
         jobs: files that every machine has under these paths, or URIs.
         results: what to write, and where.
         model: in eval mode; it travels to the actors.
-        address: of a cluster ("auto", "HOST:6379", "ray://HOST:10001"), "local" for this machine alone; not used where Ray is
+        address: of a cluster ("auto", "HOST:6379"), "local" for this machine alone; not used where Ray is
             connected already.
         backend: as :func:`fastscnn_fast.fuse` has it; so are ``dtype`` and ``precision``.
         dtype: see ``backend``.
@@ -234,6 +238,8 @@ def predict(
     need("prediction on many machines", "ray", "ray", "pyarrow")
     import ray
 
+    if not jobs:
+        return
     if not ray.is_initialized():
         ray.init(address=address, logging_level="warning", log_to_driver=True)
         with closing(_predicted(jobs, results, model, (backend, dtype, precision))) as outcomes:

@@ -20,7 +20,7 @@ def add_option(command: argparse.ArgumentParser) -> None:
         "--ray",
         type=options.filled,
         metavar="ADDRESS",
-        help="run on a Ray cluster: auto, HOST:6379, ray://HOST:10001, or local for this machine alone; pictures and"
+        help="run on a Ray cluster: auto, HOST:6379, or local for this machine alone; pictures and"
         " OUT are folders that every machine has under the same path, or URIs, s3://, gs:// or abfss:// (extra ray)",
     )
 

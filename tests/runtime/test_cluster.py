@@ -207,6 +207,9 @@ class TestOnACluster:
             grey = labels(tmp_path / "out" / f"{name}_confidence.png")
             assert np.abs(grey - 255 * sure).max() <= 0.51
 
+    def test_nothing_to_do(self, model: FastSCNN, tmp_path: Path) -> None:
+        assert not list(cluster.predict([], Results(str(tmp_path)), model))
+
     def test_what_no_actor_can_do_ends_the_run(
         self, model: FastSCNN, pictures: Path, tmp_path: Path
     ) -> None:
