@@ -54,7 +54,8 @@ _TALK = {
 class Segmenter:
     """The classes of the pixels of batches of pictures, for ``map_batches`` of ray.data.
 
-    ray.data.read_images(folder, include_paths=True).map_batches(Segmenter, concurrency=2, num_cpus=4, batch_size=16)
+    pictures = ray.data.read_images(folder, include_paths=True)
+    pictures.map_batches(Segmenter, compute=ray.data.ActorPoolStrategy(size=2), num_cpus=4, batch_size=16)
 
     It takes numpy batches and adds two columns: ``labels``, uint8 (H, W) of each picture's own size, and ``error``, text, empty
     where all went well; where it is not, the labels are (0, 0). A picture that cannot be read does not end the run.
