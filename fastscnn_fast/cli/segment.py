@@ -6,10 +6,12 @@ import argparse
 import errno
 import os
 import sys
+from collections import defaultdict
 from contextlib import closing
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..checkpoints import load_checkpoint
@@ -27,14 +29,12 @@ from ..data.pictures import (
 )
 from ..data.results import endings
 from ..data.videos import CONTAINERS, LOSSLESS
+from ..runtime.flow import flow
 from ..runtime.fused import FusedFastSCNN, fuse
-from ..runtime.overlapped import overlapped
-from ..runtime.segment import Classified, Prepared, classify, fits, prepare
+from ..runtime.segment import Confidence, Labels, Prepared, prepare
 from ..runtime.tiles import tiling
 from . import clips, on_ray, options, results, tiled
 
-#: Pixels of pictures in memory at a time, or of one larger one alone; 10 to 25 bytes each.
-_MOST_PIXELS = 2**26
 #: What is wrong with one picture's results alone, unlike a full disk.
 _OF_ONE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
@@ -274,25 +274,14 @@ def _tiled(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> in
 def _pictures(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> int:
     """How many of ``jobs`` were segmented; what is wrong with the others is said."""
 
-    def read(job: Job) -> tuple[Prepared, list[Guess]]:
-        guesses: list[Guess] = []  # told in the order of the pictures
-        return prepare(job.path, fast.config, args.size, args.bits, tell=guesses.append), guesses
+    guesses: defaultdict[Job, list[Guess]] = defaultdict(list)  # told in the order of the pictures
 
-    def label(
-        read: list[tuple[Prepared, list[Guess]]], busy: int
-    ) -> list[tuple[Prepared, list[Guess], Classified]]:
-        # Threads of the network wait for each other: one whose processor encodes holds up all.
-        torch.set_num_threads(max(1, threads - busy))
-        found = classify(fast, [prepared.x for prepared, _ in read], args.confidence)
-        return [(*one, classified) for one, classified in zip(read, found)]
+    def read(job: Job) -> Prepared:
+        return prepare(job.path, fast.config, args.size, args.bits, tell=guesses[job].append)
 
-    def joins(read: list[tuple[Prepared, list[Guess]]], one: tuple[Prepared, list[Guess]]) -> bool:
-        x = one[0].x
-        return x.shape == read[0][0].x.shape and fits(len(read), x)
-
-    def write(job: Job, made: tuple[Prepared, list[Guess], Classified]) -> list[Guess]:
-        (pixels, _), guesses, classified = made
-        labels, confidence = classified.at(pixels.shape)
+    def write(
+        job: Job, pixels: NDArray[np.uint8], labels: Labels, confidence: Confidence | None
+    ) -> None:
         try:
             results.write(
                 args.out / job.name, pixels, labels, fast, args.overlay_format, confidence
@@ -304,33 +293,19 @@ def _pictures(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) ->
                 raise
             said = f"{job.path}: {error.filename} cannot be written: {error.strerror}"
             raise ValueError(said) from error
-        return guesses
 
-    threads = torch.get_num_threads()
     done = 0
-    steps = overlapped(
-        jobs,
-        read,
-        label,
-        write,
-        size=lambda job: size_of(job.path),
-        most=_MOST_PIXELS,
-        workers=threads,
-        joins=joins,
-    )
+    steps = flow(fast, jobs, read, write, lambda job: size_of(job.path), args.confidence)
     bar = tqdm(total=len(jobs), unit="picture", disable=True if len(jobs) == 1 else None)
-    try:
-        with closing(steps), bar:
-            for _, outcome in steps:
-                try:
-                    guesses = outcome.result()
-                except ValueError as error:
-                    tqdm.write(f"skipped {error}", file=sys.stderr)
-                else:
-                    done += 1
-                    for guess in guesses:
-                        guess.tell()
-                bar.update()
-    finally:
-        torch.set_num_threads(threads)
+    with closing(steps), bar:
+        for job, outcome in steps:
+            try:
+                outcome.result()
+            except ValueError as error:
+                tqdm.write(f"skipped {error}", file=sys.stderr)
+            else:
+                done += 1
+                for guess in guesses.pop(job, ()):
+                    guess.tell()
+            bar.update()
     return done
