@@ -121,7 +121,7 @@ def _video(fast: FusedFastSCNN, folder: Path, count: int) -> tuple[Stages, int]:
     return {"decode": decode, "network": network, "encode": encode, "all": everything}, count
 
 
-def _pictures(fast: FusedFastSCNN, args: argparse.Namespace, folder: Path) -> tuple[Stages, int]:
+def _pictures(fast: FusedFastSCNN, source: Path, folder: Path) -> tuple[Stages, int]:
     jobs = find([str(source)]).jobs
 
     def read() -> list[Prepared]:
