@@ -1,4 +1,6 @@
-"""How fast ``segment`` is with a video, beside each of its stages alone: ``python benchmarks/bench_video.py``.
+"""How fast ``segment`` is with a video, or with a folder of pictures, beside each of its stages alone.
+
+    python benchmarks/bench_video.py [--folder PICTURES]
 
 Decoding, the network and encoding share the processor's cores. So besides the slowest stage alone, a second bound is
 printed: all cores busy all the time with what the stages take of them together.
@@ -20,14 +22,18 @@ import av
 import numpy as np
 import torch
 
-from fastscnn_fast import fuse, load_checkpoint
-from fastscnn_fast.cli import clips, options
+from fastscnn_fast import FusedFastSCNN, fuse, load_checkpoint
+from fastscnn_fast.cli import clips, options, results
+from fastscnn_fast.data.jobs import Job, find
+from fastscnn_fast.data.pictures import size_of
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.data.videos import Overlay, Video, Writer, frame_pixels
+from fastscnn_fast.runtime.flow import flow
 from fastscnn_fast.runtime.network import as_input
-from fastscnn_fast.runtime.segment import classify, run_size
+from fastscnn_fast.runtime.segment import Prepared, classify, prepare, run_size
 
 HEIGHT, WIDTH = 720, 1280
+Stages = dict[str, Callable[[], object]]
 
 
 def film(path: Path, count: int) -> None:
@@ -57,21 +63,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_dtype(parser, "float32")
     parser.add_argument("--frames", type=options.count, default=120)
+    parser.add_argument(
+        "--folder", type=options.path, help="pictures to segment with --labels-only instead"
+    )
     parser.add_argument("--repeats", type=options.count, default=5)
     args = parser.parse_args()
     model = load_checkpoint()
     fast = fuse(model, dtype=options.DTYPES[args.dtype])
-    folder = tempfile.TemporaryDirectory()
-    path, out = Path(folder.name, "clip.mp4"), Path(folder.name, "out.mp4")
-    film(path, args.frames)
+    with tempfile.TemporaryDirectory() as folder:
+        stages, count = (
+            _video(fast, Path(folder), args.frames)
+            if args.folder is None
+            else _pictures(fast, args.folder, Path(folder))
+        )
+        times = {name: measured(stage, count, args.repeats) for name, stage in stages.items()}
+    for name, (wall, cpu) in times.items():
+        rate = f"{wall:7.2f} ms each, {1e3 / wall:7.1f} a second"
+        print(f"{name:8} {rate}, {cpu:7.2f} ms of processors")
+    whole, _ = times.pop("all")
+    slowest = max(wall for wall, _ in times.values())
+    cores = len(os.sched_getaffinity(0))
+    busy = sum(cpu for _, cpu in times.values()) / cores
+    print(f"all, of the slowest stage alone: {slowest / whole:.2f}")
+    print(f"all, of {cores} cores always busy:      {busy / whole:.2f}")
+
+
+def _video(fast: FusedFastSCNN, folder: Path, count: int) -> tuple[Stages, int]:
+    path, out = folder / "clip.mp4", folder / "out.mp4"
+    film(path, count)
 
     def pixels(frame: Any) -> Any:
-        return frame_pixels(frame, model.config.in_channels)
+        return frame_pixels(frame, fast.config.in_channels)
 
     def decode() -> list[torch.Tensor]:
         with Video(path) as video:
             read = map(pixels, video.read())
-            return [as_input(one, run_size(one, model.config)) for one in read]
+            return [as_input(one, run_size(one, fast.config)) for one in read]
 
     def network() -> None:
         for x in inputs:
@@ -91,19 +118,38 @@ def main() -> None:
     with Video(path) as video:
         frames: list[Any] = list(video.read())
     labels, _ = classify(fast, inputs[:1])[0].at((HEIGHT, WIDTH))
-    stages = {"decode": decode, "network": network, "encode": encode, "all": everything}
-    times = {name: measured(stage, args.frames, args.repeats) for name, stage in stages.items()}
-    folder.cleanup()
-    for name, (wall, cpu) in times.items():
-        print(
-            f"{name:8} {wall:7.2f} ms a frame, {1e3 / wall:7.1f} frames a second, {cpu:7.2f} ms of processors"
-        )
-    whole, _ = times.pop("all")
-    slowest = max(wall for wall, _ in times.values())
-    cores = len(os.sched_getaffinity(0))
-    busy = sum(cpu for _, cpu in times.values()) / cores
-    print(f"all, of the slowest stage alone: {slowest / whole:.2f}")
-    print(f"all, of {cores} cores always busy:      {busy / whole:.2f}")
+    return {"decode": decode, "network": network, "encode": encode, "all": everything}, count
+
+
+def _pictures(fast: FusedFastSCNN, source: Path, folder: Path) -> tuple[Stages, int]:
+    jobs = find([str(source)]).jobs
+
+    def read() -> list[Prepared]:
+        return [prepare(job.path, fast.config) for job in jobs]
+
+    def network() -> None:
+        for one in pictures:
+            classify(fast, [one.x])
+
+    def write() -> None:
+        for job, one in zip(jobs, pictures):
+            results.write(folder / job.name, one.pixels, labels[job], fast, None)
+
+    def everything() -> None:
+        def write_one(job: Job, pixels: Any, labels: Any, _: object) -> None:
+            results.write(folder / job.name, pixels, labels, fast, None)
+
+        def read_one(job: Job) -> Prepared:
+            return prepare(job.path, fast.config)
+
+        for _, outcome in flow(fast, jobs, read_one, write_one, lambda job: size_of(job.path)):
+            outcome.result()
+
+    pictures = read()
+    labels = {
+        job: classify(fast, [one.x])[0].at(one.pixels.shape)[0] for job, one in zip(jobs, pictures)
+    }
+    return {"read": read, "network": network, "write": write, "all": everything}, len(jobs)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import clips
 import numpy as np
 import pytest
 from PIL import Image
@@ -151,9 +152,11 @@ def test_commands_and_options_exist(page: Path) -> None:
 def test_examples_run(
     page: str, name: str, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each after the other, beside a street.jpg."""
+    """Each after the other, beside a street.jpg, a clip.mp4 and a map.tif."""
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(street(0, 64, 96)[0]).save("street.jpg")
+    for name in ("street.jpg", "map.tif"):
+        Image.fromarray(street(0, 64, 96)[0]).save(name)
+    clips.write(Path("clip.mp4"), clips.drawn(3, 64, 96), "libx264", "yuv420p")
     examples = re.findall(r"```python\n(.*?)```", text_of(Path(page)), re.DOTALL)
     names: dict[str, object] = {}
     for example in examples:
