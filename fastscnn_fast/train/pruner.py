@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from hashlib import blake2b
 from typing import Any
 
-from ..checkpoints import load_checkpoint, located
+from ..checkpoints import load_checkpoint
 from ..data.classes import numbered
 from ..program.arithmetic import ARITHMETICS
 from ..program.program import operations
 from ..runtime.model import FastSCNN
-from .distil import Teacher
 from .prune import SIZE, Pruning
 from .recipe import PruneRecipe
 from .step import Objective, rebuilt
@@ -29,7 +27,7 @@ class Pruner(Trainer):
     ``best.safetensors`` holds the best since the last cut.
 
     Args:
-        recipe: what to prune, and what to learn by; its size is that of the weights where it has none.
+        recipe: what to prune, and what to learn by; where it has no size and no teacher, they are those of the weights, and these.
         given: as :class:`Trainer` takes them.
 
     Raises:
@@ -43,8 +41,11 @@ class Pruner(Trainer):
     def __init__(self, recipe: PruneRecipe, *given: Any, **named: Any) -> None:
         assert recipe.weights is not None  # a rule of the recipe
         self.unpruned = load_checkpoint(recipe.weights).float()
-        self._digest = blake2b(located(recipe.weights).read_bytes(), digest_size=16).hexdigest()
-        recipe = replace(recipe, size=recipe.size or self.unpruned.config.size)
+        recipe = replace(
+            recipe,
+            size=recipe.size or self.unpruned.config.size,
+            teacher=recipe.teacher or recipe.weights,
+        )
         super().__init__(recipe, *given, **named)
         self._pruning(self.unpruned).choose(recipe.flops * self._whole)  # whether there is one
 
@@ -72,16 +73,6 @@ class Pruner(Trainer):
         else:
             model.classes = self.train.classes
 
-    def _take(self, model: FastSCNN) -> None:
-        super()._take(model)
-        self.plain.teacher = self._teacher()
-
-    def _teacher(self) -> Teacher | None:
-        if not self.recipe.distil:
-            return None
-        model = self.unpruned.to(self.device)
-        return Teacher(model, self.targets, self.recipe.distil, self.recipe.temperature)
-
     @property
     def _size(self) -> tuple[int, int]:
         return self.recipe.size or SIZE
@@ -104,7 +95,7 @@ class Pruner(Trainer):
         pruning = self._pruning(self._kept())
         alone = replace(self.recipe, accumulate=1)
         plain = Objective(pruning.model, self.targets, alone, self.group.world)
-        plain.teacher = self.plain.teacher
+        plain.teacher = self.teacher
         batches = []
         for shown in self.batches.steps(self.step, self.step + _CHOSEN_BY):
             both = (part.to(self.device).chunk(self.recipe.accumulate) for part in shown)
@@ -129,6 +120,3 @@ class Pruner(Trainer):
 
     def _row(self) -> dict[str, float]:
         return super()._row() | {"flops": operations(self.model.config, *self._size) / self._whole}
-
-    def _run(self) -> dict[str, Any]:
-        return super()._run() | {"content of weights": self._digest}

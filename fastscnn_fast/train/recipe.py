@@ -89,6 +89,16 @@ class Recipe:
         "weight, beside the cross-entropy, of 1 - the mean of the Dice scores of the classes in what is computed at"
         " a time; 0: none",
     )
+    teacher: str | None = _choice(
+        None,
+        "checkpoint of a network of the same classes to learn from beside the labels: from the probabilities that it gives each"
+        " pixel; none",
+    )
+    distil: float = _choice(
+        1.0,
+        "weight of the divergence from the teacher's probabilities, beside the loss of the labels",
+    )
+    temperature: float = _choice(1.0, "by which the logits of both are divided for that")
     ohem: float = _choice(
         0.0, "online hard example mining: the hardest share of pixels to keep in any case; 0: off"
     )
@@ -144,6 +154,8 @@ class Recipe:
             "streets": (0 <= self.streets <= 1, "must be 0 to 1"),
             "class_weights": _rule_of_weights(self.class_weights),
             "dice": (self.dice >= 0, "must be at least 0"),
+            "distil": (self.distil >= 0, "must be at least 0"),
+            "temperature": (self.temperature > 0, "must be positive"),
             "ohem": (0 <= self.ohem <= 1, "must be 0 to 1"),
             "smoothing": (0 <= self.smoothing < 1, "must be at least 0 and below 1"),
             "ema": (0 <= self.ema < 1, "must be at least 0 and below 1"),
@@ -212,11 +224,9 @@ class PruneRecipe(Recipe):
         " time: " + ", ".join(f"{one.channels} in {name}" for name, one in ARITHMETICS.items()),
         ARITHMETICS,
     )
-    distil: float = _choice(
-        1.0,
-        "weight of the divergence from what the unpruned network says, beside the loss of the labels",
+    teacher: str | None = _choice(
+        None, "checkpoint of a network to learn from beside the labels (the unpruned network)"
     )
-    temperature: float = _choice(1.0, "by which the logits of both are divided for that")
     epochs: float = _choice(30.0, "passes over the training examples")
     lr: float = _choice(0.02, "learning rate at batch 12; it is scaled with the batch")
     preset: str = _settled("paper", "to prune: the architecture is that of the weights")
@@ -240,8 +250,6 @@ class PruneRecipe(Recipe):
                 self.epochs > (self.cuts - 1) * self.spacing,
                 f"must be above the {(self.cuts - 1) * self.spacing:g} until the last cut",
             ),
-            "distil": (self.distil >= 0, "must be at least 0"),
-            "temperature": (self.temperature > 0, "must be positive"),
         }
         for one in fields(self):
             if (why := one.metadata.get("settled")) is not None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from ..arch.config import PRESETS, SMALLEST_SIDE, WIDTHS, Config, preset as config_preset
 from ..arch.network import Ranges
 from ..backends.registry import logger
-from ..checkpoints import load_checkpoint, save_checkpoint
+from ..checkpoints import load_checkpoint, located, save_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.classes import CAMVID_CLASSES
 from ..data.datasets import Batch, Batches, Examples, load
@@ -35,6 +36,7 @@ from ..runtime.calibrate import calibrate
 from ..runtime.model import FastSCNN
 from ..writing import claimed
 from . import evaluate, files
+from .distil import Teacher
 from .loss import Targets
 from .processes import Processes
 from .recipe import Recipe, learning_rate
@@ -174,7 +176,9 @@ class Trainer:
         self.targets = Targets(
             len(train.classes), train.ignore, weights, recipe.smoothing, self.device
         )
-        self._take(self._network())
+        network = self._network()
+        self.teacher = self._teacher()
+        self._take(network)
         self.step = 0
         self.best = -1.0
         self.history: list[dict[str, float]] = []
@@ -214,10 +218,26 @@ class Trainer:
             fused=True,
         )
         self.plain = Objective(self.model, self.targets, self.recipe, self.group.world)
+        self.plain.teacher = self.teacher
         self.objective: nn.Module = self.plain
         if self.group.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.objective = DistributedDataParallel(self.plain, device_ids=ids)
+
+    def _teacher(self) -> Teacher | None:
+        recipe = self.recipe
+        if recipe.teacher is None or not recipe.distil:
+            return None
+        model = load_checkpoint(recipe.teacher).float()
+        for name, theirs, ours in (
+            ("classes", model.config.num_classes, len(self.train.classes)),
+            ("channels", model.config.in_channels, self.train.channels),
+        ):
+            if theirs != ours:
+                raise ValueError(
+                    f"teacher must have as many {name} as the pictures have, {ours}, got {theirs}"
+                )
+        return Teacher(model.to(self.device), self.targets, recipe.distil, recipe.temperature)
 
     def _call(self, model: FastSCNN) -> None:
         """Names its classes."""
@@ -528,6 +548,9 @@ class Trainer:
             "steps between validations": self.validate_every,
             "labelled pixels of each class": self.train.pixels.tolist(),
         }
+        if self.recipe.teacher is not None:
+            content = located(self.recipe.teacher).read_bytes()
+            run["content of teacher"] = blake2b(content, digest_size=16).hexdigest()
         values: dict[str, Any] = json.loads(json.dumps(run))
         return values
 

@@ -54,6 +54,11 @@ SIZE = (64, 96)
 F32 = ARITHMETICS["float32"]
 
 
+@pytest.fixture(scope="module")
+def streets() -> Examples:
+    return Examples(Streets(8, 0, (72, 96)))
+
+
 def narrow_network(name: str = "paper", **overrides: Any) -> FastSCNN:
     return lifelike(preset(name, **{"num_classes": 11, **WIDTHS, **overrides}))
 
@@ -345,12 +350,39 @@ def test_one_class_has_a_background_to_learn() -> None:
     assert float(found) == pytest.approx(float(wanted), rel=1e-4)
 
 
+def test_any_network_learns_from_a_teacher(streets: Examples, tmp_path: Path) -> None:
+    """Beside the labels; none of other classes or channels, and none that counts nothing."""
+    save_checkpoint(narrow_network(), tmp_path / "teacher.safetensors")
+    recipe = Recipe(
+        teacher=str(tmp_path / "teacher.safetensors"),
+        distil=2.0,
+        epochs=0.5,
+        batch=4,
+        crop=(64, 64),
+        aux_weight=0,
+        dtype="float32",
+    )
+    run = Trainer(recipe, streets, None, tmp_path / "run")
+    assert run.run() == 0 and run.teacher is not None
+    pictures, labels = next(run.batches.steps(0, 1))
+    run.model.eval()
+    with torch.no_grad():
+        both, logits = run.plain(pictures, labels, run.targets.denominator(labels))
+        wanted = run.teacher.loss(logits, run.teacher.network(pictures))
+        run.plain.teacher = None
+        alone, _ = run.plain(pictures, labels, run.targets.denominator(labels))
+    assert wanted > 0.01 and (both - alone).item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert Trainer(replace(recipe, distil=0), streets, None, tmp_path / "none").teacher is None
+    for changes, message in (
+        ({"num_classes": 5}, "teacher must have as many classes as the pictures have, 11, got 5"),
+        ({"in_channels": 1}, "teacher must have as many channels as the pictures have, 3, got 1"),
+    ):
+        save_checkpoint(narrow_network(**changes), tmp_path / "teacher.safetensors")
+        with pytest.raises(ValueError, match=message):
+            Trainer(recipe, streets, None, tmp_path / "other")
+
+
 # --- runs ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def streets() -> Examples:
-    return Examples(Streets(8, 0, (72, 96)))
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +531,7 @@ def test_other_weights_under_the_same_name_are_refused(
     recipe = replace(given, weights=str(path), epochs=1.25)
     assert Pruner(recipe, streets, None, tmp_path / "run").run() == 0
     save_checkpoint(narrow_network("tramac"), path)
-    with pytest.raises(ValueError, match="content of weights must be .* to go on with"):
+    with pytest.raises(ValueError, match="content of teacher must be .* to go on with"):
         Pruner(recipe, streets, None, tmp_path / "run").resume()
 
 
