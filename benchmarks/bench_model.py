@@ -12,7 +12,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +52,8 @@ class Input:
     model: FastSCNN
     pixels: Tensor
     folder: Path
+    calibration_pictures: Sequence[Tensor] = ()  # for peers' int8; drawn streets by default
+    _floats: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def draw(model: FastSCNN, batch: int, size: tuple[int, int], folder: Path) -> Input:
@@ -68,6 +70,17 @@ class Input:
     def x(self) -> Tensor:
         """Normalised, contiguous float32: what all but ``uint8 pixels`` and channels-last torch take."""
         return bench.normalised(self.model, self.pixels).contiguous()
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """:attr:`x` in ``dtype``, the same memory each time."""
+        return self._floats.setdefault(dtype, self.x.to(dtype))
+
+    def show(self, pixels: Tensor) -> None:
+        """Another picture of the same size, in the memory that contestants read."""
+        self.pixels.copy_(pixels)
+        self.x.copy_(bench.normalised(self.model, pixels))
+        for one in self._floats.values():
+            one.copy_(self.x)
 
     @cached_property
     def exact(self) -> Tensor:
@@ -116,7 +129,7 @@ class Input:
         """Pictures to measure the ranges of int8 on, as the network's inputs in ONNX."""
         return [
             {"x": bench.normalised(self.model, pixels).contiguous().numpy()}
-            for pixels in bench.calibration_pictures()
+            for pixels in self.calibration_pictures or bench.calibration_pictures()
         ]
 
 
@@ -130,7 +143,7 @@ def ours(
         name = f"{OURS} {arithmetic}"
         run = fast.labels if task == "labels" else fast
         floats = registry.CPU_ARITHMETICS[arithmetic].floats
-        x, out = given.x.to(floats), given.result(task, floats)
+        x, out = given.floats(floats), given.result(task, floats)
         yield Contestant(name, partial(run, x, out=out), arithmetic)
         if task == "labels":
             yield Contestant(
@@ -239,7 +252,7 @@ def openvino(given: Input, task: str, wanted: Collection[str], fresh: bool) -> I
 
     def contestant(name: str, arithmetic: str, reuse: bool) -> Contestant:
         floats = registry.CPU_ARITHMETICS[arithmetic].floats
-        x, out = given.x.to(floats), given.result(task, floats)
+        x, out = given.floats(floats), given.result(task, floats)
         int8 = arithmetic == "int8"
         network = core.read_model(_openvino_int8(given, task) if int8 else given.onnx(task))
         network.reshape({"x": list(x.shape)})

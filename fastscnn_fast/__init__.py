@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .runtime.model import FastSCNN
     from .runtime.segment import Transform, segment
     from .runtime.video import segment_video
+    from .train.prune import prune
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "calibrate",
     "fuse",
     "load_checkpoint",
+    "prune",
     "segment",
     "segment_video",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "calibrate": "runtime.calibrate",
     "fuse": "runtime.fused",
     "load_checkpoint": "checkpoints",
+    "prune": "train.prune",
     "segment": "runtime.segment",
     "segment_video": "runtime.video",
 }

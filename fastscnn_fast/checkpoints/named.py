@@ -23,6 +23,7 @@ class Weights(Enum):
     """
 
     CAMVID11 = "camvid11"
+    CAMVID11_SLIM = "camvid11-slim"
     DEFAULT = CAMVID11
 
     @classmethod

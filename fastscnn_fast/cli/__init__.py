@@ -18,11 +18,12 @@ COMMANDS = {
         "segment": "label every pixel of pictures",
         "demo": "segment one picture, with speed and parity beside it",
         "train": "learn from labelled pictures",
+        "prune": "make a trained network narrower and faster while it learns",
         "quantize": "measure the ranges that int8 needs, with scores and speed before and after",
         "evaluate": "score weights on labelled pictures",
         "app": "a page to try weights in a browser",
         "export": "write the network as ONNX",
-        "info": "versions, compiler, instruction sets, backends",
+        "info": "versions, compiler, instruction sets, backends, weights that come along",
     },
     "commands for work on the kernels": {
         "bench": "time plain torch, torch.compile and the fused kernels side by side",

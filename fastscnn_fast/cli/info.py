@@ -1,4 +1,4 @@
-"""``fastscnn_fast info``: what this installation is made of."""
+"""``fastscnn_fast info``: what this installation is made of, and what weights come along."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ import torch
 from .. import __version__, bench
 from ..arch.config import Config
 from ..backends import registry
+from ..checkpoints import Weights
+from ..checkpoints.named import COUNTED_AT
+from ..data.classes import counted
 from ..program.arithmetic import dtypes
 
-_PACKAGES = "torch numpy pillow safetensors matplotlib onnx onnxscript onnxruntime triton huggingface_hub ray gradio"
+_PACKAGES = (
+    "torch numpy pillow safetensors matplotlib onnx onnxscript onnxruntime triton torch-pruning"
+    " huggingface_hub ray gradio"
+)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Print what this installation is made of, and why each backend can or cannot run."
+        "Print what this installation is made of, why each backend can or cannot run, and which trained weights come"
+        " along."
     )
 
 
@@ -48,6 +55,15 @@ def run(args: argparse.Namespace) -> int:
     for dtype in dtypes("cpu"):
         choose = partial(registry.choose, "auto", Config(), torch.device("cpu"), dtype)
         print(f"backend in use for {dtype} on the CPU: {_or_error(choose)}")
+    height, width = COUNTED_AT
+    print(f"weights that come along, with the operations of a picture of {height}x{width}:")
+    for weights in Weights:
+        meta = weights.meta
+        classes = meta["categories"]
+        print(
+            f"  {weights}: {counted(len(classes))}, mIoU {meta['metrics']['miou']:.3f},"
+            f" {meta['operations'] / 1e9:.2f} GFLOP, {meta['bytes'] / 1e6:.1f} MB ({', '.join(classes)})"
+        )
     return 0
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any, get_type_hints
+from functools import partial
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 
@@ -18,6 +20,8 @@ from ..train.processes import Processes, processes
 from ..train.trainer import said
 from ..writing import claimed
 from . import options
+
+Made = TypeVar("Made", bound=Recipe)
 
 #: How a field of the recipe is written on the command line, by its type.
 _WRITTEN: dict[Any, dict[str, Any]] = {
@@ -36,12 +40,17 @@ _NAMED: dict[str, dict[str, Any]] = {"dtype": {"type": options.dtype}}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """The data, the run, and every field of :class:`Recipe`."""
     command.description = (
         "Train a network by the paper's recipe, or what the options make of it. Data errors are"
         " found first and named by file. Ctrl-C and SIGTERM save before they stop. Under torchrun the"
         " batch is shared by all processes."
     )
+    add_run(command)
+    add_recipe(command.add_argument_group("recipe"), Recipe, [f.name for f in fields(Recipe)])
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    """The data and the run."""
     options.add_data(command)
     command.add_argument("-o", "--out", type=options.path, required=True, help="the run's folder")
     command.add_argument(
@@ -87,9 +96,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="of each process, to keep examples in (%(default)s)",
     )
     command.set_defaults(given=())
-    recipe = command.add_argument_group("recipe")
-    types = get_type_hints(Recipe)
-    for field in fields(Recipe):
+
+
+def add_recipe(recipe: options.Parser, kind: type[Recipe], names: Collection[str]) -> None:
+    """Those of ``kind``'s fields that are among ``names``, but for what is settled."""
+    types = get_type_hints(kind)
+    for field in fields(kind):
+        if field.name not in names or "settled" in field.metadata:
+            continue
         among = field.metadata["among"]
         written = {"action": argparse._StoreAction} | _WRITTEN[types[field.name]]
         written |= _NAMED.get(field.name, {})
@@ -113,16 +127,17 @@ def _noted(kind: type[argparse.Action]) -> type[argparse.Action]:
     return Noted
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _recipe(args: argparse.Namespace, kind: type[Made]) -> Made:
     """By the options; where a run goes on, those that are left out are as they were."""
-    values = {option.name: getattr(args, option.name) for option in fields(Recipe)}
+    offered = [field.name for field in fields(kind) if "settled" not in field.metadata]
+    values = {name: getattr(args, name) for name in offered}
     if not args.resume or not (args.out / LAST).exists():
-        return Recipe(**values)
+        return kind(**values)
     before = read_last(args.out)["run"]
     own = {name: value for name, value in before.items() if name in values}
     values |= {name: value for name, value in own.items() if name not in args.given}
     try:
-        return Recipe(**values)
+        return kind(**values)
     except ValueError:  # what is given beside the run's own may break a rule by being another's
         try:
             check_run({"run": own}, json.loads(json.dumps(values)), args.out)
@@ -132,16 +147,26 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = _recipe(args)
+    return follow(args, Recipe, Trainer)
+
+
+def follow(args: argparse.Namespace, kind: type[Made], trainer: Callable[..., Trainer]) -> int:
+    """One run by a recipe of that kind."""
+    recipe = _recipe(args, kind)
     device = options.device(args.device)
     with (
         processes(device) as group,
         options.out(args.out, claimed) if group.rank == 0 else nullcontext(),
     ):
-        return _train(args, recipe, device, group)
+        return _follow(args, partial(trainer, recipe), device, group)
 
 
-def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group: Processes) -> int:
+def _follow(
+    args: argparse.Namespace,
+    prepared: Callable[..., Trainer],
+    device: torch.device,
+    group: Processes,
+) -> int:
     there = (args.out / LAST).exists()
     if there and not args.resume:
         raise ValueError(f"{args.out}: holds a run already; add --resume, or name another folder")
@@ -150,8 +175,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, group
     sources = [options.source(args, split, args.in_channels) for split in args.splits]
     limits = {"memory": args.memory * 2**30 / 2, "workers": args.workers}
     train, val = (load(source, **limits) for source in sources)
-    trainer = Trainer(
-        recipe,
+    trainer = prepared(
         train,
         val,
         args.out,

@@ -29,6 +29,8 @@ class Arithmetic:
         network_bounds: how far from float64 logits and labels of a network may be.
         activations: dtype of what lies between layers; ``dtype`` where nothing else is said.
         floats: dtype of float input, logits and probabilities; ``dtype`` where nothing else is said.
+        channels: what widths are best multiples of, since kernels compute whole blocks of as many: what a vector
+            register or a tile's row holds of its weights. Its products are as many times faster than those of others.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Arithmetic:
     layers: Mapping[str, str] = field(default_factory=dict)
     activations: torch.dtype = None  # type: ignore[assignment]  # set below
     floats: torch.dtype = None  # type: ignore[assignment]
+    channels: int = 16
 
     def __post_init__(self) -> None:
         for name in ("activations", "floats"):
@@ -82,6 +85,7 @@ ARITHMETICS: dict[str, Arithmetic] = {
             {"cpu": "portable", "triton": 80, "cuda": 80, "reference": ""},
             Bounds(0.0, 5e-3, 1.5),
             Bounds(0.0, 5e-3, 1.5),
+            channels=32,
         ),
         # Products of about 17 bits: three of bfloat16 on the cpu, where the stem's are too short for taking them
         # apart to pay; TF32 on GPUs, whose factors have 11 bits.
@@ -109,6 +113,7 @@ ARITHMETICS: dict[str, Arithmetic] = {
             layers={"upsample_classify": "float32"},
             activations=torch.uint8,
             floats=torch.float32,
+            channels=64,
         ),
         Arithmetic(
             "float16",
@@ -118,6 +123,7 @@ ARITHMETICS: dict[str, Arithmetic] = {
             {"triton": 75, "cuda": 75, "reference": ""},
             Bounds(0.0, 1e-3, 1.5),
             Bounds(0.0, 1e-3, 1.5),
+            channels=32,
         ),
         Arithmetic(
             "float64",

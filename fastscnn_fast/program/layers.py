@@ -28,6 +28,7 @@ Shape = tuple[int, ...]
 #: In place of a layer's index: the picture that the network is given.
 PICTURE = -1
 
+_MOVED = 0.8  # operations of products that take as long as to move an element, for each of an arithmetic's `channels`
 _FIELDS = 16  # of an encoded layer, before its inputs and bins
 _ARITHMETICS = ("", *ARITHMETICS)
 
@@ -299,3 +300,13 @@ class SizedLayer:
         """Elements that must move: each input, each weight and each output once."""
         weights = sum(prod(shape) for shape in self.layer.weights().values())
         return sum(map(prod, self.inputs)) + prod(self.output) + weights
+
+    def work(self, channels: int) -> float:
+        """What decides how long it takes in an arithmetic whose kernels compute blocks of so many channels.
+
+        In operations, at the rate of that arithmetic's products: the layer's own, and as many as it could do while it moves
+        what it reads and writes. An element takes as long in every arithmetic, so it counts for more operations the faster
+        their products are. Of the measured stages of float32, bfloat16 and int8 on a CPU (benchmarks/results/zen5) this says the
+        time to within a fifth, but for the pyramid's.
+        """
+        return self.flops + _MOVED * channels * self.elements

@@ -90,6 +90,7 @@ def _curves(history: list[dict[str, float]]) -> bytes:
         ("train_miou", "training (1/8 resolution)"),
         ("miou", "validation"),
         ("accuracy", "validation, pixel accuracy"),
+        ("flops", "operations, as a share of the unpruned network's"),
     ):
         if name in history[-1]:
             right.plot(epochs, [row[name] for row in history], label=text)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..arch.config import PRESETS
+from ..program.arithmetic import ARITHMETICS
 
 _BATCH_OF_LR, _POWER = 12, 0.9
 
@@ -17,11 +18,17 @@ def _choice(default: Any, meaning: str, among: Collection[str] = ()) -> Any:
     return field(default=default, metadata={"meaning": meaning, "among": tuple(among)})
 
 
+def _settled(value: Any, why: str) -> Any:
+    """A field that may have no other value, and why, after "must be ..."."""
+    return field(default=value, metadata={"settled": why, "among": ()})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that decides what a run learns; the defaults are the paper's.
 
-    Each field's metadata say its ``meaning`` and, where there are few, the values it may be ``among``.
+    Each field's metadata say its ``meaning`` and, where there are few, the values it may be ``among``; or, of a field
+    that is ``settled``, why.
 
     Raises:
         ValueError: a field breaks a rule; the message names the field, the rule and the value.
@@ -82,6 +89,16 @@ class Recipe:
         "weight, beside the cross-entropy, of 1 - the mean of the Dice scores of the classes in what is computed at"
         " a time; 0: none",
     )
+    teacher: str | None = _choice(
+        None,
+        "checkpoint of a network of the same classes to learn from beside the labels: from the probabilities that it gives each"
+        " pixel; none",
+    )
+    distil: float = _choice(
+        1.0,
+        "weight of the divergence from the teacher's probabilities, beside the loss of the labels",
+    )
+    temperature: float = _choice(1.0, "by which the logits of both are divided for that")
     ohem: float = _choice(
         0.0, "online hard example mining: the hardest share of pixels to keep in any case; 0: off"
     )
@@ -115,6 +132,9 @@ class Recipe:
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
                 raise ValueError(f"{option.name} must be finite, got {value}")
+            if (among := option.metadata["among"]) and value not in among:
+                rule = f"must be one of {', '.join(among)}"
+                raise ValueError(f"{option.name} {rule}, got {value!r}")
         rules = {
             "epochs": (self.epochs > 0, "must be positive"),
             "batch": (self.batch >= 1, "must be at least 1"),
@@ -134,6 +154,8 @@ class Recipe:
             "streets": (0 <= self.streets <= 1, "must be 0 to 1"),
             "class_weights": _rule_of_weights(self.class_weights),
             "dice": (self.dice >= 0, "must be at least 0"),
+            "distil": (self.distil >= 0, "must be at least 0"),
+            "temperature": (self.temperature > 0, "must be positive"),
             "ohem": (0 <= self.ohem <= 1, "must be 0 to 1"),
             "smoothing": (0 <= self.smoothing < 1, "must be at least 0 and below 1"),
             "ema": (0 <= self.ema < 1, "must be at least 0 and below 1"),
@@ -146,9 +168,14 @@ class Recipe:
                 "must be float32 with quantize (8 bits times a scale are more than bfloat16 holds)",
             ),
         }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"{name} {rule}, got {getattr(self, name)}")
+        _check(self, rules)
+
+
+def _check(recipe: Recipe, rules: Mapping[str, tuple[bool, str]]) -> None:
+    """ValueError for the first field of which a rule does not hold."""
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ValueError(f"{name} {rule}, got {getattr(recipe, name)}")
 
 
 def _rule_of_weights(weights: float | tuple[float, ...]) -> tuple[bool, str]:
@@ -162,3 +189,70 @@ def _rule_of_weights(weights: float | tuple[float, ...]) -> tuple[bool, str]:
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     """lr * batch / 12 * (1 - step / steps) ** 0.9"""
     return recipe.lr * recipe.batch / _BATCH_OF_LR * (1 - step / steps) ** _POWER
+
+
+@dataclass(frozen=True)
+class PruneRecipe(Recipe):
+    """All that decides what comes of pruning ``weights``, beside what :class:`Recipe` says of the learning meanwhile.
+
+    The architecture is that of the weights, without auxiliary heads.
+
+    Raises:
+        ValueError: as :class:`Recipe`.
+    """
+
+    weights: str | None = _choice(
+        None,
+        "checkpoint of the network to prune, of any preset and widths, or a name as `info` lists them",
+    )
+    flops: float = _choice(
+        0.5, "operations of the narrower network, as a share of those of the one that it is made of"
+    )
+    cuts: int = _choice(8, "steps in which the network becomes narrower")
+    spacing: float = _choice(
+        1.0, "epochs between two cuts; the rest of the epochs come after the last"
+    )
+    importance: str = _choice(
+        "taylor",
+        "what channels are worth: by how much the loss would change to first order without them, or the norm of their"
+        " weights",
+        ("taylor", "norm"),
+    )
+    arithmetic: str = _choice(
+        "bfloat16",
+        "arithmetic whose time is to be saved; widths become multiples of the channels that its kernels compute at a"
+        " time: " + ", ".join(f"{one.channels} in {name}" for name, one in ARITHMETICS.items()),
+        ARITHMETICS,
+    )
+    teacher: str | None = _choice(
+        None, "checkpoint of a network to learn from beside the labels (the unpruned network)"
+    )
+    epochs: float = _choice(30.0, "passes over the training examples")
+    lr: float = _choice(0.02, "learning rate at batch 12; it is scaled with the batch")
+    preset: str = _settled("paper", "to prune: the architecture is that of the weights")
+    aux_weight: float = _settled(
+        0.0, "to prune: the unpruned network takes the place of auxiliary heads"
+    )
+    quantize: bool = _settled(False, "to prune: train with it afterwards")
+    ema: float = _choice(
+        0.99,
+        "decay per step of a moving average of the weights, which is then what is cut and kept; 0: off",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules = {
+            "weights": (self.weights is not None, "must be given to prune"),
+            "flops": (0 < self.flops < 1, "must be above 0 and below 1"),
+            "cuts": (self.cuts >= 1, "must be at least 1"),
+            "spacing": (self.spacing > 0, "must be positive"),
+            "epochs": (
+                self.epochs > (self.cuts - 1) * self.spacing,
+                f"must be above the {(self.cuts - 1) * self.spacing:g} until the last cut",
+            ),
+        }
+        for one in fields(self):
+            if (why := one.metadata.get("settled")) is not None:
+                value = one.default
+                rules[one.name] = (getattr(self, one.name) == value, f"must be {value} {why}")
+        _check(self, rules)

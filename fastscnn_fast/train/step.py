@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arch.config import Config
 from ..arch.network import Ranges
 from ..data.datasets import Examples
 from ..runtime.model import FastSCNN
 from . import quantised
 from .dice import upsampled_dice
+from .distil import Folded, Teacher
 from .loss import Targets, hard_examples, upsampled_cross_entropy
 from .ops import low_logits, normalised
 from .recipe import Recipe
@@ -29,23 +32,26 @@ class Objective(nn.Module):
 
     Attributes:
         ranges: those of the values that int8 rounds, where ``recipe.quantize`` is set.
+        teacher: whose logits those of the network are to be like, too.
     """
 
     ranges: Ranges | None = None
+    teacher: Teacher | None = None
 
     def __init__(self, model: FastSCNN, targets: Targets, recipe: Recipe, world: int) -> None:
         super().__init__()
         self.model, self.targets, self.recipe, self.world = model, targets, recipe, world
 
-    def forward(self, pictures: Tensor, labels: Tensor, denominator: Tensor) -> Any:
-        bf16 = self.recipe.dtype == "bfloat16"
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=bf16):
-            if self.ranges is None:
-                logits = low_logits(self.model, normalised(pictures, self.model.config))
-            else:
-                logits = quantised.low_logits(self.model, pictures, self.ranges)
+    def forward(
+        self, pictures: Tensor, labels: Tensor, denominator: Tensor, taught: Tensor | None = None
+    ) -> Any:
+        with self._autocast(pictures):
+            logits = self._logits(pictures)
         align_corners = self.model.config.align_corners
         loss = torch.zeros((), device=pictures.device)
+        if self.teacher is not None:
+            theirs = self.taught(pictures) if taught is None else taught
+            loss = loss + self.teacher.loss(logits[0], theirs) / self.recipe.accumulate
         for index, z in enumerate(logits):
             hard, divisor = labels, denominator
             if self.recipe.ohem:
@@ -60,6 +66,42 @@ class Objective(nn.Module):
                 dice = upsampled_dice(z, labels, self.targets, align_corners)
                 loss = loss + weight * self.recipe.dice * dice / self.recipe.accumulate
         return loss, logits[0].detach()
+
+    @torch.no_grad()
+    def taught(self, pictures: Tensor) -> Tensor:
+        """The teacher's logits (N, K, h, w), which can be given to several calls for the same pictures."""
+        assert self.teacher is not None
+        with self._autocast(pictures):
+            return self.teacher.network(pictures)
+
+    def _autocast(self, pictures: Tensor) -> torch.autocast:
+        bf16 = self.recipe.dtype == "bfloat16"
+        return torch.autocast(pictures.device.type, torch.bfloat16, enabled=bf16)
+
+    def _logits(self, pictures: Tensor) -> list[Tensor]:
+        """The small logits, of the auxiliary heads too; those of the network alone where it is in eval mode."""
+        if self.ranges is not None:
+            return quantised.low_logits(self.model, pictures, self.ranges)
+        if self.model.training:
+            return low_logits(self.model, normalised(pictures, self.model.config))
+        return [Folded(self.model)(pictures)]
+
+
+def deployable(model: FastSCNN) -> FastSCNN:
+    """A copy in eval mode without auxiliary heads."""
+    return rebuilt(model, replace(model.config, aux=False))
+
+
+def rebuilt(model: FastSCNN, config: Config) -> FastSCNN:
+    """The network of ``config`` with the tensors of ``model``, on its device and in eval mode."""
+    made = FastSCNN.from_config(config)
+    wanted = made.state_dict()
+    made.load_state_dict({k: v for k, v in model.state_dict().items() if k in wanted})
+    for name, module in made.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = cast(nn.BatchNorm2d, model.get_submodule(name)).eps
+    made.call_as(model)
+    return made.to(model.classifier.conv.weight.device).eval()
 
 
 def parameter_groups(model: FastSCNN, weight_decay: float) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from ..arch.config import PRESETS, SMALLEST_SIDE, WIDTHS, Config, preset as config_preset
 from ..arch.network import Ranges
 from ..backends.registry import logger
-from ..checkpoints import load_checkpoint, save_checkpoint
+from ..checkpoints import load_checkpoint, located, save_checkpoint
 from ..data.augmentation import Augmentation
 from ..data.classes import CAMVID_CLASSES
 from ..data.datasets import Batch, Batches, Examples, load
@@ -35,11 +36,19 @@ from ..runtime.calibrate import calibrate
 from ..runtime.model import FastSCNN
 from ..writing import claimed
 from . import evaluate, files
+from .distil import Teacher
 from .loss import Targets
 from .processes import Processes
 from .recipe import Recipe, learning_rate
 from .signals import Interrupt
-from .step import Objective, class_weights, parameter_groups, seed_step, update_average
+from .step import (
+    Objective,
+    class_weights,
+    deployable,
+    parameter_groups,
+    seed_step,
+    update_average,
+)
 
 _MOMENTUM = 0.9
 _SAVE_SECONDS = 120.0
@@ -103,20 +112,14 @@ def _check_classes(recipe: Recipe, train: Examples, val: Examples | None, warn: 
         logger.warning("validation says nothing of what is not there: %s", val.absent)
 
 
-def deployable(model: FastSCNN) -> FastSCNN:
-    """A copy in eval mode without auxiliary heads."""
-    plain = FastSCNN.from_config(replace(model.config, aux=False))
-    wanted = plain.state_dict()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in wanted})
-    plain.call_as(model)
-    return plain.to(model.classifier.conv.weight.device).eval()
-
-
 def said(row: Mapping[str, float]) -> str:
     """The scores of a row of the metrics."""
     score = f"mIoU {row.get('miou', math.nan):.4f}"
-    plain = row.get("miou_float32")
-    return score if plain is None else f"{score} in int8, {plain:.4f} in float32"
+    if "miou_float32" in row:
+        score += f" in int8, {row['miou_float32']:.4f} in float32"
+    if "flops" in row:
+        score += f" with {row['flops']:.3f} of the operations"
+    return score
 
 
 class Trainer:
@@ -169,10 +172,25 @@ class Trainer:
         self.validate_every = max(round(self.epoch_steps), self.steps // validations, 1)
 
         torch.manual_seed(recipe.seed)
-        num_classes = len(train.classes)
+        weights = class_weights(recipe, train)
+        self.targets = Targets(
+            len(train.classes), train.ignore, weights, recipe.smoothing, self.device
+        )
+        network = self._network()
+        self.teacher = self._teacher()
+        self._take(network)
+        self.step = 0
+        self.best = -1.0
+        self.history: list[dict[str, float]] = []
+        self._clear_window()
+        self.batches = self._batches(workers)
+
+    def _network(self) -> FastSCNN:
+        """The network that the run begins with."""
+        recipe, train = self.recipe, self.train
         config = config_preset(
             recipe.preset,
-            num_classes=num_classes,
+            num_classes=len(train.classes),
             in_channels=train.channels,
             aux=recipe.aux_weight > 0 and bool(PRESETS[recipe.preset].aux_taps),
             size=recipe.size,
@@ -180,36 +198,50 @@ class Trainer:
         if recipe.dropout is not None:
             config = replace(config, dropout=recipe.dropout)
         if recipe.weights is None:
-            model = FastSCNN.from_config(config)
-        else:
-            model = start_from(recipe.weights, config)
-        model.classes = train.classes
+            return FastSCNN.from_config(config)
+        return start_from(recipe.weights, config)
+
+    def _take(self, model: FastSCNN) -> None:
+        """Learns ``model`` from here on, with nothing averaged and no momentum yet."""
+        self._call(model)
         for module in model.modules():  # the auxiliary heads' dropout is not in the config
             if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = config.dropout
+                module.p = model.config.dropout
         if self.group.world > 1 and self.device.type == "cuda":  # torch has none for the CPU
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = copy.deepcopy(self.model) if recipe.ema else None
+        self.average = copy.deepcopy(self.model) if self.recipe.ema else None
         self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, recipe.weight_decay),
-            lr=recipe.lr,
+            parameter_groups(self.model, self.recipe.weight_decay),
+            lr=self.recipe.lr,
             momentum=_MOMENTUM,
             fused=True,
         )
-        weights = class_weights(recipe, train)
-        self.targets = Targets(num_classes, train.ignore, weights, recipe.smoothing, self.device)
-        self.plain = Objective(self.model, self.targets, recipe, self.group.world)
+        self.plain = Objective(self.model, self.targets, self.recipe, self.group.world)
+        self.plain.teacher = self.teacher
         self.objective: nn.Module = self.plain
         if self.group.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.objective = DistributedDataParallel(self.plain, device_ids=ids)
 
-        self.step = 0
-        self.best = -1.0
-        self.history: list[dict[str, float]] = []
-        self._clear_window()
-        self.batches = self._batches(workers)
+    def _teacher(self) -> Teacher | None:
+        recipe = self.recipe
+        if recipe.teacher is None or not recipe.distil:
+            return None
+        model = load_checkpoint(recipe.teacher).float()
+        for name, theirs, ours in (
+            ("classes", model.config.num_classes, len(self.train.classes)),
+            ("channels", model.config.in_channels, self.train.channels),
+        ):
+            if theirs != ours:
+                raise ValueError(
+                    f"teacher must have as many {name} as the pictures have, {ours}, got {theirs}"
+                )
+        return Teacher(model.to(self.device), self.targets, recipe.distil, recipe.temperature)
+
+    def _call(self, model: FastSCNN) -> None:
+        """Names its classes."""
+        model.classes = self.train.classes
 
     def _batches(self, workers: int) -> Batches:
         recipe = self.recipe
@@ -286,6 +318,9 @@ class Trainer:
 
     # One step.
 
+    def _before_step(self) -> None:
+        """What else happens, which follows from what :meth:`_save` saves."""
+
     def _learn(self, batch: Batch, *wishes: bool) -> list[bool]:
         """Computes gradients and takes the step; which wishes any process has, the same on all of them."""
         pictures = batch.pictures.to(self.device, non_blocking=True)
@@ -338,6 +373,7 @@ class Trainer:
         mine = claimed(self.out) if self.group.rank == 0 else nullcontext()
         with mine, Interrupt() as interrupt, self._bar() as bar:
             for batch in self.batches.steps(self.step, self.steps):
+                self._before_step()
                 late = time.monotonic() - saved > _SAVE_SECONDS
                 stop, save = self._learn(batch, interrupt.signal != 0, late)
                 if time.monotonic() - shown > _SHOW_SECONDS:
@@ -398,17 +434,10 @@ class Trainer:
     def _validate(self, seconds: float) -> None:
         """Scores the kept weights on the validation examples, each process some of them."""
         total = self._window_total()
-        if self.group.world > 1:
-            # Batch norm's running statistics are each process's own until the next step.
-            for net in filter(None, (self.model, self.average)):
-                for buffer in net.buffers():
-                    distributed.broadcast(buffer, 0)
+        self._agree()
         train = evaluate.Confusion(len(self.train.label_names))
         train.matrix = total[1:].view_as(self.seen).long().cpu().numpy()
-        row = {
-            "step": self.step,
-            "epoch": round(self.step / self.epoch_steps, 3),
-            "lr": self.optimizer.param_groups[0]["lr"],
+        row = self._row() | {
             "loss": float(total[0]) / max(1, self.window) / self.group.world,
             "train_miou": train.miou,
             "seconds": round(seconds, 2),
@@ -430,6 +459,21 @@ class Trainer:
         self.history.append(row)
         if self.group.rank == 0:
             self._report(row, kept)
+
+    def _row(self) -> dict[str, float]:
+        """What a row of the metrics begins with: where the run is."""
+        return {
+            "step": self.step,
+            "epoch": round(self.step / self.epoch_steps, 3),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _agree(self) -> None:
+        """Batch norm's running statistics are each process's own until the next step: here all take the first's."""
+        if self.group.world > 1:
+            for net in filter(None, (self.model, self.average)):
+                for buffer in net.buffers():
+                    distributed.broadcast(buffer, 0)
 
     def _kept(self) -> FastSCNN:
         """The network as it is stored and scored."""
@@ -464,7 +508,7 @@ class Trainer:
             "classes": kept.classes,
             "palette": kept.palette,
             "miou": row.get("miou"),
-            **{name: value for name, value in row.items() if name == "miou_float32"},
+            **{name: row[name] for name in ("miou_float32", "flops") if name in row},
             "step": row["step"],
             "steps": self.steps,
             "recipe": asdict(self.recipe),
@@ -480,6 +524,7 @@ class Trainer:
             return
         state = {
             "run": self._run(),
+            "config": self.model.config.to_dict(),
             "step": self.step,
             "best": self.best,
             "history": self.history,
@@ -503,6 +548,9 @@ class Trainer:
             "steps between validations": self.validate_every,
             "labelled pixels of each class": self.train.pixels.tolist(),
         }
+        if self.recipe.teacher is not None:
+            content = located(self.recipe.teacher).read_bytes()
+            run["content of teacher"] = blake2b(content, digest_size=16).hexdigest()
         values: dict[str, Any] = json.loads(json.dumps(run))
         return values
 
@@ -524,6 +572,9 @@ class Trainer:
             raise ValueError(
                 f"epochs must be above {done:g}, which {self.out / files.LAST} has behind it, got {run['epochs']:g}"
             )
+        config = Config.from_dict(state["config"])
+        if config != self.model.config:
+            self._take(FastSCNN.from_config(config))
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -43,7 +43,9 @@ def test_what_they_know(weights: Weights) -> None:
     assert list(meta["metrics"]["iou"]) == list(CAMVID_CLASSES)
     assert meta["operations"] == operations(model.config, 512, 1024)
     assert meta["bytes"] == weights.path.stat().st_size
-    assert meta["command"].startswith("python -m fastscnn_fast train") and meta["recipe"]["batch"]
+    made_by = "prune" if str(weights).endswith("slim") else "train"
+    assert meta["command"].startswith(f"python -m fastscnn_fast {made_by} camvid ")
+    assert meta["recipe"]["batch"]
 
 
 def test_their_transform_is_what_segment_does() -> None:

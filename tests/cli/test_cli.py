@@ -293,7 +293,7 @@ def test_help_has_what_users_and_what_developers_run_apart(capsys):
     printed = capsys.readouterr().out
     users, developers = printed.split("\ncommands:")[1].split("commands for work on the kernels:")
     assert re.findall(r"^  (\w+)  ", users, re.MULTILINE) == [
-        *("segment", "demo", "train", "quantize", "evaluate", "app", "export", "info")
+        *("segment", "demo", "train", "prune", "quantize", "evaluate", "app", "export", "info")
     ]
     assert re.findall(r"^  (\w+)  ", developers, re.MULTILINE) == ["bench", "tune", "dump"]
 

@@ -57,7 +57,7 @@ from targets import (
 )
 from torch import Tensor
 
-from fastscnn_fast import ops
+from fastscnn_fast import load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
@@ -408,20 +408,29 @@ def test_a_network_of_one_class(output: str, arithmetic: str, target: Target) ->
     check_network(model, fast, arithmetic, (49, 65), False, output, target)
 
 
-@pytest.mark.parametrize("arithmetic", HALVES_ARE_SLOW)
-@torch.no_grad()
-def test_a_network_of_free_widths(arithmetic: str, target: Target) -> None:
-    """Each block's expanded and output channels are its own, as those of a pruned network are."""
+def free_bottlenecks() -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    """Each block's expanded and output channels are its own, multiples of nothing."""
     widths = iter(1 + 3 * n for n in torch.randint(2, 30, (21,)).tolist())
     stages = [[(next(widths), next(widths), stride) for stride in (2, 1, 1)] for _ in range(3)]
     stages[0][2] = (next(widths), stages[0][1][1], 1)  # which adds its input
     stages[2][2] = (next(widths), 4 * next(widths), 1)  # as many as the bins' number divides
     bottlenecks = tuple(map(tuple, stages))
     print(bottlenecks)
-    rest = {
-        name: v for name, v in SMALL.items() if not name.startswith(("bottleneck", "expansion"))
-    }
-    model = lifelike(preset("paper", **rest, bottlenecks=bottlenecks, num_classes=7))
+    return bottlenecks
+
+
+@pytest.mark.parametrize("arithmetic", HALVES_ARE_SLOW)
+@pytest.mark.parametrize("pruned", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@torch.no_grad()
+def test_a_network_of_other_widths(pruned: bool, arithmetic: str, target: Target) -> None:
+    """Such as nobody chose, and those of the slim weights that come along, with these."""
+    if pruned:
+        model = load_checkpoint("camvid11-slim")
+    else:
+        rest = {
+            name: v for name, v in SMALL.items() if not name.startswith(("bottleneck", "expansion"))
+        }
+        model = lifelike(preset("paper", **rest, bottlenecks=free_bottlenecks(), num_classes=7))
     asked = target.asked(arithmetic)
     fast = FusedFastSCNN(fold(model), target.backend, *asked, cuda_graph="off").to(target.device)
     batch = 8 if fast.dtype.itemsize == 2 else 2  # few pictures may be lucky in what they round

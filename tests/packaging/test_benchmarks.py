@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, small_network
+from PIL import Image
 
 from fastscnn_fast import bench, cli, fuse, ops
 from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import choices
 from fastscnn_fast.checkpoints import CAMVID11
+from fastscnn_fast.data.scenes import street
 from fastscnn_fast.program.parity import Parity
 from fastscnn_fast.program.program import layer_sizes
 
@@ -29,6 +31,7 @@ BENCH = ROOT / "benchmarks" / "bench_ops.py"
 BENCH_MODEL = ROOT / "benchmarks" / "bench_model.py"
 GPU = ROOT / "benchmarks" / "gpu.py"
 GPU_DAY = ROOT / "benchmarks" / "gpu_day.py"
+BENCH_SLIM = ROOT / "benchmarks" / "bench_slim.py"
 BENCH_FACTS = ROOT / "benchmarks" / "bench_facts.py"
 built = pytest.mark.skipif(not registry.isas(), reason="the C++ extension is not built")
 
@@ -342,3 +345,45 @@ def test_the_gpu_benchmark_times_nothing_that_is_wrong() -> None:
     for contestant, right in ((plain, True), (ours, True), (wrong, False)):
         (result,), _ = bench.race({}, [contestant], exact, eager, 1, bounds=bounds)
         assert result.passed == right
+
+
+@built
+def test_full_and_slim_are_scored_and_timed_side_by_side(tmp_path: Path) -> None:
+    """In each arithmetic, by what stands in the recorded table too."""
+    pytest.importorskip("matplotlib")
+    for split, seeds in (("train", range(3)), ("val", range(3, 5))):
+        for kind in ("images", "labels"):
+            (tmp_path / "camvid" / split / kind).mkdir(parents=True)
+        for seed in seeds:
+            drawn = zip(("images", "labels"), street(seed, 96, 128))
+            for kind, pixels in drawn:
+                Image.fromarray(pixels).save(tmp_path / "camvid" / split / kind / f"{seed}.png")
+    options = ["--size", "96x128", "--rounds", "1", "--threads", "1", "--peers", "--out"]
+    printed = output_of(BENCH_SLIM, tmp_path / "camvid", *options, tmp_path / "out", codes=(0, 1))
+    with open(tmp_path / "out" / "bench_slim.csv", newline="") as file:
+        rows = {(row["weights"], row["arithmetic"]): row for row in csv.DictReader(file)}
+    arithmetics = ("float32", "bfloat16", "int8")
+    assert list(rows) == [(w, a) for w in ("camvid11", "camvid11-slim") for a in arithmetics]
+    for (weights, arithmetic), row in rows.items():
+        assert row["ms"] or arithmetic == "int8"  # so small a picture may be too much for it
+        if row["ms"]:
+            assert 0 < float(row["miou"]) <= 1 and row["by_fastest_peer"] == ""
+            assert f"{float(row['miou']):.4f}" in printed
+            full = rows["camvid11", arithmetic]["ms"]
+            if full:
+                assert float(row["by_full"]) == float(row["ms"]) / float(full), weights
+    with Image.open(tmp_path / "out" / "bench_slim.png") as image:
+        assert image.size[0] > 600
+
+
+def test_the_recorded_table_keeps_what_is_claimed() -> None:
+    """Labels of slim in at most 0.62 of full's time, in int8 in at most 0.20 of the fastest peer's; mIoU within a hundredth."""
+    with open(ROOT / "benchmarks" / "results" / "zen5" / "bench_slim.csv", newline="") as file:
+        rows = {(row["weights"], row["network"]): row for row in csv.DictReader(file)}
+    assert {name for _, name in rows} >= {"onnxruntime", "OpenVINO int8", "OpenVINO bfloat16"}
+    for arithmetic in ("float32", "bfloat16", "int8"):
+        full, slim = (rows[w, f"fastscnn_fast {arithmetic}"] for w in ("camvid11", "camvid11-slim"))
+        assert float(slim["operations"]) <= 0.5 * float(full["operations"])
+        assert float(slim["miou"]) >= float(full["miou"]) - 0.01
+        assert float(slim["by_full"]) <= (0.7 if arithmetic == "int8" else 0.62)
+    assert float(rows["camvid11-slim", "fastscnn_fast int8"]["by_fastest_peer"]) <= 0.2

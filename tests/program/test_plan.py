@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastscnn_fast.arch.config import PRESETS, Config, preset
+from fastscnn_fast.program.arithmetic import ARITHMETICS
 from fastscnn_fast.program.layers import ACTIVATIONS, OPS, Layer, SizedLayer
 from fastscnn_fast.program.program import fast_scnn, layer_sizes
 from fastscnn_fast.runtime.model import FastSCNN
@@ -211,3 +214,35 @@ def test_elements(name: str) -> None:
     wanted += 2 * config.in_channels  # mean and std
     wanted -= config.fusion_channels  # the fusion's two projections share a bias
     assert weights == wanted
+
+
+def test_work_says_the_measured_time_of_stages() -> None:
+    """Of the CPU's recorded ones in each arithmetic, but for a factor that is the arithmetic's own; the pyramid, of a
+    hundredth of the time, aside."""
+    stages: dict[str, list[SizedLayer]] = {}
+    for layer in layer_sizes(preset("paper", num_classes=11), 512, 1024):
+        stages.setdefault(stage_of(layer.layer.name), []).append(layer)
+    text = (ROOT / "benchmarks" / "results" / "zen5" / "bench_model.md").read_text()
+    row = re.compile(
+        r"^\| 512x1024 \| 2 +\| (\w+) +\| (\w+) +\| \d+ +\| [\d.]+ +\| ([\d.]+) ", re.M
+    )
+    measured: dict[str, dict[str, float]] = {}
+    for arithmetic, stage, ms in row.findall(text):
+        measured.setdefault(arithmetic, {})[stage] = float(ms)
+    assert set(measured) == {"float32", "bfloat16", "int8"}
+    for arithmetic, times in measured.items():
+        channels = ARITHMETICS[arithmetic].channels
+        ratios = [
+            ms / sum(layer.work(channels) for layer in stages[stage])
+            for stage, ms in times.items()
+            if stage not in ("all", "pyramid")
+        ]
+        assert len(ratios) == 11 and max(ratios) < 1.5 * min(ratios), arithmetic
+
+
+def stage_of(name: str) -> str:
+    """What a layer's time is measured as a part of."""
+    part, _, block = name.partition(".")
+    if part.startswith("bottleneck"):
+        return f"block{3 * (int(part[-1]) - 1) + int(block)}"
+    return {"stem": "downsample", "fusion": "classifier", "upsample": "classifier"}.get(part, part)
