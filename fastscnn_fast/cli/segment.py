@@ -126,6 +126,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out is None and (args.ray is not None or not args.show):
+        args.error("the following arguments are required: -o/--out, unless --show is given")
     if args.ray is not None:
         _check_ray(args)
         return on_ray.run(args)
@@ -144,8 +146,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_ray(args: argparse.Namespace) -> None:
     """Refuses what one machine does alone."""
-    if args.out is None:
-        raise ValueError("--out must say where results go to with --ray")
     for name, given in (("tile", args.tile), ("show", args.show), ("every", args.every > 1)):
         if given:
             raise ValueError(f"--{name} must not go with --ray, which spreads whole pictures")
@@ -167,8 +167,6 @@ def _check(args: argparse.Namespace, found: Found, cameras: list[int]) -> None:
     """
     pictures = [job for job in found.jobs if not job.video]
     videos = [str(job.path) for job in found.jobs if job.video] + [str(one) for one in cameras]
-    if args.out is None and not args.show:
-        raise ValueError("--out must say where results go to (or --show that a window shows them)")
     if args.show and pictures:
         raise ValueError(f"--show must go with videos and cameras alone, got {pictures[0].path}")
     if args.every > 1 and pictures and not videos:

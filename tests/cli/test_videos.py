@@ -194,7 +194,6 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
     make("b.mp4")
     Image.fromarray(clips.drawn(1)[0]).save("a.png")
     for words, said in (
-        (["a.mp4"], "--out must say where results go to"),
         (["a.png", "--show"], "--show must go with videos and cameras alone, got a.png"),
         (["a.png", "-o", "out", "--every", "2"], "--every must go with a video or camera, got 2"),
         (["a.mp4", "-o", "out", "--confidence"], "--confidence must go with pictures, got a.mp4"),
@@ -207,6 +206,10 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
     ):
         assert cli.main(["segment", *words]) == 2
         assert f"fastscnn_fast: error: {said}" in capsys.readouterr().err
+    for words in (["a.mp4"], ["a.mp4", "--show", "--ray", "local"]):
+        with pytest.raises(SystemExit):
+            cli.main(["segment", *words])
+        assert "required: -o/--out, unless --show is given" in capsys.readouterr().err
     assert files() == ["a.mp4", "a.png", "b.mp4"]
     found = cluster.found(["a.png", "a.mp4"])
     assert [str(job.path) for job in found.jobs] == ["a.png"]

@@ -154,8 +154,8 @@ def test_examples_run(
 ) -> None:
     """Each after the other, beside a street.jpg, a clip.mp4 and a map.tif."""
     monkeypatch.chdir(tmp_path)
-    for name in ("street.jpg", "map.tif"):
-        Image.fromarray(street(0, 64, 96)[0]).save(name)
+    for file in ("street.jpg", "map.tif"):
+        Image.fromarray(street(0, 64, 96)[0]).save(file)
     clips.write(Path("clip.mp4"), clips.drawn(3, 64, 96), "libx264", "yuv420p")
     examples = re.findall(r"```python\n(.*?)```", text_of(Path(page)), re.DOTALL)
     names: dict[str, object] = {}
