@@ -68,6 +68,8 @@ def dsconv_kernel(
     for o0 in range(0, OUT, BLOCK_OUT):
         total = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(pointwise_bias + o0 + o)
         for i0 in range(0, IN, BLOCK_IN):
+            # Always true. But a sum of nothing but loads would be computed in the layout of the product's operand:
+            # every tap through shared memory, and by two warps each.
             start = tl.where(i0 + i < IN, tl.load(depthwise_bias + i0 + i), 0.0)
             depthwise = tl.broadcast_to(start[None, :], (BLOCK_PIXELS, BLOCK_IN))
             for tap in tl.static_range(9):
