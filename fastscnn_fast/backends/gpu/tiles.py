@@ -164,8 +164,8 @@ def _cut(
         block, slices = cut
         rows, columns = seen(block)
         outputs = chosen.pixels * prod(block)
-        step = _OF_EXPANDED * chosen.pixels * rows * columns + _OF_OUTPUT * outputs
-        step *= chosen.block / 64
+        values = _OF_EXPANDED * chosen.pixels * rows * columns + _OF_OUTPUT * outputs
+        step = values * chosen.block / 64
         step += (
             _OF_PRODUCT * rows * len(powers(columns)) * len(chunks(layer.in_channels, chosen.block))
         )
