@@ -68,8 +68,10 @@ def dsconv_kernel(
     for o0 in range(0, OUT, BLOCK_OUT):
         total = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(pointwise_bias + o0 + o)
         for i0 in range(0, IN, BLOCK_IN):
-            depthwise = tl.zeros((BLOCK_PIXELS, BLOCK_IN), tl.float32)
-            depthwise += tl.load(depthwise_bias + i0 + i)
+            # Always true. But a sum of nothing but loads would be computed in the layout of the product's operand:
+            # every tap through shared memory, and by two warps each.
+            start = tl.where(i0 + i < IN, tl.load(depthwise_bias + i0 + i), 0.0)
+            depthwise = tl.broadcast_to(start[None, :], (BLOCK_PIXELS, BLOCK_IN))
             for tap in tl.static_range(9):
                 y = row * STRIDE + (tap // 3 - 1) * DILATION
                 z = column * STRIDE + (tap % 3 - 1) * DILATION

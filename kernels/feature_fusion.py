@@ -1,9 +1,10 @@
 """feature_fusion: resize of low -> depthwise 3x3 + ReLU -> 1x1, plus 1x1 of high, act; nothing resized is stored.
 
-A program owns pixels of one row. A depthwise over a bilinear resize is a sum over the SPAN x SPAN low pixels
-that the nine samples touch (3 x 3 for a factor of 4), each with one coefficient per channel, so each low
-pixel is loaded once instead of four times a tap. Both 1x1s are one product over K = C + M. A dense
-refinement commutes with the resize: it runs at low resolution in a launch of its own.
+A program owns pixels of one row. The depthwise over a bilinear resize is done where that is cheap: the few low
+rows are resized to the three rows that the taps look at and weighted by a column of taps, at the low columns; what
+is left, resizing along the row, is a product with a matrix of hat functions, which is made in registers. The result
+and high make one product over K = C + M. A dense refinement commutes with the resize: it runs at low resolution in a
+launch of its own.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def feature_fusion_kernel(
     WIDE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    BLOCK_LOW: tl.constexpr,
     BLOCK_MID: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
@@ -71,50 +73,51 @@ def feature_fusion_kernel(
     low += image.to(tl.int64) * low_image
     out += image.to(tl.int64) * out_image
     row = tl.program_id(0) // tiles_across % height
-    column = tl.program_id(0) % tiles_across * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    first = tl.program_id(0) % tiles_across * BLOCK_PIXELS
+    column = first + tl.arange(0, BLOCK_PIXELS)
     exists = (column < width)[:, None]
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     OUT_ROW: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT * BLOCK_OUT
     top, _ = position(tl.maximum(row - DILATION, 0), y_scale, y_shift, y_divisor, low_height, WIDE)
     left, _ = position(
-        tl.maximum(column - DILATION, 0), x_scale, x_shift, x_divisor, low_width, WIDE
+        tl.maximum(first - DILATION, 0), x_scale, x_shift, x_divisor, low_width, WIDE
     )
-    # How much each tap's sample counts each of the low columns that a pixel's samples touch.
-    shares = ()
-    for j in tl.static_range(X_SPAN):
-        for tap in tl.static_range(TAPS):
-            k = column + (tap - TAPS // 2) * DILATION
-            share = hat(k, x_scale, x_shift, x_divisor, low_width, left + j, WIDE)
-            shares = shares + (tl.where((k >= 0) & (k < width), share, 0.0),)  # noqa: RUF005
-    total = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32) + tl.load(bias + o)
+    total = tl.broadcast_to(tl.load(bias + o)[None, :], (BLOCK_PIXELS, BLOCK_OUT))
     for c0 in range(0, IN, BLOCK_IN):
         c = c0 + tl.arange(0, BLOCK_IN)
-        refined = tl.zeros((BLOCK_PIXELS, BLOCK_IN), tl.float32)
         if TAPS > 1:
-            refined += tl.load(refine_bias + c)
-        for i in range(Y_SPAN):
-            # The depthwise's columns, their rows weighted by how much they count this low row.
-            taps = (0.0,) * TAPS
-            for above in tl.static_range(TAPS):
-                r = row + (above - TAPS // 2) * DILATION
-                by_row = hat(r, y_scale, y_shift, y_divisor, low_height, top + i, WIDE)
-                by_row = tl.where((r >= 0) & (r < height), by_row, 0.0)
-                for tap in tl.static_range(TAPS):
-                    if TAPS > 1:
-                        at = refine_weight + (above * TAPS + tap) * IN + c
-                        total_tap = taps[tap] + by_row * tl.load(at)
-                    else:
-                        total_tap = taps[tap] + by_row
-                    taps = taps[:tap] + (total_tap,) + taps[tap + 1 :]  # noqa: RUF005
-            y = tl.minimum(top + i, low_height - 1)
-            for j in tl.static_range(X_SPAN):
-                x = tl.minimum(left + j, low_width - 1)
+            start = tl.load(refine_bias + c)[None, :]
+            refined = tl.broadcast_to(start, (BLOCK_PIXELS, BLOCK_IN))
+        else:
+            refined = tl.zeros((BLOCK_PIXELS, BLOCK_IN), tl.float32)
+        for l0 in range(0, X_SPAN, BLOCK_LOW):
+            k = left + l0 + tl.arange(0, BLOCK_LOW)
+            x = tl.minimum(k, low_width - 1)
+            # The low columns, resized to each of the rows that the taps look at.
+            rows = (tl.zeros((BLOCK_LOW, BLOCK_IN), tl.float32),) * TAPS
+            for i in tl.static_range(Y_SPAN):
+                y = tl.minimum(top + i, low_height - 1)
                 at = low + offset(y, x, low_width, LOW_PITCH, WIDE)[:, None] + c
-                value = tl.load(at, mask=exists, other=0.0).to(tl.float32)
-                coefficient = shares[j * TAPS][:, None] * taps[0]
-                for tap in tl.static_range(1, TAPS):
-                    coefficient += shares[j * TAPS + tap][:, None] * taps[tap]
-                refined += value * coefficient
+                value = tl.load(at).to(tl.float32)
+                for above in tl.static_range(TAPS):
+                    r = row + (above - TAPS // 2) * DILATION
+                    share = hat(r, y_scale, y_shift, y_divisor, low_height, top + i, WIDE)
+                    share = tl.where((r >= 0) & (r < height), share, 0.0)
+                    more = rows[above] + value * share
+                    rows = rows[:above] + (more,) + rows[above + 1 :]  # noqa: RUF005
+            for tap in tl.static_range(TAPS):
+                # One column of the depthwise, and how much each pixel's sample counts each low column.
+                weighted = rows[0]
+                if TAPS > 1:
+                    weighted = weighted * tl.load(refine_weight + tap * IN + c)
+                    for above in tl.static_range(1, TAPS):
+                        at = refine_weight + (above * TAPS + tap) * IN + c
+                        weighted += rows[above] * tl.load(at)
+                z = column + (tap - TAPS // 2) * DILATION
+                share = hat(z[:, None], x_scale, x_shift, x_divisor, low_width, k[None, :], WIDE)
+                share = tl.where(((z >= 0) & (z < width))[:, None], share, 0.0)
+                share = cast(share, low, PRECISION)
+                refined = product(share, cast(weighted, low, PRECISION), refined, PRECISION)
         refined = cast(activate(refined, "relu"), low_weight, PRECISION)
         right = tl.load(low_weight + c[:, None] * OUT_ROW + o)
         total = product(refined, right, total, PRECISION)
@@ -131,10 +134,10 @@ def feature_fusion_kernel(
     )
 
 
-def span(dilation: int, size: int, out: int, align_corners: bool) -> int:
-    """Most neighbouring input indices that samples at i - dilation, i and i + dilation touch."""
+def span(reach: int, size: int, out: int, align_corners: bool) -> int:
+    """Most neighbouring input indices that samples at i to i + reach touch."""
     scale, _, divisor = fraction(size, out, align_corners)
-    return min(ceil(2 * dilation * scale / divisor) + 2, size)
+    return min(ceil(reach * scale / divisor) + 2, size)
 
 
 def launches(
@@ -195,14 +198,15 @@ def launches(
                 "OUT": computed_channels(o),
                 "TAPS": 1 if layer.dense else 3,
                 "DILATION": dilation,
-                "Y_SPAN": span(dilation, low_height, height, align),
-                "X_SPAN": span(dilation, low_width, width, align),
+                "Y_SPAN": span(2 * dilation, low_height, height, align),
+                "X_SPAN": span(tile.pixels - 1 + 2 * dilation, low_width, width, align),
                 "ACTIVATION": layer.activation,
                 "PRECISION": precision,
                 "WIDE": wide(high, refined, out)
                 or is_long((low_height, low_width), (height, width)),
                 "BLOCK_PIXELS": tile.pixels,
                 "BLOCK_IN": min(chunk(c), tile.block),
+                "BLOCK_LOW": 16,
                 "BLOCK_MID": chunk(layer.mid_channels),
                 "BLOCK_OUT": block_out,
             },

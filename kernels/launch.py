@@ -20,6 +20,7 @@ class Tile:
 
     block: channels of a step (dsconv, feature_fusion: of the input; inverted_residual: expanded).
     rows, columns: inverted_residual: pixels of a block; upsample_classify: rows of a step.
+    slices: inverted_residual: programs that share a tile's expanded channels, at most; as many as divide its steps.
     """
 
     pixels: int
@@ -28,6 +29,7 @@ class Tile:
     columns: int = 1
     warps: int = 4
     stages: int = 2
+    slices: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,8 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """Of device memory that must move: the extent of every region, each once."""
-        regions = {(b.memory, b.offset): b.bytes for b in self.buffers.values()}
-        return sum(regions.values())
+        """See :meth:`Buffer.moved`."""
+        return Buffer.moved(self.buffers.values())
 
     def run(self, values: Mapping[str, Any]) -> None:
         """Launches on the current device and stream; ``values`` has a tensor for every buffer."""

@@ -1,7 +1,8 @@
 """stem_conv: 3x3 stride 2 + bias + act from floats or raw uint8 pixels of any strides, in one pass.
 
 A program gathers its pixels' 9 C terms with pixels along the fast axis, as pictures lie in memory, and
-multiplies them as one matrix product.
+multiplies them as one matrix product. An address is a pixel's part plus a term's; only programs at the picture's
+border ask which terms lie inside.
 """
 
 from __future__ import annotations
@@ -51,38 +52,63 @@ def stem_conv_kernel(
     image = tl.program_id(0) // tiles
     x += image.to(tl.int64) * x_image
     out += image.to(tl.int64) * out_image
-    pixel = tl.program_id(0) % tiles * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    first = tl.program_id(0) % tiles * BLOCK_PIXELS
+    pixel = first + tl.arange(0, BLOCK_PIXELS)
     row = pixel // out_width
     column = pixel % out_width
     exists = row < out_height
-    term = tl.arange(0, TERMS)[:, None]  # (ky, kx, c)
+    term = tl.arange(0, TERMS)  # (ky, kx, c)
     channel = term % CHANNELS
-    y = row[None, :] * 2 + term // (3 * CHANNELS) - PADDING
-    z = column[None, :] * 2 + term // CHANNELS % 3 - PADDING
-    inside = exists[None, :] & (term < 9 * CHANNELS)
-    inside &= (y >= 0) & (y < height) & (z >= 0) & (z < width)
+    dy = term // (3 * CHANNELS) - PADDING
+    dz = term // CHANNELS % 3 - PADDING
     if WIDE:
-        channel = channel.to(tl.int64)
-        y = y.to(tl.int64)
-        z = z.to(tl.int64)
-    value = tl.load(x + (channel * x_channel + y * x_row + z * x_column), mask=inside, other=0)
-    value = value.to(tl.float32)
-    if RAW:
+        y = row.to(tl.int64) * 2
+        z = column.to(tl.int64) * 2
+        from_pixel = channel.to(tl.int64) * x_channel + dy.to(tl.int64) * x_row
+        from_pixel += dz.to(tl.int64) * x_column
+    else:
+        y = row * 2
+        z = column * 2
+        from_pixel = channel * x_channel + dy * x_row + dz * x_column
+    # The sum of a pixel's part, in a pointer, and a term's: one addition a value.
+    at = (x + (y * x_row + z * x_column))[None, :] + from_pixel[:, None]
+    used = (term < 9 * CHANNELS)[:, None]
+    left = first % out_width
+    above = first // out_width
+    within = (left >= PADDING) & (2 * (left + BLOCK_PIXELS) + 1 - PADDING < width)
+    within &= (left + BLOCK_PIXELS <= out_width) & (above >= PADDING)
+    within &= 2 * above + 2 - PADDING < height
+    if within:
+        value = normalised(tl.load(at, mask=used, other=0), scale, shift, channel, RAW)
+    else:
+        inside = used & ((y[None, :] + dy[:, None] >= 0) & (y[None, :] + dy[:, None] < height))
+        inside &= (z[None, :] + dz[:, None] >= 0) & (z[None, :] + dz[:, None] < width)
+        inside &= exists[None, :]
+        value = normalised(tl.load(at, mask=inside, other=0), scale, shift, channel, RAW)
         # Only then padded: outside the picture is the normalised zero.
-        value = value * tl.load(scale + channel) + tl.load(shift + channel)
         value = tl.where(inside, value, 0.0)
-    o = tl.arange(0, BLOCK_OUT)[:, None]
-    to = offset(row, column, out_width, OUT_PITCH, WIDE)[None, :]
+    right = tl.trans(cast(value, weight, PRECISION))
+    to = out + offset(row, column, out_width, OUT_PITCH, WIDE)[:, None]
+    o = tl.arange(0, BLOCK_OUT)
     OUT_ROW: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT * BLOCK_OUT
     for o0 in range(0, OUT, BLOCK_OUT):
-        left = tl.load(weight + tl.arange(0, TERMS)[None, :] * OUT_ROW + o0 + o)
-        total = tl.zeros((BLOCK_OUT, BLOCK_PIXELS), tl.float32) + tl.load(bias + o0 + o)
-        total = product(left, cast(value, weight, PRECISION), total, PRECISION)
+        total = tl.broadcast_to(tl.load(bias + o0 + o)[None, :], (BLOCK_PIXELS, BLOCK_OUT))
+        weights = tl.load(weight + tl.arange(0, TERMS)[:, None] * OUT_ROW + o0 + o)
+        total = product(right, weights, total, PRECISION)
         tl.store(
-            out + to + o0 + o,
+            to + o0 + o,
             cast(activate(total, ACTIVATION), out, PRECISION),
-            mask=exists[None, :] & (o0 + o < OUT),
+            mask=exists[:, None] & (o0 + o < OUT),
         )
+
+
+@triton.jit
+def normalised(value, scale, shift, channel, RAW: tl.constexpr):
+    """(terms, pixels) of the picture in float32, of raw pixels less the mean and over the deviation."""
+    value = value.to(tl.float32)
+    if RAW:
+        value = value * tl.load(scale + channel)[:, None] + tl.load(shift + channel)[:, None]
+    return value
 
 
 def launches(

@@ -34,11 +34,49 @@ def plane_of(k, pitch, WIDE: tl.constexpr):
 
 
 @triton.jit
-def blended(x, top, bottom, left, right, weight, by_row):
-    """One class at all the tile's pixels; ``x`` is the class's (h, w) logits."""
-    above = lerp(tl.load(x + top + left), tl.load(x + top + right), weight)
-    below = lerp(tl.load(x + bottom + left), tl.load(x + bottom + right), weight)
+def low_rows(corners, plane, weight):
+    """One class's two low rows, blended along the columns; ``corners`` point to class 0, ``plane`` elements before it."""
+    above = lerp(tl.load(corners[0] + plane), tl.load(corners[1] + plane), weight)
+    below = lerp(tl.load(corners[2] + plane), tl.load(corners[3] + plane), weight)
+    return above, below
+
+
+@triton.jit
+def blended(corners, plane, weight, by_row):
+    """One class at all the tile's pixels."""
+    above, below = low_rows(corners, plane, weight)
     return lerp(above[None, :], below[None, :], by_row)
+
+
+@triton.jit
+def largest(
+    corners,
+    x_class,
+    weight,
+    by_row,
+    CLASSES: tl.constexpr,
+    FINITE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The largest class's value and number, and whether all values were finite, as ``FINITE`` takes them to be.
+
+    As torch.argmax: the first of equal ones, and NaN is the largest of all. That takes twice the comparisons, so
+    it is asked for only where something is not finite.
+    """
+    best = tl.full((by_row.shape[0], weight.shape[0]), float("-inf"), tl.float32)
+    label = tl.zeros((by_row.shape[0], weight.shape[0]), tl.int32)
+    zero = tl.zeros_like(weight)
+    for k in range(CLASSES):
+        above, below = low_rows(corners, plane_of(k, x_class, WIDE), weight)
+        value = lerp(above[None, :], below[None, :], by_row)
+        larger = value > best
+        if FINITE:
+            zero += above * 0.0 + below * 0.0  # NaN from then on where one is not
+        else:
+            larger = larger | ((value != value) & (best == best))
+        best = tl.where(larger, value, best)
+        label = tl.where(larger, k, label)
+    return best, label, tl.sum(zero) == 0.0
 
 
 @triton.jit
@@ -93,8 +131,9 @@ def upsample_classify_kernel(
     )
     right = tl.minimum(left + 1, low_width - 1) * x_column
     left = left * x_column
-    top = low * x_row
-    bottom = tl.minimum(low + 1, low_height - 1) * x_row
+    top = x + low * x_row
+    bottom = x + tl.minimum(low + 1, low_height - 1) * x_row
+    corners = (top + left, top + right, bottom + left, bottom + right)
     for first in range(begin, end, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         mask = (row < end)[:, None] & (column < width)
@@ -105,43 +144,33 @@ def upsample_classify_kernel(
         to = out + row[:, None] * width + column
         if OUTPUT == "logits":
             for k in range(CLASSES):
-                value = blended(
-                    x + plane_of(k, x_class, WIDE), top, bottom, left, right, weight, by_row
-                )
+                value = blended(corners, plane_of(k, x_class, WIDE), weight, by_row)
                 plane = plane_of(k, out_class, WIDE)
                 tl.store(to + plane, cast(value, out, PRECISION), mask=mask)
         elif CLASSES == 1:
-            value = blended(x, top, bottom, left, right, weight, by_row)
+            value = blended(corners, 0, weight, by_row)
             if OUTPUT == "labels":
                 tl.store(to, (value > 0).to(tl.uint8), mask=mask)
             else:
                 tl.store(to, cast(sigmoid(value), out, PRECISION), mask=mask)
         else:
-            largest = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
-            label = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
-            for k in range(CLASSES):
-                value = blended(
-                    x + plane_of(k, x_class, WIDE), top, bottom, left, right, weight, by_row
-                )
-                # As torch.argmax: the first of equal ones, and NaN is the largest of all.
-                larger = (value > largest) | ((value != value) & (largest == largest))
-                largest = tl.where(larger, value, largest)
-                label = tl.where(larger, k, label)
-            if OUTPUT == "labels":
+            LABELS: tl.constexpr = OUTPUT == "labels"
+            best, label, finite = largest(corners, x_class, weight, by_row, CLASSES, LABELS, WIDE)
+            if LABELS:
+                if not finite:
+                    best, label, finite = largest(
+                        corners, x_class, weight, by_row, CLASSES, False, WIDE
+                    )
                 tl.store(to, label.to(tl.uint8), mask=mask)
             else:
                 total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
                 for k in range(CLASSES):
-                    value = blended(
-                        x + plane_of(k, x_class, WIDE), top, bottom, left, right, weight, by_row
-                    )
-                    total += tl.exp(value - largest)
+                    value = blended(corners, plane_of(k, x_class, WIDE), weight, by_row)
+                    total += tl.exp(value - best)
                 for k in range(CLASSES):
-                    value = blended(
-                        x + plane_of(k, x_class, WIDE), top, bottom, left, right, weight, by_row
-                    )
+                    value = blended(corners, plane_of(k, x_class, WIDE), weight, by_row)
                     plane = plane_of(k, out_class, WIDE)
-                    value = tl.div_rn(tl.exp(value - largest), total)
+                    value = tl.div_rn(tl.exp(value - best), total)
                     tl.store(to + plane, cast(value, out, PRECISION), mask=mask)
 
 

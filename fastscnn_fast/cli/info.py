@@ -55,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
     for dtype in dtypes("cpu"):
         choose = partial(registry.choose, "auto", Config(), torch.device("cpu"), dtype)
         print(f"backend in use for {dtype} on the CPU: {_or_error(choose)}")
+    for dtype in dtypes("triton") if torch.cuda.is_available() else ():
+        choose = partial(registry.choose, "auto", Config(), torch.device("cuda"), dtype)
+        print(f"backend in use for {dtype} on the GPU: {_or_error(choose)} (by counts, not times)")
     height, width = COUNTED_AT
     print(f"weights that come along, with the operations of a picture of {height}x{width}:")
     for weights in Weights:

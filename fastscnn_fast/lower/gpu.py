@@ -32,13 +32,15 @@ def chunk(channels: int) -> int:
     return min(computed_channels(channels) & -computed_channels(channels), 128)
 
 
-def chunks(channels: int) -> tuple[int, ...]:
-    """The padded channels in as few powers of two up to 128 as there are, the largest first."""
-    left, sizes = computed_channels(channels), []
-    for size in (128, 64, 32, 16):
-        sizes += [size] * (left // size)
-        left %= size
-    return tuple(sizes)
+def chunks(channels: int, most: int) -> tuple[int, ...]:
+    """The padded channels in as few powers of two up to ``most``, at least 16, as there are, the largest first."""
+    whole, rest = divmod(computed_channels(channels), most)
+    return (most,) * whole + powers(rest)
+
+
+def powers(count: int) -> tuple[int, ...]:
+    """``count`` as a sum of powers of two, the largest first."""
+    return tuple(1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1)
 
 
 def columns(channels: int) -> int:

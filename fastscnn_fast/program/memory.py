@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -11,6 +12,11 @@ from torch import Tensor
 LINE = (
     64  # bytes of which every pixel of an activation takes a multiple; of one of bytes half of it
 )
+
+#: Scratch of int32 that holds zeros before and after every step, so no other memory ever lies there.
+COUNTERS = "counters"
+#: Scratch of float32 in which a step's programs leave their share of a sum; a step's own, like any scratch.
+PARTIALS = "partials"
 
 
 def pixel_pitch(channels: int, dtype: torch.dtype) -> int:
@@ -79,6 +85,15 @@ class Buffer:
     def dense(memory: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> Buffer:
         strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
         return Buffer(memory, dtype, shape, strides, offset)
+
+    @staticmethod
+    def moved(buffers: Iterable[Buffer]) -> int:
+        """Bytes of device memory that must move: the extent of every region, each once.
+
+        Not of what a step's programs hand to each other: that is read as soon as it is written, from the cache.
+        """
+        regions = {(b.memory, b.offset): b.bytes for b in buffers}
+        return sum(n for (memory, _), n in regions.items() if memory not in (COUNTERS, PARTIALS))
 
     @property
     def bytes(self) -> int:

@@ -105,13 +105,15 @@ def _by_8_bytes(architecture: Architecture, launch: Launch) -> bool:
     """Whether some tile has fewer than 8 channels of half precision a thread.
 
     dsconv of 48 channels, which come by 16: two warps of 32 pixels or four of 64 would load 16 bytes, but spill on
-    sm_80, 86 and 89. The last dsconv on sm_80, 16 channels at a time: 32 spill. Of 96 channels of an inverted
-    residual the last 32: its products take 16 pixels at least.
+    sm_80, 86 and 89. The last dsconv on sm_80, 16 channels at a time: 32 spill. An inverted residual's pixels of one
+    column, 16 of 32 channels for four warps.
     """
     a, kernel = launch.arguments, launch.kernel.__name__
     if kernel == "dsconv_kernel":
         return a["IN"] == 48 or (a["LAST"] > 0 and architecture == 80)
-    return kernel == "inverted_residual_kernel" and a["IN"] == 96
+    if kernel != "inverted_residual_kernel":
+        return False
+    return a["LANES"] * min(a["PIECES"]) * min(a["BLOCKS_IN"]) < 8 * 32 * launch.warps
 
 
 def _channels_a_thread(code: aot.Code) -> set[int]:

@@ -51,6 +51,8 @@ def test_offsets_of_64_bits(case: Case, monkeypatch: pytest.MonkeyPatch, triton:
         (INVERTED_RESIDUAL[2], Tile(16, block=16, rows=2, columns=2)),
         (INVERTED_RESIDUAL[0], Tile(16, block=64, rows=2, columns=4)),
         (INVERTED_RESIDUAL[3], Tile(16, block=32, rows=2, columns=4)),
+        (INVERTED_RESIDUAL[1], Tile(16, block=32, columns=2, slices=6)),
+        (INVERTED_RESIDUAL[2], Tile(16, block=16, rows=2, columns=2, slices=2)),
         (DSCONV[2], Tile(16, block=16)),
         (DSCONV[7], Tile(32, block=16)),
         (FEATURE_FUSION[1], Tile(16, block=16)),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...kernels.launch import Launch
 from ...lower.pack import counted
-from ...program.memory import Buffer
+from ...program.memory import COUNTERS, Buffer
 from .cuda import CudaStep
-from .plan import COUNTERS, EXTERNAL, Plan
+from .plan import EXTERNAL, Plan
 from .torch_step import TorchStep
 
 _INTERPRETER = Lock()  # which patches triton.language for the whole process while a kernel runs

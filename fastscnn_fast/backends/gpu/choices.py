@@ -1,6 +1,6 @@
 """What ``fastscnn_fast tune`` found fastest on a GPU: one JSON file, read when a plan is made.
 
-    {"schema": 3, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, "torch" or "cuda"}}}
+    {"schema": 4, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, "torch" or "cuda"}}}
 
 ENVIRONMENT is what a time depends on but the layer (:func:`environment`), so that what was chosen with one Triton,
 or a CUDA extension for some architectures, is not looked for with another, or without; LAYER is the layer and its
@@ -29,7 +29,7 @@ from ..gpus import INTERPRETER
 from ..registry import architecture, cuda_code, log_once
 
 #: Raised when the meaning of the file changes, or the kernels so much that old choices mislead.
-SCHEMA = 3
+SCHEMA = 4
 
 VARIABLE = "FASTSCNN_TUNE_CACHE"
 
@@ -132,6 +132,9 @@ def _read(file: Path) -> dict[str, dict[str, Choice]]:
         raise ValueError(f"it is damaged ({error!r})") from None
 
 
+_ANY = ("stages", "slices")  # of a tile: need not be a power of two
+
+
 def _decode(value: Any) -> Choice:
     if value in (TORCH, CUDA):
         return value
@@ -139,11 +142,12 @@ def _decode(value: Any) -> Choice:
     known = {field.name for field in fields(Tile)}
 
     def sound(name: str, v: Any) -> bool:
-        return type(v) is int and v >= 1 and (name == "stages" or v & (v - 1) == 0)
+        return type(v) is int and v >= 1 and (name in _ANY or v & (v - 1) == 0)
 
     if set(tile) != known or not all(sound(name, v) for name, v in tile.items()):
         names = ", ".join(sorted(known))
-        raise ValueError(f"tile must have {names}, powers of two but for stages, got {tile}")
+        rule = f"tile must have {names}, powers of two but for {' and '.join(_ANY)}"
+        raise ValueError(f"{rule}, got {tile}")
     return Tile(**tile)
 
 

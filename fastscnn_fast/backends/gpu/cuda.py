@@ -12,7 +12,7 @@ import torch
 from ...lower.gpu import computed_channels
 from ...program.arithmetic import dtypes
 from ...program.layers import ACTIVATIONS, OUTPUTS, Layer
-from ...program.memory import Buffer
+from ...program.memory import COUNTERS, PARTIALS, Buffer
 from .. import registry
 from . import nvcc
 
@@ -39,9 +39,8 @@ class CudaStep:
 
     @property
     def bytes(self) -> int:
-        """Of device memory that must move: the extent of every region, each once."""
-        regions = {(b.memory, b.offset): b.bytes for b in self.arguments.values()}
-        return sum(regions.values())
+        """See :meth:`Buffer.moved`."""
+        return Buffer.moved(self.arguments.values())
 
     def struct(self) -> Any:
         """The arguments without addresses.
@@ -78,9 +77,8 @@ class Described:
 
     @property
     def bytes(self) -> int:
-        """Of device memory that must move: the extent of every region, each once."""
-        buffers = [value for _, _, value in self.parameters if isinstance(value, Buffer)]
-        return sum({(b.memory, b.offset): b.bytes for b in buffers}.values())
+        """See :meth:`Buffer.moved`."""
+        return Buffer.moved(v for _, _, v in self.parameters if isinstance(v, Buffer))
 
 
 def described(made: CudaStep) -> list[Described]:
@@ -136,8 +134,8 @@ def _cut(made: CudaStep, processors: int) -> CudaStep:
     made = replace(made, sizes={**made.sizes, "slices": slices})
     partials, counters = module.inverted_residual_scratch(made.struct())
     scratch = {
-        "partials": Buffer.dense("partials", torch.float32, (partials // 4,)),
-        "counters": Buffer.dense("counters", torch.int32, (counters // 4,)),
+        "partials": Buffer.dense(PARTIALS, torch.float32, (partials // 4,)),
+        "counters": Buffer.dense(COUNTERS, torch.int32, (counters // 4,)),
     }
     return replace(made, arguments={**made.arguments, **(scratch if counters else {})})
 

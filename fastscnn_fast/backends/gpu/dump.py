@@ -218,6 +218,9 @@ def _role(buffer: Buffer) -> str:
 def _unused(launch: Launch, layer: Layer) -> tuple[str, ...]:
     """Pointers that the kernel's constants make it not read."""
     return {
+        "inverted_residual_kernel": ()
+        if launch.arguments.get("SLICES", 1) > 1
+        else ("partials", "counters"),
         "dsconv_kernel": () if layer.last_channels else ("last_weight", "last_bias"),
         "feature_fusion_kernel": ("refine_weight", "refine_bias") if layer.dense else (),
         "out_convolution_kernel": () if launch.arguments.get("BINS") else ("shares",),

@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.launch import Launch, Tile
 from ...program.layers import PICTURE, Layer
-from ...program.memory import Buffer, pixel_pitch, rounded_up
+from ...program.memory import COUNTERS, Buffer, pixel_pitch, rounded_up
 from ...program.program import Program
 from ..gpus import Architecture
 from . import choices, cuda
@@ -22,10 +22,6 @@ from .torch_step import TorchStep
 
 #: Memories that each call brings; all others are scratch.
 EXTERNAL = ("x", "high", "low", "weights", "out")
-#: Scratch of int32 that holds zeros before and after every step, so no other memory ever lies there.
-COUNTERS = "counters"
-#: Scratch of float32 in which a step's programs leave their share of a sum; a step's own, like any scratch.
-PARTIALS = "partials"
 _ALIGNMENT = 512  # bytes, of every scratch memory
 
 
@@ -56,7 +52,7 @@ Step = Launch | CudaStep | TorchStep
 class Plan:
     """Steps in order, and where their scratch memories lie in one arena of ``bytes``.
 
-    ``counters``: bytes of :data:`COUNTERS`, which the arena must hold as zeros.
+    ``counters``: bytes of ``memory.COUNTERS``, which the arena must hold as zeros.
     """
 
     steps: tuple[Step, ...]

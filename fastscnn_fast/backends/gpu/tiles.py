@@ -7,11 +7,13 @@ not by timing: it is not measured on a GPU. ``fastscnn_fast tune`` measures and 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
+from math import prod
 
 import torch
 
 from ...kernels.launch import Tile
-from ...lower.gpu import chunk, computed_channels
+from ...lower.gpu import chunk, chunks, computed_channels, powers
 from ...program.layers import Layer
 from ...program.memory import cdiv
 from ..gpus import GPUS, INTERPRETER, MULTIPROCESSORS, Architecture
@@ -19,18 +21,18 @@ from ..gpus import GPUS, INTERPRETER, MULTIPROCESSORS, Architecture
 # Eight warps and one stage: the nine taps' loads fly together from registers, where a pipeline would first
 # copy them through shared memory 8 bytes at a time; four warps of 64 pixels spill.
 _HALF = {
-    "stem_conv": Tile(64, stages=1),
+    "stem_conv": Tile(256, stages=1),
     "dsconv": Tile(64, block=32, warps=8, stages=1),
-    "inverted_residual": Tile(16, block=32, stages=1),
+    "inverted_residual": Tile(16, block=64, stages=1),
     "pyramid_pooling": Tile(32, block=64),
-    "feature_fusion": Tile(32, block=32, stages=1),
-    "upsample_classify": Tile(128, rows=8),
+    "feature_fusion": Tile(32, block=128, stages=1),
+    "upsample_classify": Tile(256, rows=8),
 }
 # Triton multiplies on sm_75 without tensor cores, from operands in shared memory (64 KiB in all) and with
 # each thread's share in registers: half the tile and more warps.
 _TURING = {
     "dsconv": Tile(32, block=16, stages=1),
-    "inverted_residual": Tile(8, block=32, warps=8, stages=1),
+    "inverted_residual": Tile(16, block=32, warps=8, stages=1),
     "pyramid_pooling": Tile(16, block=16, stages=1),
     "feature_fusion": Tile(16, block=16, warps=8, stages=1),
 }
@@ -54,21 +56,19 @@ _FLOAT = {
 # AMD's are matrix instructions, with 512 registers a lane for four waves and half of them for eight.
 _FLOAT_AMD = {
     "dsconv": Tile(32, block=32, stages=1),
-    "inverted_residual": Tile(16, block=16, stages=1),
+    "inverted_residual": Tile(16, block=32, stages=1),
 }
 _FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
-    75: {"inverted_residual": Tile(8, block=32, warps=8, stages=1)},
     "gfx90a": _FLOAT_AMD,
     "gfx942": _FLOAT_AMD,
 }
-# The layers, by op and chunk of their channels, that spill by 32 channels at a time on some of NVIDIA's under
-# Triton 3.6 or 3.9; by 16 none does.
-_FLOAT_BY_16 = (("dsconv", 128), ("inverted_residual", 32))
+# Of dsconv 128 channels spill by 32 at a time on some of NVIDIA's under Triton 3.6 or 3.9; by 16 none does.
+_FLOAT_BY_16 = (("dsconv", 128),)
 # One entry: numpy does as much as it is given, and tiles decide only how often Python is called.
 _INTERPRETED = {
     "stem_conv": Tile(512),
     "dsconv": Tile(256, block=128),
-    "inverted_residual": Tile(32, block=256, rows=4),
+    "inverted_residual": Tile(32, block=64, rows=4, slices=3),
     "pyramid_pooling": Tile(256, block=128),
     "feature_fusion": Tile(64, block=128),
     "upsample_classify": Tile(128, rows=8),
@@ -101,6 +101,24 @@ def _most_pixels(architecture: Architecture) -> int:
 _BLOCKS = ((2, 2), (1, 2), (1, 1))
 
 
+def _most_outputs(layer: Layer, dtype: torch.dtype, architecture: Architecture) -> int:
+    """Pixels of a block that spill nowhere under Triton 3.9: sm_90's products take their operands from shared memory."""
+    narrow = computed_channels(layer.in_channels) <= 64
+    if dtype == torch.float32 or not isinstance(architecture, int):
+        return 2
+    if architecture == 90:
+        return 4 if narrow and layer.stride == 1 else 2
+    return 2 if narrow else 1
+
+
+# Warp instructions as counted on sm_90 in half precision (inverted_residual, 64 expanded channels a step): of a step for
+# each pixel that it expands, each of its outputs and each of its products; of a program besides its steps; of the
+# program that arrives last for each partial sum.
+_OF_EXPANDED, _OF_OUTPUT, _OF_PRODUCT, _OF_PROGRAM, _OF_PARTIAL = 6, 18, 80, 2500, 1 / 13
+# A program alone on a multiprocessor waits for itself: its way counts as if there were some more of them.
+_ALONE = 1.125
+
+
 def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: int) -> Tile:
     """The tile of ``layer`` with ``pixels`` output pixels, of all images together, on ``architecture``."""
     if architecture == INTERPRETER:
@@ -119,29 +137,45 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
         chosen = replace(chosen, block=16)
     if layer.op != "inverted_residual":
         return chosen
-    rows, columns = _block(layer, dtype, architecture, pixels, chosen.pixels)
-    return replace(chosen, rows=rows, columns=columns)
+    if table is _HALF and architecture in _BY_WARPS:
+        chosen = replace(chosen, block=32)
+    return _cut(chosen, layer, dtype, architecture, pixels)
 
 
-def _block(
-    layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: int, lanes: int
-) -> tuple[int, int]:
-    """The rows and columns with which the busiest multiprocessor expands the fewest pixels, if they fit.
+def _cut(
+    chosen: Tile, layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: int
+) -> Tile:
+    """With the block and the slices with which the longest way through the launch is the shortest, if they fit.
 
-    On a small plane large blocks would leave most multiprocessors without a program: there smaller blocks
-    finish earlier although they expand more in all.
+    The way: what a multiprocessor executes, at least one program, and the sum of the partial sums after it. On a
+    small plane small blocks and many slices fill the machine although they expand more in all; on a large plane
+    there are pixels enough, and slices would cost for nothing.
     """
     most = _most_pixels(architecture)
     count = processors(architecture)
-
-    def expanded(block: tuple[int, int]) -> int:
-        rows, columns = block
-        return ((rows - 1) * layer.stride + 3) * ((columns - 1) * layer.stride + 3)
-
-    def longest(block: tuple[int, int]) -> int:
-        programs = cdiv(pixels, lanes * block[0] * block[1])
-        return cdiv(programs, count) * expanded(block)
-
     channels = computed_channels(layer.in_channels) * dtype.itemsize
-    fitting = [block for block in _BLOCKS if expanded(block) * lanes * channels <= most]
-    return min(fitting or _BLOCKS[-1:], key=longest)
+    steps = cdiv(layer.mid_channels, chosen.block)
+
+    def seen(block: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = block
+        return (rows - 1) * layer.stride + 3, (columns - 1) * layer.stride + 3
+
+    def longest(cut: tuple[tuple[int, int], int]) -> float:
+        block, slices = cut
+        rows, columns = seen(block)
+        outputs = chosen.pixels * prod(block)
+        values = _OF_EXPANDED * chosen.pixels * rows * columns + _OF_OUTPUT * outputs
+        step = values * chosen.block / 64
+        step += (
+            _OF_PRODUCT * rows * len(powers(columns)) * len(chunks(layer.in_channels, chosen.block))
+        )
+        programs = cdiv(pixels, outputs) * slices
+        partials = slices * outputs * layer.out_channels if slices > 1 else 0
+        program = steps // slices * step + _OF_PROGRAM
+        return max(_ALONE, programs / count) * program + partials * _OF_PARTIAL
+
+    small = [b for b in _BLOCKS if prod(b) <= _most_outputs(layer, dtype, architecture)]
+    fitting = [block for block in small if prod(seen(block)) * chosen.pixels * channels <= most]
+    equal = [slices for slices in range(1, steps + 1) if steps % slices == 0]
+    (rows, columns), slices = min(product(fitting or _BLOCKS[-1:], equal), key=longest)
+    return replace(chosen, rows=rows, columns=columns, slices=slices)

@@ -40,15 +40,16 @@ Tiles = Callable[[PlacedLayer, torch.dtype, Architecture], Sequence[Tile]]
 
 def candidates(place: PlacedLayer, dtype: torch.dtype, architecture: Architecture) -> list[Tile]:
     """Tiles to try, the one in use without tuning first."""
-    pixels, blocks, areas, warps, stages = _CANDIDATES[place.layer.op]
+    pixels, blocks, areas, warps, stages, slices = _CANDIDATES[place.layer.op]
     tried = [
-        Tile(p, b, *area, w, s)
-        for p, b, area, w, s in product(pixels, blocks, areas, warps, stages)
+        Tile(p, b, *area, w, s, n)
+        for p, b, area, w, s, n in product(pixels, blocks, areas, warps, stages, slices)
     ]
     return list(dict.fromkeys([place.tile(dtype, architecture), *tried]))
 
 
-# Pixels, blocks of channels, (rows, columns), warps, stages.
+_ONE = ((1, 1),)
+# Pixels, blocks of channels, (rows, columns), warps, stages, slices.
 _CANDIDATES: dict[
     str,
     tuple[
@@ -57,14 +58,22 @@ _CANDIDATES: dict[
         tuple[tuple[int, int], ...],
         tuple[int, ...],
         tuple[int, ...],
+        tuple[int, ...],
     ],
 ] = {
-    "stem_conv": ((32, 64, 128, 256), (32,), ((1, 1),), (2, 4, 8), (2,)),
-    "dsconv": ((16, 32, 64, 128), (16, 32, 64), ((1, 1),), (4, 8), (1, 2, 3)),
-    "inverted_residual": ((8, 16, 32), (32, 64), ((1, 1), (1, 2), (2, 2)), (4, 8), (1, 2)),
-    "pyramid_pooling": ((16, 32, 64), (32, 64, 128), ((1, 1),), (4, 8), (1, 2, 3)),
-    "feature_fusion": ((16, 32, 64), (16, 32, 64), ((1, 1),), (4, 8), (1, 2)),
-    "upsample_classify": ((64, 128, 256), (32,), ((4, 1), (8, 1), (16, 1)), (2, 4, 8), (2,)),
+    "stem_conv": ((64, 128, 256, 512), (32,), _ONE, (2, 4, 8), (1, 2), (1,)),
+    "dsconv": ((16, 32, 64, 128), (16, 32, 64), _ONE, (4, 8), (1, 2, 3), (1,)),
+    "inverted_residual": (
+        (16, 32),
+        (32, 64),
+        ((1, 1), (1, 2), (2, 2)),
+        (4, 8),
+        (1,),
+        (1, 2, 3, 6, 12),
+    ),
+    "pyramid_pooling": ((16, 32, 64), (32, 64, 128), _ONE, (4, 8), (1, 2, 3), (1,)),
+    "feature_fusion": ((16, 32, 64), (32, 64, 128), _ONE, (4, 8), (1, 2), (1,)),
+    "upsample_classify": ((64, 128, 256), (32,), ((4, 1), (8, 1), (16, 1)), (2, 4, 8), (2,), (1,)),
 }
 
 

@@ -129,12 +129,17 @@ def test_keys_tell_layers_and_all_their_shapes_apart(model: FastSCNN) -> None:
     ("content", "reason"),
     [
         ("{", "it is damaged"),
-        ("[]", "schema must be 3, got None"),
-        ('{"schema": 0, "choices": {}}', "schema must be 3, got 0"),
-        ('{"schema": 3}', "it is damaged"),
-        ('{"schema": 3, "choices": {"HERE": {"a": "opencl"}}}', "it is damaged"),
-        ('{"schema": 3, "choices": {"HERE": {"a": {"tile": {"pixels": 0}}}}}', "tile must have"),
-        ('{"schema": 3, "choices": {"another GPU": {}}}', "it has no choices for interpreter"),
+        ("[]", "schema must be 4, got None"),
+        ('{"schema": 0, "choices": {}}', "schema must be 4, got 0"),
+        ('{"schema": 4}', "it is damaged"),
+        ('{"schema": 4, "choices": {"HERE": {"a": "opencl"}}}', "it is damaged"),
+        ('{"schema": 4, "choices": {"HERE": {"a": {"tile": {"pixels": 0}}}}}', "tile must have"),
+        (
+            '{"schema": 4, "choices": {"HERE": {"a": {"tile": {"pixels": 16, "block": 64, "rows": 3, "columns": 1,'
+            ' "warps": 4, "stages": 1, "slices": 9}}}}}',
+            "powers of two but for stages and slices",
+        ),
+        ('{"schema": 4, "choices": {"another GPU": {}}}', "it has no choices for interpreter"),
     ],
 )
 def test_damaged_and_foreign_files_are_ignored_with_a_reason(
