@@ -20,7 +20,7 @@ from ..program.arithmetic import dtypes
 
 _PACKAGES = (
     "torch numpy pillow safetensors matplotlib onnx onnxscript onnxruntime triton torch-pruning"
-    " huggingface_hub ray gradio"
+    " huggingface_hub ray gradio av tifffile"
 )
 
 

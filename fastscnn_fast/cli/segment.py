@@ -22,6 +22,7 @@ from ..data.pictures import (
     OVERLAY_FORMATS,
     VIDEO_LABELS,
     VIDEO_OVERLAY,
+    VIDEO_SUFFIXES,
     Guess,
     size_of,
 )
@@ -186,8 +187,19 @@ def _check(args: argparse.Namespace, found: Found, cameras: list[int]) -> None:
         if videos:
             raise ValueError(f"--tile must go with pictures alone, got {videos[0]}")
         tiling(args.tile, args.overlap)
-    if args.out is None or not _is_video_file(args.out):
+    if args.out is None or args.out.is_dir():
         return
+    if args.out.suffix.lower() in VIDEO_SUFFIXES and args.out.suffix.lower() not in CONTAINERS:
+        rule = f"--out must be a folder or end in {', '.join(CONTAINERS)}"
+        raise ValueError(f"{rule}, got {args.out}")
+    if not _is_video_file(args.out):
+        return
+    if (
+        videos
+        and os.path.exists(videos[0])
+        and os.path.realpath(args.out) == os.path.realpath(videos[0])
+    ):
+        raise ValueError(f"--out must be another file than the video that is read, got {args.out}")
     if pictures or len(videos) > 1:
         rule = "--out must be a folder, unless there is one video or camera"
         got = f"{len(pictures)} pictures and {len(videos)} videos"

@@ -319,6 +319,8 @@ def _content_pixels(file: IO[bytes], channels: int, to_eight: Bits) -> NDArray[n
             start = file.read(1024)
             reason = "is of no known picture format" if start else "is empty"
             why_not = no_picture(to_eight.name, start) or f"cannot be read: it {reason}"
+        elif isinstance(error, Image.DecompressionBombError):
+            why_not += " (TIFFs of any size are read by segment(tile=) and segment --tile, with the extra tiff)"
         raise ValueError(f"{to_eight.name}: {why_not}") from error
 
 

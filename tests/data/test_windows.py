@@ -152,6 +152,20 @@ def test_the_bits_of_a_picture_are_those_of_all_of_it(tmp_path: Path) -> None:
         assert len(told) == 1
 
 
+def test_what_pillow_takes_for_a_bomb_is_read_by_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = noise((HEIGHT, WIDTH, 3))
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", rowsperstrip=8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 3)
+    with pytest.raises(
+        ValueError, match=r"a\.tif: .* exceeds limit .*segment\(tile=\) and segment --tile"
+    ):
+        read_picture(tmp_path / "a.tif")
+    with open_rows(tmp_path / "a.tif", 3) as rows:
+        assert np.array_equal(rows.read(0, HEIGHT), pixels)
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, noise((HEIGHT, WIDTH, 3)), compression="zlib", photometric="rgb")

@@ -97,6 +97,8 @@ def test_import_is_light() -> None:
         "nncf",
         "huggingface_hub",
         "ray",
+        "av",
+        "tifffile",
         "pyarrow",
         "gradio",
     }
