@@ -156,6 +156,11 @@ def picture(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
                 fontsize=7,
             )
     axes.set_xscale("log")
+    ticks = [1, 2, 3, 5, 10, 20, 30, 50, 100]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xticks([], minor=True)
+    every = [point["ms"] for points in lines.values() for point in points]
+    axes.set_xlim(0.8 * min(every), 1.3 * max(every))
     axes.set_xlabel("milliseconds for the labels of a picture, median; less is better")
     axes.set_ylabel("mIoU on CamVid's validation pictures")
     axes.grid(alpha=0.3, which="both")

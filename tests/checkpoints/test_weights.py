@@ -106,5 +106,6 @@ def test_slim_is_half_of_full() -> None:
     model = load_checkpoint(Weights.CAMVID11_SLIM)
     widths = [w for stage in model.config.bottlenecks for mid, out, _ in stage for w in (mid, out)]
     assert model.ranges and all(
-        w % ARITHMETICS[slim["recipe"]["arithmetic"]].channels == 0 for w in widths
+        w % ARITHMETICS[read_details("camvid11-slim")["pruned by"]["arithmetic"]].channels == 0
+        for w in widths
     )
