@@ -142,7 +142,7 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "name", "shape"),
+    ("page", "result", "shape"),
     [
         ("README.md", "logits", (1, 11, 64, 96)),
         ("docs/use.md", "logits", (1, 11, 64, 96)),
@@ -150,7 +150,7 @@ def test_commands_and_options_exist(page: Path) -> None:
     ],
 )
 def test_examples_run(
-    page: str, name: str, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, result: str, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each after the other, beside a street.jpg, a clip.mp4 and a map.tif."""
     monkeypatch.chdir(tmp_path)
@@ -161,7 +161,7 @@ def test_examples_run(
     names: dict[str, object] = {}
     for example in examples:
         exec(compile(example, page, "exec"), names)
-    assert names[name].shape == shape  # type: ignore[attr-defined]
+    assert names[result].shape == shape  # type: ignore[attr-defined]
 
 
 def test_the_picture_is_what_its_command_draws() -> None:
