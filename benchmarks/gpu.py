@@ -25,7 +25,7 @@ from fastscnn_fast.arch.config import PRESETS
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu.measure import copies, milliseconds
 from fastscnn_fast.bench import Call, Contestant, Plain, Probe, Result, Timer
-from fastscnn_fast.cli.options import GPU_DTYPES as DTYPES, count, size
+from fastscnn_fast.cli.options import GPU_DTYPES, count, size
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program import memory, reference
@@ -40,6 +40,8 @@ OURS, COMPILED, TENSORRT, GRAPHED = (
     "TensorRT",
     ", CUDA graph",
 )
+#: Those of floats: int8 is not compared with what torch has.
+DTYPES = {name: dtype for name, dtype in GPU_DTYPES.items() if dtype.is_floating_point}
 TASKS = ("logits", "labels")
 PARTS = ("network", "layers")
 #: Of a layer, whose channels mean no classes.

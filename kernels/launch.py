@@ -34,13 +34,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch; ``arguments`` in the kernel's order, compile-time constants among them."""
+    """One kernel launch; ``arguments`` in the kernel's order, compile-time constants among them.
+
+    fused: whether a product and a sum may be rounded as one; int8's are rounded each by itself.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     warps: int
     stages: int
+    fused: bool = True
 
     @property
     def buffers(self) -> dict[str, Buffer]:
@@ -55,5 +59,8 @@ class Launch:
         """Launches on the current device and stream; ``values`` has a tensor for every buffer."""
         if prod(self.grid) > 0:
             self.kernel[self.grid](
-                **values, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
+                **values,
+                num_warps=self.warps,
+                num_stages=self.stages,
+                enable_fp_fusion=self.fused,
             )

@@ -92,9 +92,12 @@ def _triton_why_not(config: Config, device: torch.device, dtype: torch.dtype) ->
         return None if _interpreted() else not_on("cuda", device)
     if device.type != "cuda":
         return not_on("cuda", device)
-    found = architecture(device)
-    if isinstance(found, int) and found < int(arithmetic.choose("triton", dtype).needs["triton"]):
-        return f"{dtype} needs a newer GPU than one of compute capability {found / 10}"
+    found, chosen = architecture(device), arithmetic.choose("triton", dtype)
+    if isinstance(found, int):
+        if found < int(chosen.needs["triton"]):
+            return f"{dtype} needs a newer GPU than one of compute capability {found / 10}"
+    elif chosen.quantised:
+        return f"{dtype} needs a GPU of NVIDIA's, got {found}"
     return None
 
 

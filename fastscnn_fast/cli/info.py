@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"GPU: {_gpus()}")
     for name, reason in registry.report().items():
         print(f"backend {name}: {'can run' if reason is None else f'cannot run: {reason}'}")
+    for name in registry.GPU_BACKENDS:
+        print(f"dtypes of backend {name}: {', '.join(str(one)[6:] for one in dtypes(name))}")
     for dtype in dtypes("cpu"):
         choose = partial(registry.choose, "auto", Config(), torch.device("cpu"), dtype)
         print(f"backend in use for {dtype} on the CPU: {_or_error(choose)}")

@@ -2,7 +2,8 @@
 
 Matrices are (K, N) row-major, so that a program's loads are contiguous; K is padded to :func:`computed_channels`, N to
 whole blocks of :func:`columns`, all with zeros: kernels load them without masks, and channels that exist
-only in memory come out as zeros. Biases, depthwise weights and the stem's normalisation are float32.
+only in memory come out as zeros. Biases, depthwise weights and the stem's normalisation are float32. Those of int8
+are :mod:`.gpu_int8`'s.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..program.layers import Layer
 from ..program.memory import Buffer, power_of_two, rounded_up
+from . import gpu_int8
 
 Plain = Mapping[str, Tensor]
 
@@ -114,6 +116,16 @@ def shapes(layer: Layer) -> dict[str, tuple[tuple[int, ...], bool]]:
     return {}
 
 
+def _shapes(layer: Layer, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each piece in a network of ``dtype``."""
+    if dtype == torch.int8:
+        return gpu_int8.shapes(layer)
+    return {
+        name: (shape, dtype if own else torch.float32)
+        for name, (shape, own) in shapes(layer).items()
+    }
+
+
 def layout(
     layers: Sequence[Layer], dtype: torch.dtype, start: int
 ) -> tuple[list[dict[str, Buffer]], int]:
@@ -121,8 +133,8 @@ def layout(
     result, at = [], rounded_up(start, _ALIGNMENT)
     for layer in layers:
         pieces = {}
-        for name, (shape, own) in shapes(layer).items():
-            pieces[name] = Buffer.dense("weights", dtype if own else torch.float32, shape, at)
+        for name, (shape, kind) in _shapes(layer, dtype).items():
+            pieces[name] = Buffer.dense("weights", kind, shape, at)
             at += rounded_up(pieces[name].bytes, _ALIGNMENT)
         result.append(pieces)
     return result, at
@@ -192,7 +204,9 @@ def fill(
 ) -> None:
     """Writes the layers' weights to ``memory``, which holds zeros where the pieces lie."""
     for layer, buffers, tensors in zip(layers, pieces, plain, strict=True):
-        for name, value in plain_pieces(layer, tensors).items():
+        whole = any(value.dtype == torch.int8 for value in tensors.values())
+        made = (gpu_int8.pieces if whole else plain_pieces)(layer, tensors)
+        for name, value in made.items():
             corner = buffers[name].view(memory)
             for dimension, size in enumerate(value.shape):
                 corner = corner.narrow(dimension, 0, size)

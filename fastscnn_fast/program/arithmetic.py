@@ -107,7 +107,7 @@ ARITHMETICS: dict[str, Arithmetic] = {
             3,
             torch.int8,
             torch.int8,
-            {"cpu": "portable", "reference": ""},
+            {"cpu": "portable", "triton": 80, "reference": ""},
             Bounds(0.05, 0.01, 1.0),
             Bounds(0.25, 0.01, 1.0),
             layers={"upsample_classify": "float32"},
@@ -169,6 +169,15 @@ def floats_of(dtype: torch.dtype) -> torch.dtype:
 def activations_of(dtype: torch.dtype) -> torch.dtype:
     """The dtype of what lies between layers where ``dtype`` is asked for."""
     return next((one.activations for one in ARITHMETICS.values() if one.dtype == dtype), dtype)
+
+
+@cache
+def dtype_of(op: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which ``op`` is computed in a network where ``dtype`` is asked for."""
+    for one in ARITHMETICS.values():
+        if one.asked == (dtype, "highest") and op in one.layers:
+            return ARITHMETICS[one.layers[op]].dtype
+    return dtype
 
 
 def dtype_rule(backend: str) -> str:

@@ -18,7 +18,7 @@ from cases import (
     quarter,
 )
 from helpers import LAYOUTS, in_layout, noise, threads
-from integers import random_integers, run_integers
+from integers import random_integers, run_integers, with_ranges
 from layouts import free_widths
 from torch import Tensor
 
@@ -142,23 +142,6 @@ def test_extremes_saturate(int8_isa: str) -> None:
 
 
 # ---------------------------------------------------------------- networks
-
-
-def with_ranges(model: FastSCNN, size: Size = (97, 131)) -> FastSCNN:
-    """Those of noise, as min and max."""
-    model.eval()
-    folded = fold(model)
-    plain = [{k: v.float() for k, v in named.items()} for named in folded.tensors]
-    ranges: dict[str, tuple[float, float]] = {}
-
-    def tap(name: str, value: Tensor) -> Tensor:
-        ranges[name] = (float(value.min()), float(value.max()))
-        return value
-
-    x = noise(2, model.config.in_channels, *size)
-    reference.network(x, folded.program, plain, tap=tap)
-    model.ranges = ranges
-    return model
 
 
 def lifelike(config_of: str, **fields: object) -> FastSCNN:

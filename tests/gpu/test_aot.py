@@ -10,6 +10,8 @@ half precision are loaded by 16 bytes a thread. What does not hold:
 - sm_86 and 120 are held to shared memory, products and loads alone.
 - AMD: inverted_residual takes so many registers that 4 waves are resident.
 - 16 bytes: where a tile has too few channels for its threads (``_by_8_bytes``).
+
+int8 is for NVIDIA's from sm_80 on: there it has products of integers wherever it multiplies, and rounds nothing twice at once.
 """
 
 from __future__ import annotations
@@ -43,8 +45,12 @@ NO_SPILLS = (80, 89, 90, 100)
 KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 LDS = 64 * 1024  # of AMD's compute units
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-NO_PRODUCT = ("upsample_classify_kernel",)
-NARROW = ("stem_conv_kernel", "upsample_classify_kernel")  # three channels; a plane a class
+NO_PRODUCT = ("upsample_classify_kernel", "resize_int8_kernel")
+NARROW = (
+    "stem_conv_kernel",
+    "stem_conv_int8_kernel",
+    "upsample_classify_kernel",
+)  # three channels; a plane a class
 
 Case = tuple[Architecture, torch.dtype, Launch]
 
@@ -76,6 +82,8 @@ def _all() -> Iterator[Case]:
         for dtype in DTYPES:
             if architecture != 75 or dtype != torch.bfloat16:
                 yield from _cases(architecture, dtype, ("tramac", "paper"))
+    for architecture in NVIDIA[1:]:
+        yield from _cases(architecture, torch.int8, ("tramac", "paper"))
 
 
 def _few() -> Iterator[Any]:
@@ -84,6 +92,7 @@ def _few() -> Iterator[Any]:
     few: tuple[tuple[Architecture, torch.dtype], ...] = (
         (80, torch.float16),
         (90, torch.bfloat16),
+        (90, torch.int8),
         ("gfx942", torch.float32),
     )
     for architecture, dtype in few:
@@ -133,13 +142,15 @@ def _check(case: Case) -> None:
         assert code.shared <= KIB[architecture] * 1024
         assert code.resident_warps >= 8
         assert kernel in NARROW or code.wide_loads > 0
-        if kernel not in NARROW and architecture != 75 and dtype != torch.float32:
+        if kernel not in NARROW and architecture != 75 and dtype in (torch.float16, torch.bfloat16):
             by_8 = _by_8_bytes(architecture, launch)
             assert min(_channels_a_thread(code)) >= (4 if by_8 else 8)
     else:
         assert code.shared <= LDS
     if architecture in (*NO_SPILLS, *AMD):
         assert (code.spills, code.stack) == (0, 0)
+    if "int8" in kernel:
+        assert "fma" not in code.ptx and not re.search(r"(add|sub|mul)\.f32", code.ptx)
     if kernel in NO_PRODUCT:
         return
     assert (code.products > 0) == _has_tensor_cores(architecture, dtype)

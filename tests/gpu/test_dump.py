@@ -14,6 +14,7 @@ from fastscnn_fast.program.layers import OPS
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 LAUNCHES = {"pyramid_pooling": 3}
+LAUNCHES_INT8 = {"pyramid_pooling": 4, "feature_fusion": 2}
 
 
 def _dump(folder: Path, *options: str) -> list[dict]:
@@ -61,6 +62,22 @@ def test_every_op(op: str, tmp_path: Path) -> None:
     assert ("weight" in roles) == (op != "upsample_classify")
 
 
+@pytest.mark.machine_code
+@pytest.mark.parametrize("op", OPS[:-1])
+def test_every_op_of_int8(op: str, tmp_path: Path) -> None:
+    launches = _dump(tmp_path, "--op", op, "--arch", "90", "--size", "256x512", "--dtype", "int8")
+    assert len(launches) == LAUNCHES_INT8.get(op, 1)
+    for about in launches:
+        _check(tmp_path, about)
+        for p in about["parameters"]:
+            if (
+                p["kind"] == "pointer"
+                and p["role"] == "weight"
+                and p["holds"] != "not read by this launch"
+            ):
+                assert not p["holds"].startswith("(N, H, W, C)"), p["name"]
+
+
 def test_launches_name_their_scratch_alike(tmp_path: Path) -> None:
     sums, grids, out = _dump(
         tmp_path, "--op", "pyramid_pooling", "--arch", "90", "--shape", "7", "9", "--dtype", "bf16"
@@ -95,6 +112,14 @@ def test_any_layer(options: tuple[str, ...], tmp_path: Path) -> None:
     [
         (("--op", "dsconv", "--arch", "81"), "arch must be one of 75, 80"),
         (("--op", "dsconv", "--arch", "75", "--dtype", "bf16"), "no bfloat16"),
+        (
+            ("--op", "dsconv", "--arch", "75", "--dtype", "int8"),
+            "arch must be at least 80 for int8",
+        ),
+        (
+            ("--op", "dsconv", "--arch", "80", "--dtype", "int8", "--backend", "cuda"),
+            "for backend cuda, got torch.int8",
+        ),
         (("--op", "dsconv", "--arch", "80", "--layer", "stem"), "must be of op dsconv"),
         (("--op", "dsconv", "--arch", "80", "--layer", "99"), "layer must be below"),
         (("--op", "dsconv", "--arch", "80", "--layer", "nought"), "got nought"),

@@ -76,15 +76,19 @@ def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not() == "device must be cuda, got cpu"
     assert why_not(torch.device("meta")) == "device must be cuda, got meta"
     assert why_not(GPU) is None and why_not(GPU, torch.float16) is None
-    dtypes = "torch.float32, torch.bfloat16 or torch.float16"
+    dtypes = "torch.float32, torch.bfloat16, torch.int8 or torch.float16"
     assert why_not(GPU, torch.float64) == f"dtype must be {dtypes}, got torch.float64"
     newer = "torch.bfloat16 needs a newer GPU than one of compute capability 7.5"
     assert why_not(GPU, torch.bfloat16) == newer
+    assert why_not(GPU, torch.int8) == newer.replace("bfloat16", "int8")
     monkeypatch.setattr(registry, "architecture", lambda device: 70)
     newer = "torch.float32 needs a newer GPU than one of compute capability 7.0"
     assert why_not(GPU) == newer
     monkeypatch.setattr(registry, "architecture", lambda device: "gfx942")
     assert why_not(GPU, torch.bfloat16) is None
+    assert why_not(GPU, torch.int8) == "torch.int8 needs a GPU of NVIDIA's, got gfx942"
+    monkeypatch.setattr(registry, "architecture", lambda device: 80)
+    assert why_not(GPU, torch.int8) is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why_not() is None
 
@@ -105,7 +109,7 @@ def test_forced_it_says_why_not(forced: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_it_is_chosen_by_itself_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "architecture", lambda device: 80)
     monkeypatch.setattr(registry, "_cuda_module", None)  # which would be preferred
-    for dtype in (torch.float32, *HALF):
+    for dtype in (torch.float32, torch.int8, *HALF):
         assert registry.choose("auto", Config(), GPU, dtype) == "triton"
     assert registry.choose("auto", Config(), GPU, torch.float64) == "reference"
     assert fuse(small_network()).backend == "cpu"

@@ -1,11 +1,14 @@
-"""Layers in int8: random weights, and running one on a backend."""
+"""Layers and networks in int8: random weights, running a layer on a backend, and ranges."""
 
 from __future__ import annotations
 
 import torch
+from helpers import noise
 from torch import Tensor
 
-from fastscnn_fast import ops
+from fastscnn_fast import FastSCNN, ops
+from fastscnn_fast.lower.fold import fold
+from fastscnn_fast.program import reference
 from fastscnn_fast.program.layers import Layer
 
 
@@ -43,3 +46,20 @@ def run_integers(
     rest = {"dtype": torch.int8} if layer.op == "stem_conv" else {}
     result: Tensor = getattr(ops, layer.op)(*inputs, packed, layer, backend=backend, **rest)
     return result
+
+
+def with_ranges(model: FastSCNN, size: tuple[int, int] = (97, 131)) -> FastSCNN:
+    """Those of noise, as min and max."""
+    model.eval()
+    folded = fold(model)
+    plain = [{k: v.float() for k, v in named.items()} for named in folded.tensors]
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def tap(name: str, value: Tensor) -> Tensor:
+        ranges[name] = (float(value.min()), float(value.max()))
+        return value
+
+    x = noise(2, model.config.in_channels, *size)
+    reference.network(x, folded.program, plain, tap=tap)
+    model.ranges = ranges
+    return model

@@ -23,6 +23,7 @@ from ...arch.config import Config
 from ...kernels.launch import Launch
 from ...lower import gpu as weights
 from ...lower.pack import TAG
+from ...program.arithmetic import floats_of
 from ...program.memory import Buffer, rounded_up
 from ...program.program import fast_scnn, layer_sizes
 from ..gpus import MULTIPROCESSORS, Architecture
@@ -34,6 +35,7 @@ _POINTERS = {
     "torch.bfloat16": "*bf16",
     "torch.float32": "*fp32",
     "torch.uint8": "*u8",
+    "torch.int8": "*i8",
     "torch.int32": "*i32",
 }
 _DIVISIBLE = ["tt.divisibility", 16]
@@ -186,7 +188,11 @@ def compiled(launch: Launch, architecture: Architecture) -> Code:
     source = ASTSource(
         launch.kernel, dict(how.signature), dict(how.constants), dict(how.attributes)
     )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        "enable_fp_fusion": launch.fused,
+    }
     return Code(
         launch,
         architecture,
@@ -204,13 +210,13 @@ def network(
     raw: bool = False,
     backend: str = "triton",
 ) -> Plan:
-    """The steps for one contiguous picture of ``size`` (height, width): uint8 pixels if ``raw``, else dtype."""
-    program = fast_scnn(config)
+    """The steps for one contiguous picture of ``size`` (height, width): uint8 pixels if ``raw``, else floats."""
+    program, floats = fast_scnn(config), floats_of(dtype)
     pieces, _ = weights.layout(program.layers, dtype, TAG.size)
-    picture = Buffer.dense("x", torch.uint8 if raw else dtype, (1, config.in_channels, *size))
+    picture = Buffer.dense("x", torch.uint8 if raw else floats, (1, config.in_channels, *size))
     labels = output == "labels"
     shape = (1, *size) if labels else (1, config.num_classes, *size)
-    out = Buffer.dense("out", torch.uint8 if labels else dtype, shape)
+    out = Buffer.dense("out", torch.uint8 if labels else floats, shape)
     return network_plan(program, picture, out, pieces, dtype, architecture, output, backend=backend)
 
 

@@ -14,6 +14,7 @@ from ...arch.config import Config
 from ...kernels.launch import Launch
 from ...lower import gpu as weights
 from ...lower.pack import TAG
+from ...program.arithmetic import floats_of
 from ...program.layers import Layer, SizedLayer
 from ...program.memory import Buffer
 from ...program.program import fast_scnn, layer_sizes
@@ -109,7 +110,56 @@ _HOLDS = {
     ): f"{_MATRIX}: row channel of high, column output channel",
     ("feature_fusion_kernel", "bias"): "sum of both 1x1s' biases, padded with zeros",
 }
+_BYTES = "(N, K) row-major, padded with zeros"
+_OFFSET = "128 times the sum of the channel's weights added, since bytes are multiplied as q - 128"
+_FOURS = "channel 4 i + k at (k, i), padded with zeros"
+#: Of every kernel of int8; what the numbers mean is said in program/integers.py.
+_HOLDS_INT8 = {
+    "weight": f"{_BYTES}: row output channel, column (ky * 3 + kx) * C + c",
+    "pad": "the pixel that surrounds pictures, by channel",
+    "scale": "255 std of each picture channel; read for pictures of floats only",
+    "shift": "255 mean of each picture channel; read for pictures of floats only",
+    "pointwise_weight": f"{_BYTES}: row output channel, column input channel",
+    "high_weight": f"{_BYTES}: row output channel, column channel of high",
+    "last_weight": f"{_BYTES}: row class, column channel of the pointwise",
+    "expand_weight": f"{_BYTES}: row expanded channel, column input channel",
+    "project_weight": f"{_BYTES}: row output channel, column expanded channel",
+    "branch_weight": "(branch, M, C) row-major, padded with zeros",
+    "x_weight": f"(tap, N, K), each {_BYTES}: row output channel, column channel of x",
+    "y_weight": f"(tap, N, K), each {_BYTES}: row output channel, column channel of y",
+    **dict.fromkeys(
+        ("bias", "pointwise_bias", "last_bias", "expand_bias", "project_bias"),
+        f"int32, {_VECTOR}; {_OFFSET}",
+    ),
+    "branch_bias": f"int32 (branch, M), padded with zeros; {_OFFSET}",
+    "branch_multiplier": "(branch, M), padded with zeros",
+    "branch_zero": "zero points of the branches' grids",
+    **{
+        f"{name}multiplier": f"what sums are multiplied by, {_VECTOR}"
+        for name in ("", "pointwise_", "last_", "expand_", "project_")
+    },
+    "residual_multiplier": "what the input less its zero point is multiplied by",
+    "outside": "the pixel that surrounds x",
+    "floor": "what results are at least",
+    "sums": "int32 sums over the columns of each bin: row of x, bin, channel",
+    "grids": "the branches' grids, one after the other: cell, channel",
+    "counters": "zeros before the launch and after it: of each tile how many slices are there, then their sums",
+}
+#: Of depthwise kernels, by kernel.
+_HOLDS_DEPTHWISE_INT8 = {
+    "dsconv_int8_kernel": {
+        "depthwise_weight": f"words of four taps: (third of the taps, k, i), {_FOURS}",
+        "depthwise_bias": f"int32, {_FOURS}",
+        "depthwise_multiplier": _FOURS,
+    },
+    "inverted_residual_int8_kernel": {
+        "depthwise_weight": "(3, M): words of a row of taps, the last byte 0; M padded with zeros",
+        "depthwise_bias": f"int32, {_VECTOR}",
+        "depthwise_multiplier": f"what sums are multiplied by, {_VECTOR}",
+    },
+}
 _PLANE = "(N, H, W, C): channels are adjacent, pixels padded to 64 bytes; C padded to 16 with zeros"
+_PLANE_INT8 = "(N, H, W, C): channels are adjacent, pixels padded to 32 bytes with anything"
 _LOGITS = "(N, H, W, K) logits of which each class is a plane"
 # Scratch of any kernel that cuts a sum along its channels.
 _SHARED = {
@@ -181,12 +231,13 @@ def launches(
     """The launches of one image of ``step``, its activations laid out as the network does."""
     layer = step.layer
     (pieces,), _ = weights.layout([layer], dtype, TAG.size)
+    floats = floats_of(dtype)
 
     def plane(memory: str, channels: int, height: int, width: int) -> Buffer:
         return activation_buffer(memory, dtype, 1, height, width, channels)
 
     if layer.op == "stem_conv":
-        inputs = [Buffer.dense("x", torch.uint8 if raw else dtype, (1, *step.inputs[0]))]
+        inputs = [Buffer.dense("x", torch.uint8 if raw else floats, (1, *step.inputs[0]))]
     elif layer.op == "feature_fusion":
         inputs = [plane(name, *x) for name, x in zip(("high", "low"), step.inputs)]
     elif layer.op == "upsample_classify":
@@ -198,7 +249,7 @@ def launches(
     if layer.op == "upsample_classify":
         labels = output == "labels"
         shape = (1, height, width) if labels else (1, *step.output)
-        out = Buffer.dense("out", torch.uint8 if labels else dtype, shape)
+        out = Buffer.dense("out", torch.uint8 if labels else floats, shape)
     elif layer.last_channels:
         out = logits_buffer("out", 1, height, width, channels)
     else:
@@ -217,10 +268,19 @@ def _role(buffer: Buffer) -> str:
 
 def _unused(launch: Launch, layer: Layer) -> tuple[str, ...]:
     """Pointers that the kernel's constants make it not read."""
+    a = launch.arguments
     return {
         "inverted_residual_kernel": ()
         if launch.arguments.get("SLICES", 1) > 1
         else ("partials", "counters"),
+        "dsconv_int8_kernel": (
+            () if a.get("LAST") else ("last_weight", "last_bias", "last_multiplier")
+        )
+        + (() if a.get("MID") else ("high", "high_weight")),
+        "product_int8_kernel": () if a.get("MID") else ("y", "y_weight"),
+        "resize_int8_kernel": () if a.get("FLOOR") else ("floor",),
+        "inverted_residual_int8_kernel": (() if a.get("SLICES", 1) > 1 else ("counters",))
+        + (() if a.get("RESIDUAL") else ("input_zero", "residual_multiplier")),
         "dsconv_kernel": () if layer.last_channels else ("last_weight", "last_bias"),
         "feature_fusion_kernel": ("refine_weight", "refine_bias") if layer.dense else (),
         "out_convolution_kernel": () if launch.arguments.get("BINS") else ("shares",),
@@ -228,7 +288,12 @@ def _unused(launch: Launch, layer: Layer) -> tuple[str, ...]:
 
 
 def _holds(kernel: str, layer: Layer, name: str, buffer: Buffer) -> str:
-    held = _HOLDS.get((kernel, name)) or _SHARED.get(name)
+    if "_int8_" in kernel:
+        held = _HOLDS_DEPTHWISE_INT8.get(kernel, {}).get(name) or _HOLDS_INT8.get(name)
+        if held is None and name.endswith("zero"):
+            held = "the zero point"
+    else:
+        held = _HOLDS.get((kernel, name)) or _SHARED.get(name)
     if held is not None:
         return held
     if layer.op == "stem_conv" and name == "x":
@@ -237,7 +302,9 @@ def _holds(kernel: str, layer: Layer, name: str, buffer: Buffer) -> str:
         )
     if layer.op == "upsample_classify" and name == "out":
         return f"(N, {'K, ' if len(buffer.shape) == 4 else ''}H, W) result"
-    return _LOGITS if buffer.strides[-1] != 1 else _PLANE
+    if buffer.strides[-1] != 1:
+        return _LOGITS
+    return _PLANE_INT8 if buffer.dtype == torch.uint8 else _PLANE
 
 
 def _parameter(launch: Launch, layer: Layer, name: str, type_: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 #: Instructions of tensor cores, and loads of 16 bytes a thread from global memory, as regular expressions.
-PRODUCTS = r"(H|HG|I|Q|QG|UTCH|UTCQ|UTCI)MMA|WARPSYNC_MMA"
+PRODUCTS = r"(H|HG|I|IG|Q|QG|UTCH|UTCQ|UTCI)MMA|WARPSYNC_MMA"
 WIDE_LOADS = r"LDG\.E\S*\.128|LDGSTS\.E\S*\.128"
 
 

@@ -10,9 +10,11 @@ from math import prod
 import torch
 
 from ...kernels.launch import Launch, Tile
+from ...program.arithmetic import activations_of, dtype_of
 from ...program.layers import PICTURE, Layer
 from ...program.memory import COUNTERS, Buffer, pixel_pitch, rounded_up
 from ...program.program import Program
+from .. import registry
 from ..gpus import Architecture
 from . import choices, cuda
 from .choices import Choice, Choices
@@ -28,7 +30,8 @@ _ALIGNMENT = 512  # bytes, of every scratch memory
 def activation_buffer(
     memory: str, dtype: torch.dtype, images: int, height: int, width: int, channels: int
 ) -> Buffer:
-    """An (N, H, W, C) activation whose pixels are padded to whole lines."""
+    """An (N, H, W, C) activation of what lies between layers where ``dtype`` is asked for, its pixels padded to whole lines."""
+    dtype = activations_of(dtype)
     pitch = pixel_pitch(channels, dtype)
     strides = (height * width * pitch, width * pitch, pitch, 1)
     return Buffer(memory, dtype, (images, height, width, channels), strides)
@@ -138,9 +141,13 @@ def _steps(
     backend: str,
 ) -> list[Step]:
     layer, out, weights = place.layer, place.out, dict(place.weights)
+    dtype = dtype_of(layer.op, dtype)
     cut: Choice = chosen.get(place.key(dtype, precision, output)) or (
         choices.CUDA if backend == "cuda" else place.tile(dtype, architecture)
     )
+    if dtype == torch.int8 and not isinstance(cut, Tile):
+        registry.log_once(f"{cut} is not taken: int8 has Triton's kernels alone")
+        cut = place.tile(dtype, architecture)
     if cut == choices.CUDA:
         count = processors(architecture)
         return [cuda.step(layer, place.inputs, out, weights, dtype, output, count)]
@@ -148,7 +155,8 @@ def _steps(
         names = input_names(layer)
         arguments = {**dict(zip(names, place.inputs)), "out": out, **weights}
         return [TorchStep(layer, names, arguments, dtype, output, precision == "tf32")]
-    kernel = import_module(f"fastscnn_fast.kernels.{layer.op}")  # the one place that needs triton
+    name = f"{layer.op}_int8" if dtype == torch.int8 else layer.op
+    kernel = import_module(f"fastscnn_fast.kernels.{name}")  # the one place that needs triton
     rest = [output] if layer.op == "upsample_classify" else [weights]
     return [*kernel.launches(layer, *place.inputs, out, *rest, cut, precision)]
 

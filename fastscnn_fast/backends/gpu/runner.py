@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...lower import gpu as layout
 from ...lower.pack import TAG, arithmetic_of, plain_weights, tag
-from ...program.arithmetic import Arithmetic
+from ...program.arithmetic import Arithmetic, floats_of
 from ...program.memory import Buffer, dense, picture
 from ...program.program import Program, parsed
 from ...program.reference import Weights
@@ -115,13 +115,13 @@ def _network_plan(
     )
 
 
-def _precision(weights: Tensor, text: str, dtype: torch.dtype, backend: str) -> str:
-    """What the weights are packed for."""
+def _arithmetic(weights: Tensor, text: str, dtype: torch.dtype, backend: str) -> Arithmetic:
+    """What the weights are packed for; ``dtype`` may be that of activations."""
     arithmetic = arithmetic_of(weights, parsed(text), backend, dtype)
     if weights.data_ptr() % ALIGNMENT:
         rule = f"weights must be aligned to {ALIGNMENT} bytes"
         raise ValueError(f"{rule}, got an address {weights.data_ptr() % ALIGNMENT} beyond")
-    return arithmetic.precision
+    return arithmetic
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class _Runner:
     def stem_conv(
         self, out: Tensor, x: Tensor, weights: Tensor, layer: str, dtype: torch.dtype
     ) -> None:
-        self._op(out, {"x": picture(x, dtype)}, weights, layer, dtype)
+        self._op(out, {"x": picture(x, floats_of(dtype))}, weights, layer, dtype)
 
     def plane(self, op: str, out: Tensor, x: Tensor, weights: Tensor, layer: str) -> None:
         self._op(out, {"x": _dense(x)}, weights, layer, x.dtype)
@@ -172,11 +172,11 @@ class _Runner:
         dtype: torch.dtype,
         output: str = "logits",
     ) -> None:
-        precision = _precision(weights, layer, dtype, self._backend)
-        key = (layer, tuple(map(_where, inputs.values())), _where(out), dtype, output)
+        arithmetic = _arithmetic(weights, layer, dtype, self._backend)
+        key = (layer, tuple(map(_where, inputs.values())), _where(out), arithmetic.dtype, output)
         architecture = registry.architecture(out.device)
         chosen = choices.load(out.device)
-        how = (precision, chosen, self._backend)
+        how = (arithmetic.precision, chosen, self._backend)
         plan = _op_plan(*key, architecture, *how)
         tensors = {**inputs, "weights": weights, "out": out}
         _pool.run((*key, *how), plan, out.device, tensors)
@@ -190,11 +190,11 @@ class _Runner:
         dtype: torch.dtype,
         output: str,
     ) -> None:
-        x = picture(x, dtype)
-        precision = _precision(weights, program, dtype, self._backend)
+        x = picture(x, floats_of(dtype))
+        arithmetic = _arithmetic(weights, program, dtype, self._backend)
         key = (program, _where(x), _where(out), dtype, output)
         chosen = choices.load(out.device)
-        how = (precision, chosen, self._backend)
+        how = (arithmetic.precision, chosen, self._backend)
         plan = _network_plan(*key, registry.architecture(out.device), *how)
         tensors = {"x": x, "weights": weights, "out": out}
         _pool.run((*key, *how), plan, out.device, tensors)

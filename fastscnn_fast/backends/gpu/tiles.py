@@ -64,6 +64,22 @@ _FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
 }
 # Of dsconv 128 channels spill by 32 at a time on some of NVIDIA's under Triton 3.6 or 3.9; by 16 none does.
 _FLOAT_BY_16 = (("dsconv", 128),)
+# Of bytes: four warps have whole 16-byte loads of 32 channels of 64 pixels.
+_INT8 = {
+    "stem_conv": Tile(128, stages=1),
+    "dsconv": Tile(64, block=32, stages=1),
+    "inverted_residual": Tile(16, block=64, stages=1),
+    "pyramid_pooling": Tile(32, block=128),
+    "feature_fusion": Tile(64, block=32, stages=1),
+}
+# Where warps multiply on their own, half of that does not spill.
+_INT8_BY_WARPS = {name: Tile(32, warps=2, stages=1) for name in ("dsconv", "feature_fusion")}
+# Blocks of a lane in int8, and warp instructions as counted on sm_90 (inverted_residual, 16 lanes): of a step for each
+# pixel that a lane expands and for each of its outputs, and of each output for summing up.
+_BLOCKS_INT8 = ((4, 2), (2, 2), (1, 2), (1, 1))
+_OF_EXPANDED_INT8, _OF_OUTPUT_INT8, _OF_SUM_INT8 = 150, 100, 250
+# Pixels that a lane may expand where warps multiply on their own: more of them spill on sm_80.
+_MOST_EXPANDED_BY_WARPS = 16
 # One entry: numpy does as much as it is given, and tiles decide only how often Python is called.
 _INTERPRETED = {
     "stem_conv": Tile(512),
@@ -126,6 +142,8 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     table, others = _HALF, _HALF_BY_ARCHITECTURE
     if dtype == torch.float32:
         table, others = _FLOAT, _FLOAT_BY_ARCHITECTURE
+    if dtype == torch.int8:
+        table, others = _INT8, dict.fromkeys(_BY_WARPS, _INT8_BY_WARPS)
     chosen = (table | others.get(architecture, {}))[layer.op]
     if layer.op == "dsconv" and table is _HALF and architecture in _BY_WARPS:
         if chunk(layer.in_channels) == 16:
@@ -137,9 +155,34 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
         chosen = replace(chosen, block=16)
     if layer.op != "inverted_residual":
         return chosen
+    if dtype == torch.int8:
+        return _cut_int8(chosen, layer, architecture, pixels)
     if table is _HALF and architecture in _BY_WARPS:
         chosen = replace(chosen, block=32)
     return _cut(chosen, layer, dtype, architecture, pixels)
+
+
+def _cut_int8(chosen: Tile, layer: Layer, architecture: Architecture, pixels: int) -> Tile:
+    """With the block and the slices with which the busiest multiprocessor has the least to do."""
+    steps = cdiv(layer.mid_channels, chosen.block)
+
+    def expanded(block: tuple[int, int]) -> int:
+        rows, columns = block
+        return ((rows - 1) * layer.stride + 3) * ((columns - 1) * layer.stride + 3)
+
+    def longest(cut: tuple[tuple[int, int], int]) -> int:
+        block, slices = cut
+        rows, columns = block
+        step = _OF_EXPANDED_INT8 * expanded(block) + _OF_OUTPUT_INT8 * rows * columns
+        program = steps // slices * step + _OF_SUM_INT8 * rows * columns
+        programs = cdiv(pixels, chosen.pixels * rows * columns) * slices
+        return cdiv(programs, processors(architecture)) * program
+
+    equal = [slices for slices in range(1, steps + 1) if steps % slices == 0]
+    most = _MOST_EXPANDED_BY_WARPS if architecture in _BY_WARPS else expanded(_BLOCKS_INT8[0])
+    fitting = [block for block in _BLOCKS_INT8 if expanded(block) <= most]
+    (rows, columns), slices = min(product(fitting, equal), key=longest)
+    return replace(chosen, rows=rows, columns=columns, slices=slices)
 
 
 def _cut(

@@ -20,9 +20,10 @@ from ...kernels.launch import Tile
 from ...lower import gpu as layout
 from ...lower.fold import FoldedWeights
 from ...lower.pack import TAG
-from ...program import reference
-from ...program.arithmetic import ARITHMETICS, choose as choose_arithmetic
-from ...program.layers import OUTPUTS
+from ...lower.quantise import quantise
+from ...program import integers, reference
+from ...program.arithmetic import ARITHMETICS, choose as choose_arithmetic, dtype_of, floats_of
+from ...program.layers import OUTPUTS, Layer
 from ...program.memory import Buffer
 from ...program.parity import relative_error
 from .. import registry
@@ -45,6 +46,8 @@ def candidates(place: PlacedLayer, dtype: torch.dtype, architecture: Architectur
         Tile(p, b, *area, w, s, n)
         for p, b, area, w, s, n in product(pixels, blocks, areas, warps, stages, slices)
     ]
+    if dtype == torch.int8:  # whose products have 32 terms at least
+        tried = [one for one in tried if one.block >= 32]
     return list(dict.fromkeys([place.tile(dtype, architecture), *tried]))
 
 
@@ -159,29 +162,36 @@ def tune(
     clock = measure.milliseconds if clock is None else clock
     arithmetic = choose_arithmetic(able[0], dtype, precision)
     program = folded.program.computed_in(arithmetic)
-    packed = RUNNERS[able[0]].pack(program, folded.tensors, arithmetic).to(device)
-    exact = [{k: w.to(device) for k, w in tensors.items()} for tensors in folded.tensors]
+    plain = quantise(folded) if arithmetic.quantised else folded.tensors
+    folded = replace(folded, program=program)
+    packed = RUNNERS[able[0]].pack(program, plain, arithmetic).to(device)
+    exact = [{k: w.to(device) for k, w in tensors.items()} for tensors in plain]
     pieces, _ = layout.layout(folded.layers, dtype, TAG.size)
     architecture = registry.architecture(device)
     how = _How(packed, dtype, architecture, products(precision, architecture), clock)
     done = set()
     for places_, output in _networks(folded, sizes, batch, dtype, pieces):
         for place, tensors in zip(places_, exact):
-            key = place.key(dtype, how.precision, output)
+            own = dtype_of(place.layer.op, dtype)
+            key = place.key(own, how.precision, output)
             if key in done:
                 continue
             done.add(key)
             options: list[Choice] = []
             for backend in able:
-                options += [CUDA] if backend == "cuda" else tiles(place, dtype, architecture)
-            options.append(TORCH)
+                options += [CUDA] if backend == "cuda" else tiles(place, own, architecture)
+            if own != torch.int8:
+                options.append(TORCH)
             name = place.layer.name
             if place.layer.op == "upsample_classify":
                 name += f" {output}"
-            if place.inputs[0].dtype == torch.uint8:
+            if place.layer.op == "stem_conv" and place.inputs[0].dtype == torch.uint8:
                 name += " uint8"
             yield Found(
-                name, _shapes(place), key, tuple(_trials(place, tensors, output, options, how))
+                name,
+                _shapes(place),
+                key,
+                tuple(_trials(place, tensors, output, options, replace(how, dtype=own))),
             )
 
 
@@ -193,13 +203,13 @@ def _networks(
     pieces: Sequence[dict[str, Buffer]],
 ) -> Iterator[tuple[list[PlacedLayer], str]]:
     """The places of every kind of call, and its output."""
-    config = folded.config
+    config, floats = folded.config, floats_of(dtype)
     outputs = [name for name in OUTPUTS if name != "labels" or config.num_classes <= 256]
     for height, width in sizes:
-        for output, kind in product(outputs, (dtype, torch.uint8)):
+        for output, kind in product(outputs, (floats, torch.uint8)):
             picture = Buffer.dense("x", kind, (batch, config.in_channels, height, width))
             shape = (batch, config.num_classes, height, width)
-            out = Buffer.dense("out", dtype, shape)
+            out = Buffer.dense("out", floats, shape)
             if output == "labels":
                 out = Buffer.dense("out", torch.uint8, (batch, height, width))
             yield list(placed(folded.program, picture, out, pieces, dtype)), output
@@ -234,11 +244,7 @@ def _trials(
         copy["weights"] = how.weights
     inputs, out = [copies[0][name] for name in input_names(layer)], copies[0]["out"]
     size = out.shape[-2:]
-    plain = {name: w.to(how.dtype) for name, w in exact_weights.items()}
-    with torch.no_grad(), reference.tf32(how.precision == "tf32"):
-        double = [x if x.dtype == torch.uint8 else x.double() for x in inputs]
-        exact = reference.run(layer, double, exact_weights, size, output)
-        own = reference.run(layer, inputs, plain, size, output).to(out.dtype)
+    exact, own = _references(layer, inputs, exact_weights, size, output, how)
     key, pool = place.key(how.dtype, how.precision, output), Pool()
     for choice in options:
         try:
@@ -255,6 +261,26 @@ def _trials(
                 yield Trial(choice, median(times))
         except Exception as error:  # Triton has many of its own: too much shared memory, and so on
             yield Trial(choice, None, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _references(
+    layer: Layer,
+    inputs: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    size: Sequence[int],
+    output: str,
+    how: _How,
+) -> tuple[Tensor, Tensor]:
+    """The result in float64, and torch's own in that dtype; of int8 both are the specification's."""
+    if how.dtype == torch.int8:
+        exact = reference.run(layer, inputs, weights, size, output, ops=integers.OPS)
+        return exact, exact
+    plain = {name: w.to(how.dtype) for name, w in weights.items()}
+    with torch.no_grad(), reference.tf32(how.precision == "tf32"):
+        double = [x if x.dtype == torch.uint8 else x.double() for x in inputs]
+        exact = reference.run(layer, double, weights, size, output)
+        own = reference.run(layer, inputs, plain, size, output)
+    return exact, own
 
 
 def _external(place: PlacedLayer) -> PlacedLayer:
@@ -289,6 +315,9 @@ def _memory(place: PlacedLayer, device: torch.device) -> dict[str, Tensor]:
 
 def _wrong(y: Tensor, own: Tensor, exact: Tensor, how: _How) -> str:
     """Why y fails parity, "" where it does not; ``own`` is torch's result in that dtype."""
+    if how.dtype == torch.int8:
+        return "" if torch.equal(y, exact) else "other bits than the specification's"
+    own = own.to(y.dtype)
     name = "high" if how.precision == "tf32" else str(how.dtype).removeprefix("torch.")
     bounds = ARITHMETICS[name].layer_bounds
     if y.dtype == torch.uint8:

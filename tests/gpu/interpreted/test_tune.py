@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import err, noise, randomise
+from integers import with_ranges
 from targets import odd_network
 
 from fastscnn_fast import FastSCNN, bench, cli, fuse
@@ -248,6 +249,42 @@ def test_the_fastest_that_is_right_wins(model: FastSCNN, monkeypatch: pytest.Mon
     monkeypatch.setattr(TorchStep, "_unpack", right)
     assert sum(isinstance(step, TorchStep) for step in plan(model).steps) == 1
     check(model)
+
+
+@pytest.mark.slow
+def test_int8_is_tuned_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles alone compete, one whose bits are others is left out, and what is chosen is used."""
+    network = with_ranges(odd_network())
+
+    def usual(place: PlacedLayer, dtype: torch.dtype, architecture: Any) -> list[Tile]:
+        tile = place.tile(dtype, architecture)
+        return [tile, replace(tile, pixels=64)] if place.layer.op == "dsconv" else [tile]
+
+    def tuned() -> list[tune.Found]:
+        return list(
+            tune.tune(
+                fold(network), [(32, 48)], 1, torch.int8, "highest", CPU, lambda runs: [1.0], usual
+            )
+        )
+
+    found = tuned()
+    assert all(f.best is not None for f in found)
+    by_name = {f.name: f for f in found}
+    assert [t.choice for t in by_name["upsample labels"].trials][-1] == TORCH  # which is float32's
+    assert all(isinstance(t.choice, Tile) for t in by_name["fusion"].trials)
+    dsconv = by_name["downsample.dsconv1"]
+    choices.save({dsconv.key: dsconv.trials[1].choice}, CPU)
+    fast = fuse(network, "triton", torch.int8)
+    x = torch.randint(256, (1, 3, 32, 48), dtype=torch.uint8)
+    seen: list[Any] = []
+    steps = runner.network_plan
+    monkeypatch.setattr(
+        runner, "network_plan", lambda *a, **k: seen.append(steps(*a, **k)) or seen[-1]
+    )
+    runner._network_plan.cache_clear()
+    assert err(fast(x), fuse(network, "reference", torch.int8)(x).double()) < 1e-5
+    used = [s for s in seen[0].launches if s.kernel.__name__ == "dsconv_int8_kernel"]
+    assert used[0].arguments["BLOCK_PIXELS"] == 64 != used[1].arguments["BLOCK_PIXELS"]
 
 
 def test_a_candidate_that_does_not_run_is_left_out(model: FastSCNN) -> None:

@@ -1,0 +1,242 @@
+"""inverted_residual in int8: 1x1 expand -> depthwise 3x3 -> 1x1 [+ x], bytes each; nothing expanded is stored.
+
+A program owns a row of blocks of ROWS x COLUMNS output pixels, one block a lane, and some of the expanded channels: each
+expanded pixel that the blocks look at is a tile of its own, lane by lane, of which three beside each other are packed
+into a word, one instruction's factors with a row of taps. Programs add their shares of the projection to sums of int32,
+which are exact in any order; the one that arrives last makes bytes of them and leaves zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastscnn_fast.lower.gpu_int8 import chunk, columns, terms
+from fastscnn_fast.program.layers import Layer
+from fastscnn_fast.program.memory import COUNTERS, Buffer, cdiv, rounded_up, wide
+
+from .common import offset
+from .inverted_residual import arrives_last
+from .integers import add_dot4, clamped, factor, multiply, rounded, signed
+from .launch import Launch, Tile
+
+#: Less three of integers.MAGIC_BITS, moved by 0, 1 and 2 bytes.
+_WORD = tl.constexpr(-0x8B400000 % 2**32)
+
+
+@triton.jit
+def finish(
+    total,
+    residual,
+    to,
+    mask,
+    multiplier,
+    input_zero,
+    residual_multiplier,
+    project_zero,
+    RESIDUAL: tl.constexpr,
+):
+    """Sums of the projection to bytes, what the block was given added before they are rounded."""
+    value = total.to(tl.float32) * multiplier
+    if RESIDUAL:
+        own = tl.load(residual, mask=mask, other=0).to(tl.int32) - tl.load(input_zero)
+        value += own.to(tl.float32) * tl.load(residual_multiplier)
+    tl.store(to, rounded(value, tl.load(project_zero)).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def inverted_residual_int8_kernel(
+    x,
+    expand_weight,
+    expand_bias,
+    expand_multiplier,
+    expand_zero,
+    depthwise_weight,
+    depthwise_bias,
+    depthwise_multiplier,
+    depthwise_zero,
+    project_weight,
+    project_bias,
+    project_multiplier,
+    project_zero,
+    input_zero,
+    residual_multiplier,
+    counters,
+    out,
+    height,
+    width,
+    out_height,
+    out_width,
+    tiles,
+    tiles_across,
+    x_image,
+    out_image,
+    IN: tl.constexpr,
+    IN_PITCH: tl.constexpr,
+    MID: tl.constexpr,
+    OUT: tl.constexpr,
+    OUT_PITCH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_MID: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    SLICES: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """x (H, W, IN_PITCH) -> out (H', W', OUT_PITCH) of image program // tiles."""
+    image = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    x += image.to(tl.int64) * x_image
+    out += image.to(tl.int64) * out_image
+    row = tile // tiles_across * ROWS
+    first = tile % tiles_across * (LANES * COLUMNS)
+    lane = tl.arange(0, LANES)
+    none = lane * 0  # a scalar's condition is no mask in the interpreter
+    o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    zero = tl.load(expand_zero)
+    least = -zero.to(tl.float32)
+    depthwise_out = tl.load(depthwise_zero)
+    start = tl.load(project_bias + o)
+    if SLICES > 1:  # counted by the first slice
+        start = tl.where(tl.program_id(2) == 0, start, 0)
+    results = (tl.broadcast_to(start[None, :], (LANES, BLOCK_OUT)),) * (ROWS * COLUMNS)
+    for step in range(STEPS):
+        m = (tl.program_id(2) * STEPS + step) * BLOCK_MID + tl.arange(0, BLOCK_MID)
+        taps = ()
+        for above in tl.static_range(3):
+            taps = taps + (tl.load(depthwise_weight + above * MID + m)[None, :],)  # noqa: RUF005
+        of_depthwise = tl.load(depthwise_bias + m)[None, :]
+        sums = (tl.broadcast_to(of_depthwise, (LANES, BLOCK_MID)),) * (ROWS * COLUMNS)
+        of_expand = tl.broadcast_to(tl.load(expand_bias + m)[None, :], (LANES, BLOCK_MID))
+        by_expand = tl.load(expand_multiplier + m)[None, :]
+        for dy in tl.static_range((ROWS - 1) * STRIDE + 3):
+            y = row * STRIDE + dy - 1
+            from_row = x + offset(y, first * STRIDE, width, IN_PITCH, WIDE)
+            seen = ()
+            for dz in tl.static_range((COLUMNS - 1) * STRIDE + 3):
+                z = lane * (COLUMNS * STRIDE) + (dz - 1)
+                inside = (y + none >= 0) & (y + none < height) & (z >= -first * STRIDE)
+                inside = (inside & (z < width - first * STRIDE))[:, None]
+                expanded = of_expand
+                for i0 in tl.static_range(0, IN, BLOCK_IN):
+                    i = i0 + tl.arange(0, BLOCK_IN)
+                    at = from_row + (z[:, None] * IN_PITCH + i)
+                    left = signed(tl.load(at, mask=inside, other=0), PRECISION)
+                    right = tl.load(expand_weight + m[None, :] * IN + i[:, None])
+                    expanded = multiply(left, right, expanded, PRECISION)
+                # Outside the image it is the expanded byte that is zero, not x.
+                most = tl.where(inside, least + 255.0, least)
+                value = clamped(expanded.to(tl.float32) * by_expand, least, most)
+                seen = seen + (value,)  # noqa: RUF005
+            for k in tl.static_range(COLUMNS):
+                word = seen[k * STRIDE] + (seen[k * STRIDE + 1] << 8) + (seen[k * STRIDE + 2] << 16)
+                word += zero * 0x10101 + _WORD
+                for r in tl.static_range(ROWS):
+                    if dy - r * STRIDE >= 0 and dy - r * STRIDE < 3:
+                        more = add_dot4(
+                            word, taps[dy - r * STRIDE], sums[r * COLUMNS + k], PRECISION
+                        )
+                        sums = sums[: r * COLUMNS + k] + (more,) + sums[r * COLUMNS + k + 1 :]  # noqa: RUF005
+        by_depthwise = tl.load(depthwise_multiplier + m)[None, :]
+        right = tl.load(project_weight + o[None, :] * MID + m[:, None])
+        for block in tl.static_range(ROWS * COLUMNS):
+            left = factor(rounded(sums[block].to(tl.float32) * by_depthwise, depthwise_out))
+            more = multiply(left, right, results[block], PRECISION)
+            results = results[:block] + (more,) + results[block + 1 :]  # noqa: RUF005
+    ready = True
+    if SLICES > 1:
+        at_tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        counters += at_tile.to(tl.int64) * (ROWS * COLUMNS * LANES * BLOCK_OUT + 32)
+        shared = counters + 32 + (lane[:, None] * BLOCK_OUT + tl.arange(0, BLOCK_OUT))
+        for block in tl.static_range(ROWS * COLUMNS):
+            at = shared + block * (LANES * BLOCK_OUT)
+            tl.atomic_add(at, results[block], sem="relaxed")
+        ready = arrives_last(counters, SLICES)
+    if ready:
+        multiplier = tl.load(project_multiplier + o)[None, :]
+        for block in tl.static_range(ROWS * COLUMNS):
+            y = row + block // COLUMNS
+            z = first + lane * COLUMNS + block % COLUMNS
+            mask = ((y + none < out_height) & (z < out_width))[:, None] & (o < OUT)
+            if SLICES > 1:
+                at = shared + block * (LANES * BLOCK_OUT)
+                total = tl.load(at, cache_modifier=".cg")
+                tl.store(at, tl.zeros_like(total))
+            else:
+                total = results[block]
+            finish(
+                total,
+                x + offset(y, z, width, IN_PITCH, WIDE)[:, None] + o,
+                out + offset(y, z, out_width, OUT_PITCH, WIDE)[:, None] + o,
+                mask,
+                multiplier,
+                input_zero,
+                residual_multiplier,
+                project_zero,
+                RESIDUAL,
+            )
+
+
+def launches(
+    layer: Layer, x: Buffer, out: Buffer, weights: dict[str, Buffer], tile: Tile, precision: str
+) -> list[Launch]:
+    """x (N, H, W, C), out (N, H', W', O)."""
+    images, height, width, _ = x.shape
+    _, out_height, out_width, _ = out.shape
+    across = cdiv(out_width, tile.columns * tile.pixels)
+    tiles = across * cdiv(out_height, tile.rows)
+    block_out = columns(layer.out_channels)
+    across_out = cdiv(terms(layer.out_channels), block_out)
+    mid = rounded_up(layer.mid_channels, 64)
+    block = min(mid & -mid, max(tile.block, 32))
+    slices = max(n for n in range(1, tile.slices + 1) if mid // block % n == 0)
+    # Of each tile a count, in a line of its own, and its sums.
+    held = 32 + tile.rows * tile.columns * tile.pixels * block_out
+    counters = Buffer.dense(COUNTERS, torch.int32, (tiles * images, across_out, held))
+    return [
+        Launch(
+            inverted_residual_int8_kernel,
+            (tiles * images, across_out, slices),
+            {
+                "x": x,
+                **weights,
+                "counters": counters if slices > 1 else weights["expand_bias"],
+                "out": out,
+                "height": height,
+                "width": width,
+                "out_height": out_height,
+                "out_width": out_width,
+                "tiles": tiles,
+                "tiles_across": across,
+                "x_image": x.strides[0],
+                "out_image": out.strides[0],
+                "IN": terms(layer.in_channels),
+                "IN_PITCH": x.strides[2],
+                "MID": mid,
+                "OUT": terms(layer.out_channels),
+                "OUT_PITCH": out.strides[2],
+                "STRIDE": layer.stride,
+                "RESIDUAL": layer.residual,
+                "PRECISION": precision,
+                "WIDE": wide(x, out),
+                "LANES": tile.pixels,
+                "ROWS": tile.rows,
+                "COLUMNS": tile.columns,
+                "BLOCK_IN": chunk(layer.in_channels),
+                "BLOCK_MID": block,
+                "BLOCK_OUT": block_out,
+                "SLICES": slices,
+                "STEPS": mid // block // slices,
+            },
+            tile.warps,
+            tile.stages,
+            fused=False,
+        )
+    ]
