@@ -17,8 +17,8 @@ from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import COUNTERS, Buffer, cdiv, rounded_up, wide
 
 from .common import offset
-from .inverted_residual import arrives_last
 from .integers import add_dot4, clamped, factor, multiply, rounded, signed
+from .inverted_residual import arrives_last
 from .launch import Launch, Tile
 
 #: Less three of integers.MAGIC_BITS, moved by 0, 1 and 2 bytes.
