@@ -74,10 +74,10 @@ _INT8 = {
 }
 # Where warps multiply on their own, half of that does not spill.
 _INT8_BY_WARPS = {name: Tile(32, warps=2, stages=1) for name in ("dsconv", "feature_fusion")}
-# Blocks of a lane in int8, and warp instructions as counted on sm_90 (inverted_residual, 16 lanes): of a step for each
-# pixel that a lane expands and for each of its outputs, and of each output for summing up.
-_BLOCKS_INT8 = ((4, 2), (2, 2), (1, 2), (1, 1))
-_OF_EXPANDED_INT8, _OF_OUTPUT_INT8, _OF_SUM_INT8 = 150, 100, 250
+# Blocks of a lane in int8, and warp instructions as counted on sm_90 (inverted_residual, 16 lanes, 64 channels) for each
+# pixel that a lane expands, and for each of its outputs.
+_BLOCKS_INT8 = ((2, 2), (1, 2), (1, 1))
+_OF_EXPANDED_INT8, _OF_OUTPUT_INT8 = 150, 350
 # Pixels that a lane may expand where warps multiply on their own: more of them spill on sm_80.
 _MOST_EXPANDED_BY_WARPS = 16
 # One entry: numpy does as much as it is given, and tiles decide only how often Python is called.
@@ -163,25 +163,24 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
 
 
 def _cut_int8(chosen: Tile, layer: Layer, architecture: Architecture, pixels: int) -> Tile:
-    """With the block and the slices with which the busiest multiprocessor has the least to do."""
-    steps = cdiv(layer.mid_channels, chosen.block)
+    """With the block with which the busiest multiprocessor has the least to do, a slice a step.
+
+    In a loop over steps Triton keeps every pixel that a lane expands in registers, which spill.
+    """
+    slices = cdiv(layer.mid_channels, chosen.block)
 
     def expanded(block: tuple[int, int]) -> int:
         rows, columns = block
         return ((rows - 1) * layer.stride + 3) * ((columns - 1) * layer.stride + 3)
 
-    def longest(cut: tuple[tuple[int, int], int]) -> int:
-        block, slices = cut
-        rows, columns = block
-        step = _OF_EXPANDED_INT8 * expanded(block) + _OF_OUTPUT_INT8 * rows * columns
-        program = steps // slices * step + _OF_SUM_INT8 * rows * columns
-        programs = cdiv(pixels, chosen.pixels * rows * columns) * slices
+    def longest(block: tuple[int, int]) -> int:
+        program = _OF_EXPANDED_INT8 * expanded(block) + _OF_OUTPUT_INT8 * prod(block)
+        programs = cdiv(pixels, chosen.pixels * prod(block)) * slices
         return cdiv(programs, processors(architecture)) * program
 
-    equal = [slices for slices in range(1, steps + 1) if steps % slices == 0]
     most = _MOST_EXPANDED_BY_WARPS if architecture in _BY_WARPS else expanded(_BLOCKS_INT8[0])
     fitting = [block for block in _BLOCKS_INT8 if expanded(block) <= most]
-    (rows, columns), slices = min(product(fitting, equal), key=longest)
+    rows, columns = min(fitting, key=longest)
     return replace(chosen, rows=rows, columns=columns, slices=slices)
 
 
