@@ -184,7 +184,7 @@ def test_a_video_that_is_cut_off_ends_with_what_could_be_read(
     assert 5 < count < 30 and f"short.mkv: {count} frames in " in printed.out
     assert printed.out.endswith("1 segmented, 0 skipped, 1 damaged\n")
     said = (
-        rf"damaged short.mkv: it is cut off after 0\.\d of 1\.6 s; {count} frames could be read\n"
+        rf"damaged short.mkv: it is cut off after 0\.\d\d of 1\.60 s; {count} frames could be read\n"
     )
     assert re.fullmatch(said, printed.err)
 
