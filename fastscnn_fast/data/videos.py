@@ -117,6 +117,10 @@ class Video:
         self.sound = list(self.container.streams.audio)
         long = None if self.live else self.container.duration
         self.seconds = long / 1e6 if long else None
+        if self.container.format.name == "avi" and self.stream.average_rate:
+            # Of one that is cut off FFmpeg takes what is there for all of it.
+            frames = self.stream.frames or 0
+            self.seconds = max(self.seconds or 0, float(frames / self.stream.average_rate)) or None
         self.start = max(0, self.container.start_time or 0) / 1e6  # sound may begin just before 0
         self.size: tuple[int, int] | None = None
         self._undecoded = 0
@@ -161,7 +165,9 @@ class Video:
             if packet.pts is not None and packet.time_base is not None:
                 end = packet.pts + (packet.duration or 0)
                 self._until = max(self._until, float(end * packet.time_base))
-            self._torn |= packet.is_corrupt  # it ends where the file does, or does not join the one before
+            self._torn |= (
+                packet.is_corrupt
+            )  # it ends where the file does, or does not join the one before
             if packet.stream is not self.stream:
                 if sound and packet.size:
                     yield packet

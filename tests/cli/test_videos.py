@@ -183,16 +183,17 @@ def test_a_video_that_is_cut_off_ends_with_what_could_be_read(
     count = len(clips.read(Path("out.mp4"))[0])
     assert 5 < count < 30 and f"short.mkv: {count} frames in " in printed.out
     assert printed.out.endswith("1 segmented, 0 skipped, 1 damaged\n")
-    said = (
-        rf"damaged short.mkv: it is cut off after 0\.\d\d of 1\.60 s; {count} frames could be read\n"
-    )
+    said = rf"damaged short.mkv: it is cut off after 0\.\d\d of 1\.60 s; {count} frames could be read\n"
     assert re.fullmatch(said, printed.err)
 
 
 def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     make("a.mp4")
     make("b.mp4")
-    Image.fromarray(clips.drawn(1)[0]).save("a.png")
+    make("a_overlay.mp4")
+    for name in ("a.png", "a_labels.png"):
+        Image.fromarray(clips.drawn(1)[0]).save(name)
+    os.mkfifo("pipe.mp4")
     for words, said in (
         (["a.png", "--show"], "--show must go with videos and cameras alone, got a.png"),
         (["a.png", "-o", "out", "--every", "2"], "--every must go with a video or camera, got 2"),
@@ -203,6 +204,16 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
             ["a.mp4", "-o", "o.webm", "--labels-only"],
             "--out must end in .m4v, .mkv, .mov, .mp4, which",
         ),
+        (["a.mp4", "-o", "a.mp4"], "--out must keep what is segmented, got a.mp4: a.mp4 would be"),
+        (["a.png", "a_labels.png", "-o", "."], "--out must keep what is segmented, got .: a_l"),
+        (["a.mp4", "a_overlay.mp4", "-o", "."], "--out must keep what is segmented, got .: a_o"),
+        (["a.mp4", "-o", "o.avi"], "--out must be a folder, or, of one video or camera, end in"),
+        (["a.png", "-o", "o.png"], "--out must be a folder, or, of one video or camera, end in"),
+        (
+            ["a.mp4", "-o", "pipe.mp4"],
+            "--out must be a regular file, got pipe.mp4, which is a pipe",
+        ),
+        (["a.png", "-o", "out", "--overlap", "64"], "--overlap must go with --tile, got 64"),
     ):
         assert cli.main(["segment", *words]) == 2
         assert f"fastscnn_fast: error: {said}" in capsys.readouterr().err
@@ -210,10 +221,17 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit):
             cli.main(["segment", *words])
         assert "required: -o/--out, unless --show is given" in capsys.readouterr().err
-    assert files() == ["a.mp4", "a.png", "b.mp4"]
+    assert files() == ["a.mp4", "a.png", "a_labels.png", "a_overlay.mp4", "b.mp4"]
     found = cluster.found(["a.png", "a.mp4"])
     assert [str(job.path) for job in found.jobs] == ["a.png"]
     assert found.problems[0].startswith("a.mp4: is a video, and only pictures are read here")
+
+
+def test_a_link_that_a_video_is_written_to_stays_one() -> None:
+    make("a.mp4", 2)
+    os.symlink("far.mp4", "near.mp4")
+    assert cli.main(["segment", "a.mp4", "-o", "near.mp4"]) == 0
+    assert os.readlink("near.mp4") == "far.mp4" and len(clips.read(Path("far.mp4"))[0]) == 2
 
 
 def test_without_pyav_videos_are_skipped_and_the_extra_named(
