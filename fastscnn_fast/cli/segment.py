@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from contextlib import closing
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -140,10 +143,24 @@ def run(args: argparse.Namespace) -> int:
     _check(args, found, cameras)
     model = load_checkpoint(args.weights)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
-    if args.out is None:
-        return _segment(args, fast, found, cameras)
-    with options.out(args.out.parent if _is_video_file(args.out) else args.out):
-        return _segment(args, fast, found, cameras)
+    with _ended_alike():
+        if args.out is None:
+            return _segment(args, fast, found, cameras)
+        with options.out(args.out.parent if _is_video_file(args.out) else args.out):
+            return _segment(args, fast, found, cameras)
+
+
+@contextmanager
+def _ended_alike() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: nothing half-written stays, and what a camera brought until then does."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may ask for it
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_ray(args: argparse.Namespace) -> None:

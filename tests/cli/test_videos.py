@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -338,17 +339,22 @@ def test_without_a_display_or_a_camera_that_is_said(
 
 @pytest.mark.usefixtures("camera")
 @pytest.mark.parametrize("source", ["0", "clip.mkv"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_a_camera_and_takes_a_videos_part_away(
-    source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: str,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make("clip.mkv", 20)
+    before = signal.getsignal(number)
     write, count = clips_of_commands.Writer.write, iter(range(99))
 
     def interrupted(self: Any, *frames: Any) -> None:
         write(self, *frames)
         if next(count) == 7:
             assert len(list(Path().glob(".fastscnn-*.part"))) == 1
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     monkeypatch.setattr(clips_of_commands.Writer, "write", interrupted)
     assert cli.main(["segment", source, "-o", "out.mkv"]) == (0 if source == "0" else 130)
@@ -356,6 +362,7 @@ def test_an_interruption_ends_a_camera_and_takes_a_videos_part_away(
         assert "frames a second; result: out.mkv" in capsys.readouterr().out
         assert len(clips.read(Path("out.mkv"))[0]) == 8
     assert files() == (["clip.mkv", "out.mkv"] if source == "0" else ["clip.mkv"])
+    assert signal.getsignal(number) is before
 
 
 def test_what_cannot_be_written_is_named(
