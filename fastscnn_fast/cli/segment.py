@@ -276,7 +276,8 @@ def _segment(
         labels_only = args.overlay_format is None
         clip = clips.Clip(source, out, args.size, args.every, labels_only, args.show)
         try:
-            damaged += not clips.segment(fast, clip)
+            with _of_one(job.path):
+                damaged += not clips.segment(fast, clip)
         except ValueError as error:
             print(f"skipped {error}", file=sys.stderr)
         except ImportError as error:
@@ -302,6 +303,18 @@ def _video_ending(args: argparse.Namespace) -> str:
     return VIDEO_LABELS if args.overlay_format is None else VIDEO_OVERLAY
 
 
+@contextmanager
+def _of_one(path: Path) -> Iterator[None]:
+    """What is wrong with the results of one picture or video alone, unlike a full disk, is a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_ONE:
+            raise
+        said = f"{path}: {error.filename} cannot be written: {error.strerror}"
+        raise ValueError(said) from error
+
+
 def _cut(args: argparse.Namespace) -> Tiling:
     return tiling(args.tile, OVERLAP if args.overlap is None else args.overlap)
 
@@ -313,7 +326,8 @@ def _tiled(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> in
     for job in jobs:
         try:
             name = args.out / job.name
-            tiled.segment(fast, job.path, name, cut, args.bits, overlays, args.confidence)
+            with _of_one(job.path):
+                tiled.segment(fast, job.path, name, cut, args.bits, overlays, args.confidence)
         except ValueError as error:
             print(f"skipped {error}", file=sys.stderr)
         else:
@@ -333,17 +347,13 @@ def _pictures(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) ->
     def write(
         job: Job, pixels: NDArray[np.uint8], labels: Labels, confidence: Confidence | None
     ) -> None:
-        try:
-            results.write(
-                args.out / job.name, pixels, labels, fast, args.overlay_format, confidence
-            )
-        except ValueError as error:
-            raise ValueError(f"{job.path}: {error}") from error
-        except OSError as error:
-            if error.errno not in OF_ONE:
-                raise
-            said = f"{job.path}: {error.filename} cannot be written: {error.strerror}"
-            raise ValueError(said) from error
+        with _of_one(job.path):
+            try:
+                results.write(
+                    args.out / job.name, pixels, labels, fast, args.overlay_format, confidence
+                )
+            except ValueError as error:
+                raise ValueError(f"{job.path}: {error}") from error
 
     done = 0
     steps = flow(fast, jobs, read, write, lambda job: size_of(job.path), args.confidence)

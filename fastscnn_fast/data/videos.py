@@ -226,6 +226,8 @@ def _opened(source: VideoSource, name: str) -> tuple[str, bool, Any, str | None]
         if (why_not := no_file(path)) is not None:
             raise ValueError(f"{path}: {why_not}")
         return path, False, path, None
+    if isinstance(source, io.TextIOBase):
+        raise TypeError(f'{name} must be a file opened in binary mode ("rb"), got one of text')
     if callable(getattr(source, "read", None)):
         found = getattr(source, "name", None)
         return found if isinstance(found, str) and found else name, False, source, None

@@ -306,11 +306,22 @@ class Transform:
         bits: as :func:`segment` has it.
 
     Calling it raises as :func:`segment`.
+
+    Raises:
+        TypeError: ``config`` is no :class:`Config`, ``size`` no size.
+        ValueError: ``size`` is below 32 a side.
     """
 
     config: Config
     size: Size | None = None
     bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Config):
+            kind = type(self.config).__name__
+            raise TypeError(f"config must be a network's config, as fast.config, got {kind}")
+        if self.size is not None:
+            picture_size(self.size)
 
     def __call__(self, picture: Picture) -> Tensor:
         return prepare(picture, self.config, self.size, self.bits).x[0]

@@ -228,6 +228,24 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
     assert found.problems[0].startswith("a.mp4: is a video, and only pictures are read here")
 
 
+@pytest.mark.parametrize("tile", [[], ["--tile", "64", "--overlap", "8"]])
+def test_one_result_that_cannot_be_written_leaves_the_others(
+    capsys: pytest.CaptureFixture[str], tile: list[str]
+) -> None:
+    kind, result = ("png", "a_labels.png") if tile else ("mp4", "a_overlay.mp4")
+    for name in "ab":
+        if tile:
+            Image.fromarray(clips.drawn(1)[0]).save(f"{name}.png")
+        else:
+            make(f"{name}.mp4", 2)
+    Path("out", result).mkdir(parents=True)
+    assert cli.main(["segment", f"a.{kind}", f"b.{kind}", "-o", "out", *tile]) == 1
+    said = f"skipped a.{kind}: out/{result} cannot be written: Is a directory\n"
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.out.splitlines()[-1].startswith("1 segmented, 1 skipped")
+    assert not list(Path("out").glob(".*")) and len(files()) == (5 if tile else 3)
+
+
 def test_a_link_that_a_video_is_written_to_stays_one() -> None:
     make("a.mp4", 2)
     os.symlink("far.mp4", "near.mp4")

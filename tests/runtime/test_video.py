@@ -127,6 +127,11 @@ def test_what_is_no_video_is_named(fast: FusedFastSCNN, tmp_path: Path) -> None:
         segment_video(None, [frame])  # type: ignore[arg-type]
 
 
+def test_a_file_of_text_is_no_video(fast: FusedFastSCNN) -> None:
+    with pytest.raises(TypeError, match="video must be a file opened in binary mode"):
+        segment_video(fast, io.StringIO("a"))  # type: ignore[call-overload]
+
+
 def test_without_pyav_the_extra_is_named(
     fast: FusedFastSCNN, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
