@@ -167,7 +167,7 @@ def _check_ray(args: argparse.Namespace) -> None:
     """Refuses what one machine does alone."""
     for name, given in (
         ("tile", args.tile),
-        ("overlap", args.overlap),
+        ("overlap", args.overlap is not None),
         ("show", args.show),
         ("every", args.every > 1),
     ):
