@@ -48,7 +48,7 @@ def write_whole(
         if os.path.exists(named) and not os.path.isfile(named):
             Path(named).write_bytes(content)
         else:
-            _replace(Path(os.path.realpath(named)), content, durable)  # a link stays one
+            _replace(Path(named), content, durable)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), named) from error
 
@@ -63,7 +63,11 @@ def _replace(path: Path, content: bytes | memoryview, durable: bool) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """The path of a file to write beside ``path``; it becomes ``path`` at the end, or, after an error, is removed."""
+    """The path of a file to write beside ``path``; it becomes ``path`` at the end, or, after an error, is removed.
+
+    Where ``path`` is a link it stays one, and what it leads to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     part = path.with_name(_PART.format(secrets.token_hex(8)))
     try:
         yield part

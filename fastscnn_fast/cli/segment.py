@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from contextlib import closing
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +23,12 @@ from ..data.pictures import (
     LABELS,
     OVERLAY,
     OVERLAY_FORMATS,
+    PICTURE_SUFFIXES,
     VIDEO_LABELS,
     VIDEO_OVERLAY,
     VIDEO_SUFFIXES,
     Guess,
+    no_file,
     size_of,
 )
 from ..data.results import endings
@@ -31,7 +36,7 @@ from ..data.videos import CONTAINERS, LOSSLESS
 from ..runtime.flow import flow
 from ..runtime.fused import FusedFastSCNN, fuse
 from ..runtime.segment import Confidence, Labels, Prepared, prepare
-from ..runtime.tiles import tiling
+from ..runtime.tiles import OVERLAP, Tiling, tiling
 from ..writing import OF_ONE
 from . import clips, on_ray, options, results, tiled
 
@@ -86,9 +91,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--overlap",
         type=int,
-        default=128,
         metavar="N",
-        help="pixels that neighbouring tiles share, in which they are blended (%(default)s)",
+        help=f"pixels that neighbouring tiles share, in which they are blended ({OVERLAP})",
     )
     command.add_argument(
         "--confidence",
@@ -139,15 +143,34 @@ def run(args: argparse.Namespace) -> int:
     _check(args, found, cameras)
     model = load_checkpoint(args.weights)
     fast = fuse(model, args.backend, options.DTYPES[args.dtype], args.precision)
-    if args.out is None:
-        return _segment(args, fast, found, cameras)
-    with options.out(args.out.parent if _is_video_file(args.out) else args.out):
-        return _segment(args, fast, found, cameras)
+    with _ended_alike():
+        if args.out is None:
+            return _segment(args, fast, found, cameras)
+        with options.out(args.out.parent if _is_video_file(args.out) else args.out):
+            return _segment(args, fast, found, cameras)
+
+
+@contextmanager
+def _ended_alike() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: nothing half-written stays, and what a camera brought until then does."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may ask for it
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_ray(args: argparse.Namespace) -> None:
     """Refuses what one machine does alone."""
-    for name, given in (("tile", args.tile), ("show", args.show), ("every", args.every > 1)):
+    for name, given in (
+        ("tile", args.tile),
+        ("overlap", args.overlap is not None),
+        ("show", args.show),
+        ("every", args.every > 1),
+    ):
         if given:
             raise ValueError(f"--{name} must not go with --ray, which spreads whole pictures")
 
@@ -186,28 +209,53 @@ def _check(args: argparse.Namespace, found: Found, cameras: list[int]) -> None:
             )
         if videos:
             raise ValueError(f"--tile must go with pictures alone, got {videos[0]}")
-        tiling(args.tile, args.overlap)
-    if args.out is None or args.out.is_dir():
+        _cut(args)
+    elif args.overlap is not None:
+        raise ValueError(f"--overlap must go with --tile, got {args.overlap}")
+    if args.out is not None:
+        _check_out(args, found, len(pictures), videos)
+
+
+def _check_out(args: argparse.Namespace, found: Found, pictures: int, videos: list[str]) -> None:
+    """Refuses a place for results that they cannot have."""
+    file = _is_video_file(args.out)
+    met = {
+        os.path.realpath(job.path) for job in found.jobs if file or job.path.name.endswith(ENDINGS)
+    }
+    for job in found.jobs if met else ():
+        for result in _results(args, job):
+            if os.path.realpath(result) in met:
+                raise ValueError(
+                    f"--out must keep what is segmented, got {args.out}: {result} would be written over"
+                )
+    if not file:
+        if (
+            args.out.suffix.lower() in (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
+            and not args.out.exists()
+        ):
+            rule = f"--out must be a folder, or, of one video or camera, end in {', '.join(CONTAINERS)}"
+            raise ValueError(f"{rule}, got {args.out}")
         return
-    if args.out.suffix.lower() in VIDEO_SUFFIXES and args.out.suffix.lower() not in CONTAINERS:
-        rule = f"--out must be a folder or end in {', '.join(CONTAINERS)}"
-        raise ValueError(f"{rule}, got {args.out}")
-    if not _is_video_file(args.out):
-        return
-    if (
-        videos
-        and os.path.exists(videos[0])
-        and os.path.realpath(args.out) == os.path.realpath(videos[0])
-    ):
-        raise ValueError(f"--out must be another file than the video that is read, got {args.out}")
+    if args.out.exists() and not args.out.is_file():
+        raise ValueError(
+            f"--out must be a regular file, got {args.out}, which {no_file(str(args.out))}"
+        )
     if pictures or len(videos) > 1:
         rule = "--out must be a folder, unless there is one video or camera"
-        got = f"{len(pictures)} pictures and {len(videos)} videos"
+        got = f"{pictures} pictures and {len(videos)} videos"
         raise ValueError(f"{rule}, got {args.out} for {got}")
     if args.overlay_format is None and CONTAINERS[args.out.suffix.lower()] not in LOSSLESS:
         taken = ", ".join(end for end, kind in CONTAINERS.items() if kind in LOSSLESS)
         rule = f"--out must end in {taken}, which keep labels without loss, with --labels-only"
         raise ValueError(f"{rule}, got {args.out}")
+
+
+def _results(args: argparse.Namespace, job: Job) -> list[Path]:
+    """The files to be written for a job."""
+    if _is_video_file(args.out):
+        return [args.out]
+    names = [_video_ending(args)] if job.video else endings(args.overlay_format, args.confidence)
+    return [args.out / job.name.with_name(job.name.name + name) for name in names]
 
 
 def _segment(
@@ -218,16 +266,18 @@ def _segment(
     for said in found.repeats:
         print(f"left out {said}", file=sys.stderr)
     pictures = [job for job in found.jobs if not job.video]
-    sources: list[tuple[Path | int, Path]] = [
-        (job.path, job.name) for job in found.jobs if job.video
-    ]
-    sources += [(number, Path(f"camera{number}")) for number in cameras]
+    sources: list[tuple[Path | int, Job]] = [(job.path, job) for job in found.jobs if job.video]
+    for number in cameras:
+        sources.append((number, Job(Path(str(number)), Path(f"camera{number}"), video=True)))
     done = (_pictures if args.tile is None else _tiled)(args, fast, pictures)
     shown, damaged = 0, 0
-    for source, name in sources:
-        clip = _clip(args, source, name)
+    for source, job in sources:
+        out = None if args.out is None else _results(args, job)[0]
+        labels_only = args.overlay_format is None
+        clip = clips.Clip(source, out, args.size, args.every, labels_only, args.show)
         try:
-            damaged += not clips.segment(fast, clip)
+            with _of_one(job.path):
+                damaged += not clips.segment(fast, clip)
         except ValueError as error:
             print(f"skipped {error}", file=sys.stderr)
         except ImportError as error:
@@ -253,23 +303,31 @@ def _video_ending(args: argparse.Namespace) -> str:
     return VIDEO_LABELS if args.overlay_format is None else VIDEO_OVERLAY
 
 
-def _clip(args: argparse.Namespace, source: Path | int, name: Path) -> clips.Clip:
-    out: Path | None = args.out
-    if out is not None and not _is_video_file(out):
-        out = out / name.with_name(name.name + _video_ending(args))
-    return clips.Clip(
-        source, out, args.size, args.every, labels_only=args.overlay_format is None, show=args.show
-    )
+@contextmanager
+def _of_one(path: Path) -> Iterator[None]:
+    """What is wrong with the results of one picture or video alone, unlike a full disk, is a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_ONE:
+            raise
+        said = f"{path}: {error.filename} cannot be written: {error.strerror}"
+        raise ValueError(said) from error
+
+
+def _cut(args: argparse.Namespace) -> Tiling:
+    return tiling(args.tile, OVERLAP if args.overlap is None else args.overlap)
 
 
 def _tiled(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> int:
     """As :func:`_pictures`, in tiles."""
-    cut, done = tiling(args.tile, args.overlap), 0
+    cut, done = _cut(args), 0
     overlays = args.overlay_format is not None
     for job in jobs:
         try:
             name = args.out / job.name
-            tiled.segment(fast, job.path, name, cut, args.bits, overlays, args.confidence)
+            with _of_one(job.path):
+                tiled.segment(fast, job.path, name, cut, args.bits, overlays, args.confidence)
         except ValueError as error:
             print(f"skipped {error}", file=sys.stderr)
         else:
@@ -289,17 +347,13 @@ def _pictures(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) ->
     def write(
         job: Job, pixels: NDArray[np.uint8], labels: Labels, confidence: Confidence | None
     ) -> None:
-        try:
-            results.write(
-                args.out / job.name, pixels, labels, fast, args.overlay_format, confidence
-            )
-        except ValueError as error:
-            raise ValueError(f"{job.path}: {error}") from error
-        except OSError as error:
-            if error.errno not in OF_ONE:
-                raise
-            said = f"{job.path}: {error.filename} cannot be written: {error.strerror}"
-            raise ValueError(said) from error
+        with _of_one(job.path):
+            try:
+                results.write(
+                    args.out / job.name, pixels, labels, fast, args.overlay_format, confidence
+                )
+            except ValueError as error:
+                raise ValueError(f"{job.path}: {error}") from error
 
     done = 0
     steps = flow(fast, jobs, read, write, lambda job: size_of(job.path), args.confidence)

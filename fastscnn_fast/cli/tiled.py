@@ -66,10 +66,17 @@ def segment(
 
 @contextmanager
 def _png(path: Path, width: int, **options: Any) -> Iterator[PngRows]:
-    with whole(path) as part, part.open("xb") as file:
-        png = PngRows(file, width, **options)
-        yield png
-        png.close()
+    try:
+        with whole(path) as part, part.open("xb") as file:
+            png = PngRows(file, width, **options)
+            yield png
+            png.close()
+    except OSError as error:
+        if error.filename is None:  # as on a full disk
+            raise OSError(error.errno, error.strerror, str(path.parent)) from error
+        if error.filename2 is not None or str(error.filename).endswith(".part"):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 class _Shown:

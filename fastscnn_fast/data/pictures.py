@@ -104,6 +104,8 @@ _ADAM7 = (
 _FEWER_BITS = (8, 10, 12, 14)
 #: Folders, and bits guessed there, that a warning told of.
 _TOLD: set[tuple[str, int]] = set()
+#: How a TIFF holds its channels, by its numbers.
+_BITS, _PLANAR, _APART = 258, 284, 2
 #: Pixels a side that libjpeg takes.
 _JPEG_MOST = 65500
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -369,6 +371,12 @@ def load_whole(image: Image.Image) -> _File:
         Exception: the file is damaged; Pillow's decoders raise nearly anything.
     """
     file = _file_of(image)
+    if image.format == "TIFF" and file.content:
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        bits = tags.get(_BITS, (8,))
+        if tags.get(_PLANAR) == _APART and len(bits) > 1 and max(bits) > 8:  # read as if of 8
+            rule = "must hold its channels together where they have more than 8 bits"
+            raise ValueError(f"{rule} (or be read in tiles, with the extra tiff)")
     image.load()
     if image.format != "PNG" or not file.content:
         return file

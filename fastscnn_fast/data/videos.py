@@ -36,7 +36,8 @@ LOSSLESS = {"matroska": "ffv1", "mov": "png", "mp4": "ffv1"}
 _MPEG, _FULL = 1, 2  # FFmpeg's numbers for the ranges 16 to 235 and 0 to 255
 _BT709, _UNSPECIFIED = 1, 2  # its numbers for matrices, primaries and transfer functions
 _GAMUT = ("color_primaries", "color_trc")  # which frames of PyAV 16 do not have
-_SHORT = 0.5  # seconds by which containers err about how long they are
+#: By how much containers err about how long they are: a share of that or a frame and a half, but no more than seconds.
+_SHORT_SHARE, _SHORT_FRAMES, _SHORT_MOST = 0.02, 1.5, 0.5
 _converters = threading.local()
 
 
@@ -116,12 +117,17 @@ class Video:
         self.sound = list(self.container.streams.audio)
         long = None if self.live else self.container.duration
         self.seconds = long / 1e6 if long else None
+        if self.container.format.name == "avi" and self.stream.average_rate:
+            # Of one that is cut off FFmpeg takes what is there for all of it.
+            frames = self.stream.frames or 0
+            self.seconds = max(self.seconds or 0, float(frames / self.stream.average_rate)) or None
         self.start = max(0, self.container.start_time or 0) / 1e6  # sound may begin just before 0
         self.size: tuple[int, int] | None = None
         self._undecoded = 0
         self._read = 0
         self._until = 0.0
         self._stopped: str | None = None
+        self._torn = False
 
     def __enter__(self) -> Video:
         return self
@@ -159,6 +165,9 @@ class Video:
             if packet.pts is not None and packet.time_base is not None:
                 end = packet.pts + (packet.duration or 0)
                 self._until = max(self._until, float(end * packet.time_base))
+            self._torn |= (
+                packet.is_corrupt
+            )  # it ends where the file does, or does not join the one before
             if packet.stream is not self.stream:
                 if sound and packet.size:
                     yield packet
@@ -179,6 +188,11 @@ class Video:
                 self._read += 1
 
     @property
+    def _short(self) -> float:
+        share = _SHORT_SHARE * (self.seconds or 0)
+        return min(_SHORT_MOST, max(share, _SHORT_FRAMES * self._until / max(1, self._read)))
+
+    @property
     def damage(self) -> str | None:
         """What was wrong with a file that was read to its end, in a sentence; None where all was there."""
         said = []
@@ -186,8 +200,10 @@ class Video:
             said.append(f"{self._undecoded} of its frames are damaged")
         if self._stopped is not None:
             said.append(f"it cannot be read beyond {self._until:.1f} s ({self._stopped})")
-        elif self.seconds is not None and self._until < self.seconds - _SHORT:
-            said.append(f"it is cut off after {self._until:.1f} of {self.seconds:.1f} s")
+        elif self.seconds is not None and self._until < self.seconds - self._short:
+            said.append(f"it is cut off after {self._until:.2f} of {self.seconds:.2f} s")
+        elif self._torn:
+            said.append("parts of it are missing, as where a file is cut off")
         elif not self._read and not said:
             said.append("no frame in it can be decoded")
         if not said:
@@ -210,6 +226,8 @@ def _opened(source: VideoSource, name: str) -> tuple[str, bool, Any, str | None]
         if (why_not := no_file(path)) is not None:
             raise ValueError(f"{path}: {why_not}")
         return path, False, path, None
+    if isinstance(source, io.TextIOBase):
+        raise TypeError(f'{name} must be a file opened in binary mode ("rb"), got one of text')
     if callable(getattr(source, "read", None)):
         found = getattr(source, "name", None)
         return found if isinstance(found, str) and found else name, False, source, None

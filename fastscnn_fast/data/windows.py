@@ -28,6 +28,7 @@ _LOOK = 256
 #: Photometric interpretations and the compression of TIFF, by their numbers there.
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _JPEG, _ORIENTATION = 7, 274
+_UNKNOWN, _PREMULTIPLIED = 0, 1  # what a channel beside the colours is
 
 
 class Rows(NamedTuple):
@@ -131,6 +132,7 @@ def _is_plain(page: Any) -> bool:
         page.dtype in (np.uint8, np.uint16)
         and page.bitspersample == 8 * page.dtype.itemsize
         and page.samplesperpixel in kinds.get(page.photometric, ())
+        and _PREMULTIPLIED not in page.extrasamples
         and page.imagedepth == 1
         and not (deep and page.photometric in (_WHITE_IS_ZERO, _PALETTE, _YCBCR))
         and (page.photometric != _YCBCR or page.compression == _JPEG)
@@ -148,6 +150,7 @@ class _Tiff:
             (page.tilelength if tiled else page.rowsperstrip) or self._height, self._height
         )
         self._columns = page.tilewidth if tiled else self._width
+        self._kept = -1 if _UNKNOWN in page.extrasamples else None  # such a channel is no alpha
         self._colours: NDArray[np.uint8] | None = None
         if page.photometric == _PALETTE:
             self._colours = (page.colormap >> 8).astype(np.uint8).T
@@ -188,6 +191,7 @@ class _Tiff:
                 window = self._decoded(top, bottom, left, right)
         except Exception as error:  # decoders raise nearly anything on a damaged file
             raise ValueError(f"{self._path}: cannot be read: {error}") from error
+        window = window[..., : self._kept]
         if self._colours is not None:
             window = self._colours[window[..., 0]]
         return 255 - window if page.photometric == _WHITE_IS_ZERO else window
@@ -197,7 +201,10 @@ class _Tiff:
         file, row = self._page.parent.filehandle, self._width * self._samples
         dtype = np.dtype(self._page.parent.byteorder + self._page.dtype.char)
         file.seek(self._page.dataoffsets[0] + top * row * dtype.itemsize)
-        values = np.frombuffer(file.read((bottom - top) * row * dtype.itemsize), dtype)
+        content = file.read((bottom - top) * row * dtype.itemsize)
+        if len(content) < (bottom - top) * row * dtype.itemsize:
+            raise ValueError(f"it is cut off before row {bottom}")
+        values = np.frombuffer(content, dtype)
         rows = values.reshape(bottom - top, self._width, self._samples)
         return rows.astype(self._page.dtype)
 

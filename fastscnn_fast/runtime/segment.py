@@ -21,7 +21,7 @@ from .forked import serial
 from .fused import FusedFastSCNN
 from .model import FastSCNN
 from .network import check_model, fused_for
-from .tiles import Tiling, bands, tiling
+from .tiles import OVERLAP, Tiling, bands, tiling
 
 Labels = NDArray[np.uint8]
 Confidence = NDArray[np.float32]
@@ -41,7 +41,7 @@ def segment(
     bits: int | None = None,
     confidence: Literal[False] = False,
     tile: Size | None = None,
-    overlap: int = 128,
+    overlap: int = OVERLAP,
     out: Labels | None = None,
 ) -> Labels: ...
 
@@ -55,7 +55,7 @@ def segment(
     *,
     confidence: Literal[True],
     tile: Size | None = None,
-    overlap: int = 128,
+    overlap: int = OVERLAP,
     out: Labels | None = None,
 ) -> tuple[Labels, Confidence]: ...
 
@@ -68,7 +68,7 @@ def segment(
     bits: int | None = None,
     confidence: Literal[False] = False,
     tile: Size | None = None,
-    overlap: int = 128,
+    overlap: int = OVERLAP,
 ) -> list[Labels]: ...
 
 
@@ -81,7 +81,7 @@ def segment(
     *,
     confidence: Literal[True],
     tile: Size | None = None,
-    overlap: int = 128,
+    overlap: int = OVERLAP,
 ) -> list[tuple[Labels, Confidence]]: ...
 
 
@@ -92,7 +92,7 @@ def segment(
     bits: int | None = None,
     confidence: bool = False,
     tile: Size | None = None,
-    overlap: int = 128,
+    overlap: int = OVERLAP,
     out: Labels | None = None,
 ) -> Any:
     """The class of every pixel of a picture, uint8 (H, W) at the picture's own size; of several, a list of these.
@@ -306,11 +306,22 @@ class Transform:
         bits: as :func:`segment` has it.
 
     Calling it raises as :func:`segment`.
+
+    Raises:
+        TypeError: ``config`` is no :class:`Config`, ``size`` no size.
+        ValueError: ``size`` is below 32 a side.
     """
 
     config: Config
     size: Size | None = None
     bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Config):
+            kind = type(self.config).__name__
+            raise TypeError(f"config must be a network's config, as fast.config, got {kind}")
+        if self.size is not None:
+            picture_size(self.size)
 
     def __call__(self, picture: Picture) -> Tensor:
         return prepare(picture, self.config, self.size, self.bits).x[0]

@@ -22,6 +22,8 @@ from .network import as_input, logits
 GRID = 32
 #: The least side of a tile: what is left of one at the lower and right edges is a picture that the network takes.
 SMALLEST_TILE = 64
+#: Pixels that neighbouring tiles share, where nothing else is asked for.
+OVERLAP = 128
 
 
 class Tiling(NamedTuple):

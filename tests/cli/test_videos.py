@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -183,16 +184,17 @@ def test_a_video_that_is_cut_off_ends_with_what_could_be_read(
     count = len(clips.read(Path("out.mp4"))[0])
     assert 5 < count < 30 and f"short.mkv: {count} frames in " in printed.out
     assert printed.out.endswith("1 segmented, 0 skipped, 1 damaged\n")
-    said = (
-        rf"damaged short.mkv: it is cut off after 0\.\d of 1\.6 s; {count} frames could be read\n"
-    )
+    said = rf"damaged short.mkv: it is cut off after 0\.\d\d of 1\.60 s; {count} frames could be read\n"
     assert re.fullmatch(said, printed.err)
 
 
 def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     make("a.mp4")
     make("b.mp4")
-    Image.fromarray(clips.drawn(1)[0]).save("a.png")
+    make("a_overlay.mp4")
+    for name in ("a.png", "a_labels.png"):
+        Image.fromarray(clips.drawn(1)[0]).save(name)
+    os.mkfifo("pipe.mp4")
     for words, said in (
         (["a.png", "--show"], "--show must go with videos and cameras alone, got a.png"),
         (["a.png", "-o", "out", "--every", "2"], "--every must go with a video or camera, got 2"),
@@ -203,6 +205,16 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
             ["a.mp4", "-o", "o.webm", "--labels-only"],
             "--out must end in .m4v, .mkv, .mov, .mp4, which",
         ),
+        (["a.mp4", "-o", "a.mp4"], "--out must keep what is segmented, got a.mp4: a.mp4 would be"),
+        (["a.png", "a_labels.png", "-o", "."], "--out must keep what is segmented, got .: a_l"),
+        (["a.mp4", "a_overlay.mp4", "-o", "."], "--out must keep what is segmented, got .: a_o"),
+        (["a.mp4", "-o", "o.avi"], "--out must be a folder, or, of one video or camera, end in"),
+        (["a.png", "-o", "o.png"], "--out must be a folder, or, of one video or camera, end in"),
+        (
+            ["a.mp4", "-o", "pipe.mp4"],
+            "--out must be a regular file, got pipe.mp4, which is a pipe",
+        ),
+        (["a.png", "-o", "out", "--overlap", "64"], "--overlap must go with --tile, got 64"),
     ):
         assert cli.main(["segment", *words]) == 2
         assert f"fastscnn_fast: error: {said}" in capsys.readouterr().err
@@ -210,10 +222,35 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit):
             cli.main(["segment", *words])
         assert "required: -o/--out, unless --show is given" in capsys.readouterr().err
-    assert files() == ["a.mp4", "a.png", "b.mp4"]
+    assert files() == ["a.mp4", "a.png", "a_labels.png", "a_overlay.mp4", "b.mp4"]
     found = cluster.found(["a.png", "a.mp4"])
     assert [str(job.path) for job in found.jobs] == ["a.png"]
     assert found.problems[0].startswith("a.mp4: is a video, and only pictures are read here")
+
+
+@pytest.mark.parametrize("tile", [[], ["--tile", "64", "--overlap", "8"]])
+def test_one_result_that_cannot_be_written_leaves_the_others(
+    capsys: pytest.CaptureFixture[str], tile: list[str]
+) -> None:
+    kind, result = ("png", "a_labels.png") if tile else ("mp4", "a_overlay.mp4")
+    for name in "ab":
+        if tile:
+            Image.fromarray(clips.drawn(1)[0]).save(f"{name}.png")
+        else:
+            make(f"{name}.mp4", 2)
+    Path("out", result).mkdir(parents=True)
+    assert cli.main(["segment", f"a.{kind}", f"b.{kind}", "-o", "out", *tile]) == 1
+    said = f"skipped a.{kind}: out/{result} cannot be written: Is a directory\n"
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.out.splitlines()[-1].startswith("1 segmented, 1 skipped")
+    assert not list(Path("out").glob(".*")) and len(files()) == (5 if tile else 3)
+
+
+def test_a_link_that_a_video_is_written_to_stays_one() -> None:
+    make("a.mp4", 2)
+    os.symlink("far.mp4", "near.mp4")
+    assert cli.main(["segment", "a.mp4", "-o", "near.mp4"]) == 0
+    assert os.readlink("near.mp4") == "far.mp4" and len(clips.read(Path("far.mp4"))[0]) == 2
 
 
 def test_without_pyav_videos_are_skipped_and_the_extra_named(
@@ -320,17 +357,22 @@ def test_without_a_display_or_a_camera_that_is_said(
 
 @pytest.mark.usefixtures("camera")
 @pytest.mark.parametrize("source", ["0", "clip.mkv"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_a_camera_and_takes_a_videos_part_away(
-    source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: str,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make("clip.mkv", 20)
+    before = signal.getsignal(number)
     write, count = clips_of_commands.Writer.write, iter(range(99))
 
     def interrupted(self: Any, *frames: Any) -> None:
         write(self, *frames)
         if next(count) == 7:
             assert len(list(Path().glob(".fastscnn-*.part"))) == 1
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     monkeypatch.setattr(clips_of_commands.Writer, "write", interrupted)
     assert cli.main(["segment", source, "-o", "out.mkv"]) == (0 if source == "0" else 130)
@@ -338,6 +380,7 @@ def test_an_interruption_ends_a_camera_and_takes_a_videos_part_away(
         assert "frames a second; result: out.mkv" in capsys.readouterr().out
         assert len(clips.read(Path("out.mkv"))[0]) == 8
     assert files() == (["clip.mkv", "out.mkv"] if source == "0" else ["clip.mkv"])
+    assert signal.getsignal(number) is before
 
 
 def test_what_cannot_be_written_is_named(

@@ -112,6 +112,37 @@ def test_tiffs_of_every_mode_have_the_networks_channels(
     agrees(path, channels)
 
 
+@pytest.mark.usefixtures("windowed")
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("photometric", ["minisblack", "rgb"])
+def test_a_channel_of_unknown_meaning_is_no_alpha(
+    tmp_path: Path, photometric: str, channels: int
+) -> None:
+    path, stored = tmp_path / "a.tif", noise((HEIGHT, WIDTH, 2 if photometric != "rgb" else 4))
+    options: dict[str, Any] = {"photometric": photometric, "planarconfig": "contig"}
+    tifffile.imwrite(path, stored, extrasamples=["unspecified"], **options)
+    agrees(path, channels)
+
+
+def test_premultiplied_colours_are_those_of_the_picture(tmp_path: Path) -> None:
+    path, stored = tmp_path / "a.tif", noise((HEIGHT, WIDTH, 4))
+    tifffile.imwrite(path, stored, photometric="rgb", extrasamples=["assocalpha"])
+    agrees(path)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_deep_channels_apart_are_read_in_tiles_alone(
+    tmp_path: Path, compression: str | None
+) -> None:
+    path, stored = tmp_path / "a.tif", noise((HEIGHT, WIDTH, 3), np.uint16, 4000)
+    options: dict[str, Any] = {"photometric": "rgb", "planarconfig": "separate"}
+    tifffile.imwrite(path, np.moveaxis(stored, 2, 0), compression=compression, **options)
+    with open_rows(path, 3, 12) as rows:
+        assert np.array_equal(rows.read(0, HEIGHT), stored >> 4)
+    with pytest.raises(ValueError, match="a.tif: cannot be read: must hold its channels together"):
+        read_picture(path, 3, 12)
+
+
 def test_tiffs_in_jpeg_and_those_that_are_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     for options in ({"compression": "jpeg", "photometric": "rgb"}, {"compression": "jpeg"}):

@@ -165,6 +165,8 @@ def test_a_transform_makes_batches_in_a_dataloaders_workers(fast, pixels, tmp_pa
             assert np.array_equal(own, segment(fast, path, (64, 96)))
     with pytest.raises(ValueError, match="size must be at least 32x32, got 8x8"):
         Transform(fast.config, 8)(pixels)
+    with pytest.raises(TypeError, match="config must be a network's config, as fast.config, got F"):
+        Transform(fast)  # type: ignore[arg-type]
 
 
 def test_opencvs_frames_by_the_line_that_the_documents_give(fast, pixels):
