@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       async_wait<1>();
       __syncthreads();
-      multiply<S::kChunk, S::kRowPitch>(total, left + Product::row() * S::kChunkPitch,
-                                        S::kChunkPitch, right + Product::column());
+      multiply<S::kChunk, S::kChunkPitch, S::kRowPitch>(
+          total, left + Product::row() * S::kChunkPitch, right + Product::column());
       __syncthreads();
     }
 
@@ -224,9 +224,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     async_wait<0>();
     __syncthreads();
     if constexpr (Last) {
-      multiply<S::kColumns, pitch<T>(kLastColumns)>(result,
-                                                    tile + LastProduct::row() * S::kRowPitch,
-                                                    S::kRowPitch, last + LastProduct::column());
+      multiply<S::kColumns, S::kRowPitch, pitch<T>(kLastColumns)>(
+          result, tile + LastProduct::row() * S::kRowPitch, last + LastProduct::column());
     } else {
       store_tile<S::kRows, S::kAcross, S::kRow, S::kRowPitch, kThreads>(
           out + (int64_t{top} * out_width + start) * out_pixel + o, tile,
