@@ -186,14 +186,14 @@ __global__ void __launch_bounds__(kConvolutionThreads, 2)
     if (step + kStages - 1 < steps) queue(step + kStages - 1);
     async_commit();
     if (step < 0) continue;
-    multiply<kChunk, kRightPitch>(total, left(step) + Product::row() * kLeftPitch, kLeftPitch,
-                                  right(step) + Product::column());
+    multiply<kChunk, kLeftPitch, kRightPitch>(total, left(step) + Product::row() * kLeftPitch,
+                                              right(step) + Product::column());
   }
 
   __syncthreads();
+  const Clamp<T> clamp(low, high);
   total.for_each([&](int r, int c, float2& pair) {
-    store_pair(memory + (Product::row() + r) * kRightPitch + Product::column() + c,
-               bounded(pair, low, high));
+    put(memory + (Product::row() + r) * kRightPitch + Product::column() + c, clamp(pair));
   });
   __syncthreads();
   for (int i = threadIdx.x; i < kConvolutionPixels * kVectors; i += kConvolutionThreads) {

@@ -100,17 +100,16 @@ __device__ __forceinline__ void depthwise(const Halo& halo, const T* memory, T* 
                                           const Clamp<T>& clamp) {
   Accumulator<Rows, 1> sums;
   const auto one_by_one = [&] {
-    float2 taps[9];
-#pragma unroll
-    for (int tap = 0; tap < 9; ++tap) taps[tap] = filter.pair(tap);
+    constexpr int kUnrolled = sizeof(T) == 2 ? 1 : 9;  // where it is rare it takes few registers
     sums.start(bias);
-    sums.for_each([&](int row, int column, float2& pair) {
-      const T* const window = memory + halo.window(first + row) + column;
-#pragma unroll
-      for (int tap = 0; tap < 9; ++tap) {
-        pair = multiply_add(load_pair(window + halo.known(tap) + halo.moved(tap)), taps[tap], pair);
-      }
-    });
+#pragma unroll kUnrolled
+    for (int tap = 0; tap < 9; ++tap) {
+      const T* const at = memory + halo.known(tap) + halo.moved(tap);
+      const float2 weight = filter.pair(tap);
+      sums.for_each([&](int row, int column, float2& pair) {
+        pair = multiply_add(load_pair(at + halo.window(first + row) + column), weight, pair);
+      });
+    }
   };
   if constexpr (sizeof(T) == 2) {
     static_assert(Rows % 2 == 0);

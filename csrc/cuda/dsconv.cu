@@ -19,8 +19,8 @@ constexpr int kLastColumns = 32;  // classes that a block computes
 // the depthwise reads global memory, whatever its stride and dilation.
 template <class T, int In, int Out, int Stride>
 struct Sizes {
-  static constexpr int kAcross = 16;  // pixels of a tile's row
-  static constexpr int kRows = Stride == 1 ? 8 : 4;
+  static constexpr int kAcross = 16;                              // pixels of a tile's row
+  static constexpr int kRows = Stride == 1 && Out <= 64 ? 8 : 4;  // registers hold the sums
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kChunk = 64 / int(sizeof(T));  // input channels
   static constexpr int kChunkPitch = pitch<T>(kChunk);
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       async_wait<1>();
       __syncthreads();
-      multiply<S::kChunk, S::kRowPitch>(total, left + Product::row() * S::kChunkPitch,
-                                        S::kChunkPitch, right + Product::column());
+      multiply<S::kChunk, S::kChunkPitch, S::kRowPitch>(
+          total, left + Product::row() * S::kChunkPitch, right + Product::column());
       __syncthreads();
     }
 
@@ -224,9 +224,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     async_wait<0>();
     __syncthreads();
     if constexpr (Last) {
-      multiply<S::kColumns, pitch<T>(kLastColumns)>(result,
-                                                    tile + LastProduct::row() * S::kRowPitch,
-                                                    S::kRowPitch, last + LastProduct::column());
+      multiply<S::kColumns, S::kRowPitch, pitch<T>(kLastColumns)>(
+          result, tile + LastProduct::row() * S::kRowPitch, last + LastProduct::column());
     } else {
       store_tile<S::kRows, S::kAcross, S::kRow, S::kRowPitch, kThreads>(
           out + (int64_t{top} * out_width + start) * out_pixel + o, tile,

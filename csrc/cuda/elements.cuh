@@ -54,7 +54,6 @@ template <class T>
 using Pair = decltype(packed(float2{}, T{}));
 
 __device__ __forceinline__ float2 unpacked(float2 v) { return v; }
-__device__ __forceinline__ float2 unpacked(__half2 v) { return __half22float2(v); }
 __device__ __forceinline__ float2 unpacked(__nv_bfloat162 v) { return __bfloat1622float2(v); }
 
 template <class T>
@@ -92,6 +91,13 @@ template <class T>
 __device__ __forceinline__ void copy_16(T* to, const T* from) {
   using V = Vector<T, kPerVector<T>>;
   *reinterpret_cast<V*>(to) = *reinterpret_cast<const V*>(from);
+}
+
+// p + elements; what a loop adds to it is a part of its instructions.
+template <class T>
+__device__ __forceinline__ T* kept_at(T* p, int elements) {
+  const int bytes = kept(elements * int(sizeof(T)));
+  return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(p) + bytes);
 }
 
 __device__ __forceinline__ float2 multiply_add(float2 a, float2 b, float2 c) {

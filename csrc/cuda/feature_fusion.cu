@@ -74,58 +74,68 @@ struct Sizes {
 
 // One chunk of low at the samples' positions, to slots of `to`; with Refined, after a ReLU. A
 // thread has four channels of a column and walks down: a row of low is blended along the column
-// once.
+// once, since what is below one row is above the next.
 template <bool Refined, class T, class S>
 __device__ __forceinline__ void resize(const T* low, T* to, const typename S::Samples& samples,
                                        int rows, int columns, int channels, int64_t low_row,
                                        int low_pixel) {
   constexpr int kOwn = 4, kSharers = S::kChunk / kOwn;
-  using Own = Vector<Pair<T>, kOwn / 2>;
+  struct Own {
+    Pair<T> v[kOwn / 2];
+  };
+  using Raw = Vector<uint32_t, sizeof(Own) / sizeof(uint32_t)>;
   const int c = threadIdx.x % kSharers * kOwn;
   const Clamp<T> clamp(Refined ? 0.0f : -INFINITY, INFINITY);
+  const auto load = [](const T* from) {
+    const Raw raw = *reinterpret_cast<const Raw*>(from);
+    Own own;
+    std::memcpy(static_cast<void*>(&own), &raw, sizeof raw);
+    return own;
+  };
+  const auto store = [](T* at, const Own& own) {
+    Raw raw;
+    std::memcpy(&raw, static_cast<const void*>(&own), sizeof raw);
+    *reinterpret_cast<Raw*>(at) = raw;
+  };
 #pragma unroll 1
   for (int column = threadIdx.x / kSharers; column < columns; column += kThreads / kSharers) {
+    T* at = to + column * S::kChunkPitch + c;
+    const int down_pitch = columns * S::kChunkPitch;
     const Sample along = samples.across[column].sample;
     const bool inside = along.low >= 0 && c < channels;
     const T* const left = low + (inside ? int64_t{along.low} * low_pixel + c : 0);
     const T* const right = low + (inside ? int64_t{along.high} * low_pixel + c : 0);
     const auto blend_row = [&](int row, float2(&values)[2]) {
-      const Own a = *reinterpret_cast<const Own*>(left + row * low_row);
-      const Own b = *reinterpret_cast<const Own*>(right + row * low_row);
+      const int64_t down = row * low_row;
+      const Own a = load(left + down), b = load(right + down);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         values[i] = blended(unpacked(a.v[i]), unpacked(b.v[i]), along.weight);
       }
     };
-    T* at = to + column * S::kChunkPitch + c;
     float2 above[2], below[2];
     int row_above = -1, row_below = -1;
 #pragma unroll 1
-    for (int r = 0; r < rows; ++r, at += columns * S::kChunkPitch) {
+    for (int r = 0; r < rows; ++r, at += down_pitch) {
       const Sample down = samples.down[r].sample;
-      if (!inside || down.low < 0) {
-        *reinterpret_cast<Own*>(at) = Own{};
-        continue;
-      }
-      if (down.low != row_above) {
-        if (down.low == row_below) {
-          above[0] = below[0], above[1] = below[1];
-        } else {
-          blend_row(down.low, above);
+      Own own{};
+      if (inside && down.low >= 0) {
+        if (down.low != row_above) {
+          if (down.low == row_below) {
+            above[0] = below[0], above[1] = below[1];
+          } else {
+            blend_row(down.low, above);
+          }
+          blend_row(down.high, below);
+          row_above = down.low, row_below = down.high;
         }
-        row_above = down.low;
-      }
-      if (down.high != row_below) {
-        blend_row(down.high, below);
-        row_below = down.high;
-      }
-      Own own;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 value = blended(above[i], below[i], down.weight);
-        own.v[i] = Refined ? clamp(value) : packed(value, T{});
+        for (int i = 0; i < 2; ++i) {
+          const float2 value = blended(above[i], below[i], down.weight);
+          own.v[i] = Refined ? clamp(value) : packed(value, T{});
+        }
       }
-      *reinterpret_cast<Own*>(at) = own;
+      store(at, own);
     }
   }
 }
@@ -243,8 +253,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     async_wait<0>();
     __syncthreads();  // after which nobody multiplies the chunk before
     if (chunk + 1 < chunks) queue(chunk + 1);
-    multiply<S::kChunk, S::kRowPitch>(total, left(chunk) + Product::row() * S::kChunkPitch,
-                                      S::kChunkPitch, right(chunk) + Product::column());
+    multiply<S::kChunk, S::kChunkPitch, S::kRowPitch>(
+        total, left(chunk) + Product::row() * S::kChunkPitch, right(chunk) + Product::column());
   }
   __syncthreads();
 

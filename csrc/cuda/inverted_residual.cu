@@ -178,19 +178,29 @@ __global__ void __launch_bounds__(kThreads, 2)
   // And sums up, if it does: as many channels and pixels.
   const int unit_channel = warp / S::kUnitsAcross * 8 % S::kChunk;
   const int unit_pixel = warp % S::kUnitsAcross * 16 * S::kUnit;
+  // Where they begin, and what moves on with the chunks.
+  const T* const own_x =
+      kept_at(input, first_slot * sizes.pixel_pitch() + own_left<T>(sizes.pixel_pitch()));
+  const T* const own_columns = kept_at(expand, first_channel + own_right<T>(S::kChunkPitch));
+  const T* const own_left_rows =
+      kept_at(left, Product::row() * S::kChunkPitch + own_left<T>(S::kChunkPitch));
+  const T* const own_project = kept_at(project, Product::column() + own_right<T>(S::kRowPitch));
+  const float* own_expand_bias = expand_bias + begin + first_channel;
+  const float* own_weight = depthwise_weight + begin + unit_channel;
+  const float* own_bias = depthwise_bias + begin + unit_channel;
+  const T* project_rows = project_weight + int64_t{begin} * row_pitch + first_column;
 #pragma unroll 1
   for (int chunk = begin; chunk < end; chunk += S::kChunk) {
     Accumulator<S::kTiles, S::kOwnChannels / 8> expanded;
-    expanded.start(expand_bias + chunk + first_channel);
-    const Filter<T> filter(depthwise_weight + chunk + unit_channel, mid_pitch);
+    expanded.start(own_expand_bias);
+    const Filter<T> filter(own_weight, mid_pitch);
     async_wait<0>();
     __syncthreads();
     uint32_t own_inside[2 * S::kTiles];
 #pragma unroll
     for (int i = 0; i < 2 * S::kTiles; ++i) own_inside[i] = inside[first_slot + 8 * i + lane / 4];
     copy_matrix<S::kChunk, S::kRow, S::kRowPitch, kThreads>(
-        project, project_weight + int64_t{chunk} * row_pitch + first_column, row_pitch, S::kChunk,
-        In ? S::kRow : row_pitch - first_column);
+        project, project_rows, row_pitch, S::kChunk, In ? S::kRow : row_pitch - first_column);
     async_commit();
 
     for (int first = 0; first < in_channels; first += sizes.step) {
@@ -207,20 +217,20 @@ __global__ void __launch_bounds__(kThreads, 2)
           async_commit();
         }
       }
-      const T* x_now = input + now * sizes.stage() + first_slot * sizes.pixel_pitch();
-      const T* columns = expand + now * sizes.expand_stage() + first_channel;
+      const T* x_now = own_x + now * sizes.stage();
+      const T* columns = own_columns + now * sizes.expand_stage();
       if constexpr (In != 0) {
-        multiply<In, S::kChunkPitch>(expanded, x_now, sizes.pixel_pitch(), columns);
+        multiply_own<In, pitch<T>(In), S::kChunkPitch>(expanded, x_now, columns);
       } else {
         int k = 0;
 #pragma unroll 1
         for (; k + S::kStep <= sizes.step; k += S::kStep) {
-          multiply<S::kStep, S::kChunkPitch>(expanded, x_now, sizes.pixel_pitch(), columns);
+          multiply_own<S::kStep, 0, S::kChunkPitch>(expanded, x_now, columns, sizes.pixel_pitch());
           x_now += S::kStep;
           columns += S::kStep * S::kChunkPitch;
         }
         if (k < sizes.step) {
-          multiply<16, S::kChunkPitch>(expanded, x_now, sizes.pixel_pitch(), columns);
+          multiply_own<16, 0, S::kChunkPitch>(expanded, x_now, columns, sizes.pixel_pitch());
         }
       }
     }
@@ -241,13 +251,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     async_commit();
     if (S::kUnits >= kWarps || warp < S::kUnits) {
       depthwise<S::kUnit, S::kChunkPitch>(typename S::Window{}, halo + unit_channel,
-                                          left + unit_channel, unit_pixel, filter,
-                                          depthwise_bias + chunk + unit_channel, clamp);
+                                          left + unit_channel, unit_pixel, filter, own_bias, clamp);
     }
     async_wait<1>();
     __syncthreads();
-    multiply<S::kChunk, S::kRowPitch>(total, left + Product::row() * S::kChunkPitch, S::kChunkPitch,
-                                      project + Product::column());
+    multiply_own<S::kChunk, S::kChunkPitch, S::kRowPitch>(total, own_left_rows, own_project);
+    own_expand_bias += S::kChunk;
+    own_weight += S::kChunk;
+    own_bias += S::kChunk;
+    project_rows += S::kChunk * row_pitch;
   }
   if (slices > 1) {
     const int64_t tile = blockIdx.x + int64_t{column_block} * gridDim.x;

@@ -57,22 +57,32 @@ struct Accumulator {
   }
 };
 
-// total += left (16 Rows, Depth) right (Depth, 8 Columns), both row-major in shared memory.
-template <int Depth, int RightPitch, class T, int Rows, int Columns>
-__device__ __forceinline__ void multiply(Accumulator<Rows, Columns>& total, const T* left,
-                                         int left_pitch, const T* right) {
+// Where a lane's part of the operands of a product begins, in elements from the matrices' first.
+template <class T>
+__device__ __forceinline__ int own_left(int pitch) {
   const int lane = threadIdx.x % 32;
+  return sizeof(T) == 2 ? lane % 16 * pitch + lane / 16 * 8 : lane / 4 * pitch;
+}
+template <class T>
+__device__ __forceinline__ int own_right(int pitch) {
+  const int lane = threadIdx.x % 32;
+  return sizeof(T) == 2 ? lane % 16 * pitch + lane / 16 * 8 : lane % 4 * 2;
+}
+
+// total += left (16 Rows, Depth) right (Depth, 8 Columns), both row-major in shared memory, from
+// own_left() and own_right() on. LeftPitch is 0 where it is known only at run time.
+template <int Depth, int LeftPitch, int RightPitch, class T, int Rows, int Columns>
+__device__ __forceinline__ void multiply_own(Accumulator<Rows, Columns>& total, const T* left,
+                                             const T* right, int left_pitch = LeftPitch) {
   if constexpr (sizeof(T) == 2) {
     static_assert(Depth % 16 == 0);
-    left += lane % 16 * left_pitch + lane / 16 * 8;
-    right += lane % 16 * RightPitch + lane / 16 * 8;
     unrolled<Depth / 16>([&](auto step) {
       constexpr int k = step * 16;
       uint32_t a[Rows][4];
-#pragma unroll
-      for (int i = 0; i < Rows; ++i) {
-        load_matrices<k* int(sizeof(T))>(a[i], left + 16 * i * left_pitch);
-      }
+      unrolled<Rows>([&](auto i) {
+        constexpr int at = (16 * i * LeftPitch + k) * int(sizeof(T));
+        load_matrices<at>(a[i], LeftPitch ? left : left + 16 * i * left_pitch);
+      });
       unrolled<divided_up(Columns, 2)>([&](auto pair) {
         constexpr int j = pair * 2, at = (k * RightPitch + 8 * j) * int(sizeof(T));
         uint32_t b[j + 1 < Columns ? 4 : 2];
@@ -85,8 +95,6 @@ __device__ __forceinline__ void multiply(Accumulator<Rows, Columns>& total, cons
       });
     });
   } else {
-    left += lane / 4 * left_pitch;
-    right += lane % 4 * 2;
 #pragma unroll 1
     for (int k = 0; k < Depth; k += 2) {
       float2 a[Rows][2];
@@ -115,6 +123,14 @@ __device__ __forceinline__ void multiply(Accumulator<Rows, Columns>& total, cons
       }
     }
   }
+}
+
+// The same from the matrices' first elements.
+template <int Depth, int LeftPitch, int RightPitch, class T, int Rows, int Columns>
+__device__ __forceinline__ void multiply(Accumulator<Rows, Columns>& total, const T* left,
+                                         const T* right) {
+  multiply_own<Depth, LeftPitch, RightPitch>(total, left + own_left<T>(LeftPitch),
+                                             right + own_right<T>(RightPitch));
 }
 
 // How a block's `Warps` share a product of (Pixels, Columns): tiles of 16 rows and 8 columns of

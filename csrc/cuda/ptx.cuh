@@ -35,6 +35,23 @@ __device__ __forceinline__ void async_copy_16(void* shared, const void* global, 
 #endif
 }
 
+// The same number, which the compiler keeps in a register and does not compute anew.
+__device__ __forceinline__ int kept(int v) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(v));
+  return v;
+}
+
+// Both as floats.
+__device__ __forceinline__ float2 unpacked(__half2 v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  float2 pair;
+  asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+      : "=f"(pair.x), "=f"(pair.y)
+      : "r"(bits));
+  return pair;
+}
+
 // Ends a group of copies.
 __device__ __forceinline__ void async_commit() {
 #if __CUDA_ARCH__ >= 800

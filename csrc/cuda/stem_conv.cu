@@ -29,7 +29,9 @@ struct Sizes {
   static constexpr int kHaloRows = (kRows - 1) * Stride + 3;
   static constexpr int kHaloColumns = (kAcross - 1) * Stride + 3;
   static constexpr int kLine = kHaloColumns * Channels;  // elements of a halo's row
-  static constexpr int kHaloPitch = rounded_up(kLine + 1, 2);
+  // Before and after a line what its first and last vector reach beyond it.
+  static constexpr int kPadding = rounded_up(4 * Channels, 2);
+  static constexpr int kHaloPitch = rounded_up(kLine + 1, 2) + 2 * kPadding;
   static_assert(!kStaged || (kTerms <= kChunk && Stride * Channels % 2 == 0));
   // FFMA counts every term; tensor cores count 16 at a time.
   static constexpr int kDepth = kStaged && sizeof(T) == 4 ? rounded_up(kTerms, 2) : kChunk;
@@ -64,8 +66,9 @@ struct Picture {
 };
 
 // The halo whose first pixel is (top, start), from lines of adjacent elements: rows of Interleaved
-// channels, or rows of each channel's plane. A line is covered by aligned vectors of four; those
-// that it does not fill are read one by one.
+// channels, or rows of each channel's plane. A line is covered by aligned vectors of four, of which
+// the first and the last may reach into the line's padding; a vector that leaves the picture is
+// read element by element. A thread has the same vector of several lines.
 template <bool Interleaved, class T, class X, int Channels, int Stride>
 __device__ __forceinline__ void load_lines(T* halo, const Picture<T, X>& picture, int top,
                                            int start) {
@@ -73,33 +76,41 @@ __device__ __forceinline__ void load_lines(T* halo, const Picture<T, X>& picture
   using Four = Vector<X, 4>;
   constexpr int kStep = Interleaved ? 1 : Channels;
   constexpr int kLines = kStep * S::kHaloRows, kLength = S::kLine / kStep;
-  constexpr int kVectors = divided_up(kLength + 3, 4);
+  constexpr int kVectors = divided_up(kLength + 3, 4), kPass = kThreads / kVectors;
+  static_assert(S::kPadding >= 3 * kStep && S::kPadding >= (4 * kVectors - kLength) * kStep);
   const int first = start * (Channels / kStep), end = picture.width * (Channels / kStep);
+  const int vector = threadIdx.x % kVectors * 4;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kLines * kVectors; i += kThreads) {
-    const int line = i / kVectors, plane = line / S::kHaloRows, row = line % S::kHaloRows;
+  for (int line = threadIdx.x / kVectors; line < kLines; line += kPass) {
+    if (threadIdx.x >= kPass * kVectors) break;
+    const int plane = Interleaved ? 0 : line / S::kHaloRows, row = line - plane * S::kHaloRows;
     const int y = top + row;
     const bool exists = y >= 0 && y < picture.height;
-    const X* const from = picture.x + plane * picture.channel + (exists ? y : 0) * picture.row;
-    const int skew = int((reinterpret_cast<uintptr_t>(from) / sizeof(X) + first) % 4);
-    const int within = i % kVectors * 4 - skew, e = first + within;
-    Four four{};
+    const X* const from =
+        picture.x + plane * picture.channel + (exists ? y : 0) * picture.row + first;
+    const int skew = int(reinterpret_cast<uintptr_t>(from) / sizeof(X) % 4);
+    const int within = vector - skew, e = first + within;
+    T values[4];
+    const auto convert = [&](int j, X value) {
+      const int c = Interleaved ? (within + 4 * Channels + j) % Channels : plane;
+      values[j] = picture.converted(value, c);
+    };
     if (exists && e >= 0 && e + 4 <= end) {
-      four = *reinterpret_cast<const Four*>(from + e);
-    } else if (exists) {
+      const Four four = *reinterpret_cast<const Four*>(from + within);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) convert(j, four.v[j]);
+    } else {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (e + j >= 0 && e + j < end) four.v[j] = from[e + j];
+        values[j] = rounded<T>(0);
+        if (exists && e + j >= 0 && e + j < end) convert(j, from[within + j]);
       }
     }
-    T* const to = halo + row * S::kHaloPitch + within * kStep + plane;
+    // From the padding on, so that no offset is negative.
+    T* const to =
+        kept_at(halo - S::kPadding, S::kPadding + row * S::kHaloPitch + within * kStep + plane);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (within + j < 0 || within + j >= kLength) continue;
-      const bool inside = exists && e + j >= 0 && e + j < end;
-      const int c = Interleaved ? (within + j) % Channels : plane;
-      to[j * kStep] = inside ? picture.converted(four.v[j], c) : rounded<T>(0);
-    }
+    for (int j = 0; j < 4; ++j) to[j * kStep] = values[j];
   }
 }
 
@@ -188,12 +199,12 @@ __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
   const auto multiply_chunk = [&] {
     async_wait<0>();
     __syncthreads();
-    multiply<S::kDepth, pitch<T>(kColumns)>(total, left + Product::row() * pitch<T>(kChunk),
-                                            pitch<T>(kChunk), right + Product::column());
+    multiply<S::kDepth, pitch<T>(kChunk), pitch<T>(kColumns)>(
+        total, left + Product::row() * pitch<T>(kChunk), right + Product::column());
     __syncthreads();
   };
   if constexpr (S::kStaged) {
-    T* const halo = right + S::kRight;
+    T* const halo = right + S::kRight + S::kPadding;
     queue(0);
     load_halo<T, X, Channels, Stride>(halo, picture, top * Stride - padding,
                                       start * Stride - padding);
@@ -218,9 +229,10 @@ __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
     }
   }
 
+  const Clamp<T> clamp(low, high);
   total.for_each([&](int row, int column, float2& pair) {
-    store_pair(left + (Product::row() + row) * pitch<T>(kColumns) + Product::column() + column,
-               bounded(pair, low, high));
+    put(left + (Product::row() + row) * pitch<T>(kColumns) + Product::column() + column,
+        clamp(pair));
   });
   __syncthreads();
   store_tile<kRows, kAcross, kColumns, pitch<T>(kColumns), kThreads>(

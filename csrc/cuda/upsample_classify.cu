@@ -50,8 +50,9 @@ struct Pixels {
   int64_t x_class;
   const float* by_row;  // weights of the ones below
 
-  // Calls `f(class, row, values)` for each class's values of each row.
-  template <class F>
+  // Calls `f(class, row, values)` for each class's values of each row. With Finite the logits'
+  // differences are finite, and a row costs one instruction for a value.
+  template <bool Finite = false, class F>
   __device__ __forceinline__ void for_each(F f) const {
     const T* at[Across][2];
     float below_weight[kRows];
@@ -75,7 +76,8 @@ struct Pixels {
         Vector<float, Across> values;
 #pragma unroll
         for (int j = 0; j < Across; ++j) {
-          values.v[j] = blended(top[j], bottom[j], below_weight[r]);
+          values.v[j] = Finite ? fmaf(bottom[j] - top[j], below_weight[r], top[j])
+                               : blended(top[j], bottom[j], below_weight[r]);
         }
         f(k, r, values);
       }
@@ -109,7 +111,8 @@ __device__ __forceinline__ float sigmoid(float v) {
   return (v > 0 ? 1 : e) / (1 + e);
 }
 
-// The label of one low pixel; kNone where a logit is infinite or NaN.
+// The label of one low pixel; kNone where a logit is infinite, NaN or so large that its difference
+// from another may be infinite.
 template <class T>
 __device__ __forceinline__ int label_of(const T* x, int classes, int64_t x_class) {
   float largest = -INFINITY, zero = 0;
@@ -117,7 +120,7 @@ __device__ __forceinline__ int label_of(const T* x, int classes, int64_t x_class
 #pragma unroll 4
   for (int k = 0; k < classes; ++k) {
     const float v = to_float(x[k * x_class]);
-    zero = fmaf(v, 0, zero);
+    zero = fmaf(4 * v, 0, zero);
     if (v > largest) largest = v, label = k;
   }
   return zero == 0 ? label : kNone;
@@ -292,8 +295,9 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlock
           if (is_larger(value.v[0], largest[r])) largest[r] = value.v[0], label[r] = k;
         });
       } else if (!around.same) {
-        pixels.for_each([&](int k, int r, const Values& value) {
-          if (value.v[0] > largest[r]) largest[r] = value.v[0], label[r] = k;
+        pixels.template for_each<true>([&](int k, int r, const Values& value) {
+          if (value.v[0] > largest[r]) label[r] = k;
+          largest[r] = fmaxf(value.v[0], largest[r]);
         });
       }
       Labels& labels = static_cast<Labels&>(shared);

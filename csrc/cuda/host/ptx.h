@@ -21,6 +21,10 @@ void async_copy_16(void* shared, const void* global, bool exists) {
   emulation::copy_16({shared, exists ? global : nullptr});
 }
 
+inline int kept(int v) { return v; }
+
+inline float2 unpacked(__half2 v) { return __half22float2(v); }
+
 inline void async_commit() { emulation::commit(); }
 
 template <int Pending>
