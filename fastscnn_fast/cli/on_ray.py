@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from .. import cluster
 from ..checkpoints import load_checkpoint
+from ..data.pictures import ENDINGS
 from ..data.results import endings
 from . import options
+from .results import check_kept
 
 
 def add_option(command: argparse.ArgumentParser) -> None:
@@ -28,6 +30,12 @@ def add_option(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     model, found = load_checkpoint(args.weights), cluster.found(args.pictures)
     shared = isinstance(args.out, str)
+    written = endings(args.overlay_format, args.confidence)
+    if not shared:
+        names = (args.out / job.name for job in found.jobs)
+        read = [job.path for job in found.jobs if str(job.path).endswith(ENDINGS)]
+        all_written = (name.with_name(name.name + ending) for name in names for ending in written)
+        check_kept(args.out, read, all_written)
     results = cluster.Results(
         *(args.out if shared else os.path.abspath(args.out), args.size, args.bits),
         *(args.overlay_format, args.confidence),
@@ -51,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     for repeat in found.repeats:
         print(f"left out {repeat}", file=sys.stderr)
     left_out = f", {found.repeated} left out" if found.repeated else ""
-    written = ", *".join(endings(args.overlay_format, args.confidence))
-    where = f"; results: {args.out}/*{written}" if done else ""
+    where = f"; results: {args.out}/*{', *'.join(written)}" if done else ""
     print(f"{done} segmented, {len(problems)} skipped{left_out}{where}")
     return 1 if problems or not done else 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,19 @@ def write(
     for path, content in files.items():
         write_whole(path, content, durable=False)
     return list(files)
+
+
+def check_kept(out: Path, read: Sequence[Path], written: Iterable[Path]) -> None:
+    """Refuses files to be written, below ``out``, over those that are read.
+
+    Raises:
+        ValueError: and which.
+    """
+    met = {os.path.realpath(path) for path in read}
+    for path in written if met else ():
+        if os.path.realpath(path) in met:
+            rule = "--out must keep what is segmented"
+            raise ValueError(f"{rule}, got {out}: {path} would be written over")
 
 
 def about(fast: FusedFastSCNN, command: str) -> dict[str, str]:

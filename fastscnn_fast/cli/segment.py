@@ -219,15 +219,8 @@ def _check(args: argparse.Namespace, found: Found, cameras: list[int]) -> None:
 def _check_out(args: argparse.Namespace, found: Found, pictures: int, videos: list[str]) -> None:
     """Refuses a place for results that they cannot have."""
     file = _is_video_file(args.out)
-    met = {
-        os.path.realpath(job.path) for job in found.jobs if file or job.path.name.endswith(ENDINGS)
-    }
-    for job in found.jobs if met else ():
-        for result in _results(args, job):
-            if os.path.realpath(result) in met:
-                raise ValueError(
-                    f"--out must keep what is segmented, got {args.out}: {result} would be written over"
-                )
+    read = [job.path for job in found.jobs if file or job.path.name.endswith(ENDINGS)]
+    results.check_kept(args.out, read, (one for job in found.jobs for one in _results(args, job)))
     if not file:
         if (
             args.out.suffix.lower() in (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)

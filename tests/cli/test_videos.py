@@ -207,6 +207,7 @@ def test_options_that_go_with_nothing_are_refused(capsys: pytest.CaptureFixture[
         ),
         (["a.mp4", "-o", "a.mp4"], "--out must keep what is segmented, got a.mp4: a.mp4 would be"),
         (["a.png", "a_labels.png", "-o", "."], "--out must keep what is segmented, got .: a_l"),
+        (["a.png", "a_labels.png", "-o", ".", "--ray", "local"], "--out must keep what is"),
         (["a.mp4", "a_overlay.mp4", "-o", "."], "--out must keep what is segmented, got .: a_o"),
         (["a.mp4", "-o", "o.avi"], "--out must be a folder, or, of one video or camera, end in"),
         (["a.png", "-o", "o.png"], "--out must be a folder, or, of one video or camera, end in"),
