@@ -171,7 +171,8 @@ def cuda_code() -> str:
     return " ".join(code + [f"compute_{_cuda_module.ptx}"] * (_cuda_module.ptx > 0)) or "host"
 
 
-#: In the order of preference, but for GPUs: :func:`preferred`.
+#: In the order of preference: of two on GPUs first the one whose kernels execute fewer instructions, which is counted in
+#: their code (benchmarks/aot_report.py), not measured.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -183,25 +184,13 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def preferred(found: gpus.Architecture, dtype: torch.dtype) -> str:
-    """The GPU backend whose kernels execute fewer instructions on such a GPU: counted in their code, not measured.
-
-    Triton's, where it has tensor cores for ``dtype``: of float32 it has none, nor any on compute capability 7.5.
-    """
-    half = dtype != torch.float32 and found != 75
-    return "triton" if half else "cuda"
-
-
 def able(
     config: Config, device: torch.device, dtype: torch.dtype, precision: str = "highest"
 ) -> list[str]:
     """The backends that can run, the preferred first: on a GPU, with precision "high", those that have that."""
     names = [name for name, b in BACKENDS.items() if b.why_not(config, device, dtype) is None]
-    if device.type == "cuda":
-        first = preferred(architecture(device), dtype)
-        names.sort(key=lambda name: name != first)
-        if precision == "high":
-            names.sort(key=lambda name: _why_not_high(name, device, dtype) is not None)
+    if precision == "high" and device.type == "cuda":
+        names.sort(key=lambda name: _why_not_high(name, device, dtype) is not None)
     return names
 
 

@@ -118,29 +118,6 @@ def test_it_is_chosen_by_itself_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -
 
 
 @installed
-@pytest.mark.parametrize(
-    ("found", "dtype", "first"),
-    [
-        (90, torch.float16, "triton"),
-        (80, torch.bfloat16, "triton"),
-        (90, torch.float32, "cuda"),
-        (75, torch.float16, "cuda"),
-    ],
-)
-def test_the_backend_of_fewer_instructions_goes_first(
-    found: int, dtype: torch.dtype, first: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def can(*_: Any) -> None:
-        return None
-
-    both = {name: registry.Backend(name, can) for name in ("cuda", "triton", "reference")}
-    monkeypatch.setattr(registry, "BACKENDS", both)
-    monkeypatch.setattr(registry, "architecture", lambda device: found)
-    assert registry.choose("auto", Config(), GPU, dtype) == first
-    assert set(registry.able(Config(), GPU, dtype)) == set(both)
-
-
-@installed
 def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Which Triton, and why the backend is off; on a machine with a GPU it is on."""
     lines = []
