@@ -121,6 +121,7 @@ def test_it_is_chosen_by_itself_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -
 def test_info(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Which Triton, and why the backend is off; on a machine with a GPU it is on."""
     lines = []
+    monkeypatch.setattr(registry, "_cuda_module", None)  # which would be preferred
     for available in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         monkeypatch.setattr(registry, "architecture", lambda device: 90)
