@@ -19,8 +19,8 @@ constexpr int kLastColumns = 32;  // classes that a block computes
 // the depthwise reads global memory, whatever its stride and dilation.
 template <class T, int In, int Out, int Stride>
 struct Sizes {
-  static constexpr int kAcross = 16;                              // pixels of a tile's row
-  static constexpr int kRows = Stride == 1 && Out <= 64 ? 8 : 4;  // registers hold the sums
+  static constexpr int kAcross = 16;  // pixels of a tile's row
+  static constexpr int kRows = 4;     // of 8 the sums would take half of the registers
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kChunk = 64 / int(sizeof(T));  // input channels
   static constexpr int kChunkPitch = pitch<T>(kChunk);
