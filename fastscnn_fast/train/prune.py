@@ -337,8 +337,9 @@ def prune(
         model: stays as it is.
         flops: operations that are to be left at most, as a share of those of ``model``.
         batches: (x, labels) as ``loss`` takes them, x as the network does: normalised floats or raw uint8 pixels
-            (N, C, H, W). A channel is worth as much as the loss would change without it, to first order. Without
-            batches it is worth the norm of its weights, compared with its like.
+            (N, C, H, W). A channel is worth as much as the loss would change without it, to first order, and what a cut
+            costs is tried out on them: all are kept in memory, a few are enough. Without batches a channel is worth the norm of
+            its weights, compared with its like.
         loss: of full-size logits (N, K, H, W) and labels; by default the cross-entropy, labels of 255 left out.
         arithmetic: whose time is to be saved, a key of :data:`fastscnn_fast.program.arithmetic.ARITHMETICS`; widths become
             multiples of its ``channels``: 32 of bfloat16, 16 of float32, 64 of int8.
@@ -361,18 +362,26 @@ def prune(
         raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}")
     at = model.config.size or SIZE if size is None else picture_size(size)
     pruning = Pruning(model, ARITHMETICS[arithmetic], at)
-    for x, labels in () if batches is None else batches:
-        device = pruning.model.classifier.conv.weight.device
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = pruning.model.reference(x.to(device))
-            value = (loss or _cross_entropy)(logits, labels.to(device))
-            if not value.isfinite():
-                raise ValueError(f"loss must be finite, got {float(value)}")
-            value.backward()
-        pruning.observe()
-    if batches is not None and not pruning.scores:
+    shown = None if batches is None else list(batches)
+    if shown == []:
         raise ValueError("batches must hold at least one (x, labels), got none")
-    return pruning.cut(pruning.choose(flops * operations(model.config, *at)))
+    device = pruning.model.classifier.conv.weight.device
+
+    def value(x: Tensor, labels: Tensor) -> Tensor:
+        logits = pruning.model.reference(x.to(device))
+        return (loss or _cross_entropy)(logits, labels.to(device))
+
+    def total() -> float:
+        return sum(float(value(*batch)) for batch in shown or ())
+
+    for batch in shown or ():
+        with torch.inference_mode(False), torch.enable_grad():
+            if not (now := value(*batch)).isfinite():
+                raise ValueError(f"loss must be finite, got {float(now)}")
+            now.backward()
+        pruning.observe()
+    most = flops * operations(model.config, *at)
+    return pruning.cut(pruning.choose(most, total if shown else None))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
