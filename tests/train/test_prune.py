@@ -369,8 +369,10 @@ def test_one_class_has_a_background_to_learn() -> None:
     model = narrow_network(num_classes=1)
     x = (255 * torch.rand(1, 3, *SIZE)).to(torch.uint8)
     own, theirs = torch.randn(1, 1, 8, 12), Folded(model)(x).detach()
-    p, q = theirs.sigmoid(), own.sigmoid()
-    wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    wanted = torch.zeros((), dtype=torch.float64)
+    for sign in (1, -1):  # the class, and its background
+        p, q = (torch.nn.functional.logsigmoid(sign * z.double()) for z in (theirs, own))
+        wanted += (p.exp() * (p - q)).mean()
     found = Teacher(model, Targets(1), 1.0, 1.0).loss(own, theirs)
     assert float(found) == pytest.approx(float(wanted), rel=1e-4)
 
@@ -443,7 +445,7 @@ def test_a_run(given: PruneRecipe, streets: Examples, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     shares = [float(row["flops"]) for row in rows]
     assert [int(row["step"]) for row in rows] == [2, 4, 5]
-    assert 0.85 < shares[0] <= 0.85**0.5 and shares[1] == shares[2] == share_of(run)
+    assert shares[0] <= 0.85**0.5 and shares[0] >= shares[1] == shares[2] == share_of(run)
     best = load_checkpoint(tmp_path / "best.safetensors")
     assert best.config.bottlenecks == run.model.config.bottlenecks
     assert not best.config.aux and best.config.dsconv_mid_activation == "relu"  # tramac's
