@@ -32,31 +32,31 @@ _HALF = {
 # each thread's share in registers: half the tile and more warps.
 _TURING = {
     "dsconv": Tile(32, block=16, stages=1),
-    "inverted_residual": Tile(16, block=32, warps=8, stages=1),
+    "inverted_residual": Tile(8, block=32, warps=8, stages=1),
     "pyramid_pooling": Tile(16, block=16, stages=1),
     "feature_fusion": Tile(16, block=16, warps=8, stages=1),
 }
 # Tensor memory holds sm_100's sums: four warps do not spill there, eight do.
 _BLACKWELL = {"dsconv": Tile(64, block=32, stages=1)}
-# Where warps multiply on their own, 64 pixels of channels that come by 16 spill under Triton 3.6; so do, on
-# sm_80, 32 channels at a time with a last 1x1.
+# Where warps multiply on their own, 64 pixels of channels that come by 16 spill under Triton 3.6; so do 32 of 128
+# channels at a time, on sm_80 with a last 1x1, on sm_86 to sm_89 without.
 _BY_WARPS = (80, 86, 87, 89, 120)
 _NARROW = Tile(32, block=16, stages=1)
-_WITH_LAST = Tile(64, block=16, warps=8, stages=1)
+_BY_16 = Tile(64, block=16, warps=8, stages=1)
 _HALF_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {75: _TURING, 100: _BLACKWELL}
 # NVIDIA's products of float32 are multiply-adds: smaller tiles on more warps.
 _FLOAT = {
     "stem_conv": Tile(64, stages=1),
     "dsconv": Tile(32, block=32, warps=8, stages=1),
-    "inverted_residual": Tile(16, block=32, warps=8, stages=1),
+    "inverted_residual": Tile(16, block=32, stages=1),
     "pyramid_pooling": Tile(16, block=32, warps=8, stages=1),
-    "feature_fusion": Tile(16, block=32, warps=8, stages=1),
+    "feature_fusion": Tile(8, block=32, warps=8, stages=1),
     "upsample_classify": Tile(128, rows=8),
 }
 # AMD's are matrix instructions, with 512 registers a lane for four waves and half of them for eight.
 _FLOAT_AMD = {
     "dsconv": Tile(32, block=32, stages=1),
-    "inverted_residual": Tile(16, block=32, stages=1),
+    "feature_fusion": Tile(16, block=32, warps=8, stages=1),
 }
 _FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
     "gfx90a": _FLOAT_AMD,
@@ -124,7 +124,7 @@ def _most_outputs(layer: Layer, dtype: torch.dtype, architecture: Architecture) 
         return 2
     if architecture == 90:
         return 4 if narrow and layer.stride == 1 else 2
-    return 2 if narrow else 1
+    return 2 if narrow and (layer.stride == 1 or architecture == 80) else 1
 
 
 # Warp instructions as counted on sm_90 in half precision (inverted_residual, 64 expanded channels a step): of a step for
@@ -148,8 +148,9 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     if layer.op == "dsconv" and table is _HALF and architecture in _BY_WARPS:
         if chunk(layer.in_channels) == 16:
             return _NARROW
-        if layer.last_channels and architecture == 80:
-            return _WITH_LAST
+        wide = chunk(layer.in_channels) == 128 and architecture in (86, 87, 89)
+        if (wide and not layer.last_channels) or (layer.last_channels and architecture == 80):
+            return _BY_16
     by_16 = table is _FLOAT and isinstance(architecture, int)
     if by_16 and (layer.op, chunk(layer.in_channels)) in _FLOAT_BY_16:
         chosen = replace(chosen, block=16)
