@@ -38,11 +38,12 @@ _TURING = {
 }
 # Tensor memory holds sm_100's sums: four warps do not spill there, eight do.
 _BLACKWELL = {"dsconv": Tile(64, block=32, stages=1)}
-# Where warps multiply on their own, 64 pixels of channels that come by 16 spill under Triton 3.6; so do 32 of 128
-# channels at a time, on sm_80 with a last 1x1, on sm_86 to sm_89 without.
+# Where warps multiply on their own, 64 pixels of channels that come by 16 spill under Triton 3.6; so do, 32 channels at
+# a time, those with a last 1x1 on sm_80 and those of 128 channels without one on sm_86 to sm_89.
 _BY_WARPS = (80, 86, 87, 89, 120)
 _NARROW = Tile(32, block=16, stages=1)
-_BY_16 = Tile(64, block=16, warps=8, stages=1)
+_WITH_LAST = Tile(64, block=16, warps=8, stages=1)
+_WIDE = Tile(32, block=32, stages=1)
 _HALF_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {75: _TURING, 100: _BLACKWELL}
 # NVIDIA's products of float32 are multiply-adds: smaller tiles on more warps.
 _FLOAT = {
@@ -148,9 +149,11 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     if layer.op == "dsconv" and table is _HALF and architecture in _BY_WARPS:
         if chunk(layer.in_channels) == 16:
             return _NARROW
+        if layer.last_channels and architecture == 80:
+            return _WITH_LAST
         wide = chunk(layer.in_channels) == 128 and architecture in (86, 87, 89)
-        if (wide and not layer.last_channels) or (layer.last_channels and architecture == 80):
-            return _BY_16
+        if wide and not layer.last_channels:
+            return _WIDE
     by_16 = table is _FLOAT and isinstance(architecture, int)
     if by_16 and (layer.op, chunk(layer.in_channels)) in _FLOAT_BY_16:
         chosen = replace(chosen, block=16)
