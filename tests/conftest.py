@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ GROUPS = (
 )
 NOT_IN_CI = {"gpu", "exhaustive"}
 
+# A shell has Ctrl-C ignored by what it runs in the background, and so by all that this starts: tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Most tensors here are too small to share: on a busy processor threads would wait for each other.
 torch.set_num_threads(1)
 # What failed before is not kept: hypothesis draws from the seed alone.
