@@ -309,7 +309,7 @@ class _Run:
             (self._ld if base == "ld" else self._st)(one, active)
             return
         written = self._written(one)
-        if base in ("atom", "shfl", "setp", "selp", "elect", "bar", "barrier"):
+        if base in ("atom", "shfl", "setp", "selp", "bar", "barrier"):
             value = getattr(self, f"_{'bar' if base == 'barrier' else base}")(one, active)
             if "red" in one.name and base in ("bar", "barrier"):
                 written = [operands[0]]
@@ -410,9 +410,6 @@ class _Run:
         if one.floating or chosen is None or a is None or b is None:
             return None
         return np.where(chosen, a, b)
-
-    def _elect(self, one: _Instruction, active: Integers) -> Value:
-        return None
 
     def _shfl(self, one: _Instruction, active: Integers) -> Value:
         value, lane = self._read(one.operands[1]), self._read(one.operands[2])
