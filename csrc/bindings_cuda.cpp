@@ -55,8 +55,8 @@ void bind_field(py::class_<Arguments>& bound, const char* name, Field Arguments:
   }
 }
 
-// Of an op the struct, with the names of its fields, and `op(arguments, stream)` and
-// `describe(arguments)`.
+// Of an op the struct, with the names of its fields, and `op(arguments, stream, follows)`, a
+// fastscnn_stream's two, and `describe(arguments)`.
 template <class Arguments>
 py::class_<Arguments> bind(py::module_& m, const char* op,
                            int (*call)(const Arguments*, fastscnn_stream)) {
@@ -65,8 +65,8 @@ py::class_<Arguments> bind(py::module_& m, const char* op,
   m.attr("arguments")[op] = bound;
   m.def(
       op,
-      [call, op](const Arguments& arguments, uintptr_t stream) {
-        const int status = call(&arguments, reinterpret_cast<fastscnn_stream>(stream));
+      [call, op](const Arguments& arguments, uintptr_t stream, bool follows) {
+        const int status = call(&arguments, {reinterpret_cast<void*>(stream), follows});
         if (status == 0) return;
         const std::string what = std::string(op) + ": " + fastscnn_cuda_message(status);
         if (status == FASTSCNN_REFUSED) throw std::invalid_argument(what);
@@ -74,7 +74,7 @@ py::class_<Arguments> bind(py::module_& m, const char* op,
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("describe", [call](const Arguments& arguments) {
-    return fc::describe([&] { return call(&arguments, nullptr); });
+    return fc::describe([&] { return call(&arguments, {}); });
   });
   return bound;
 }
@@ -86,6 +86,7 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
 #ifdef FASTSCNN_CUDA_ON_HOST
   m.attr("on_host") = true;
   m.def("set_warp_order", &fc::emulation::set_warp_order);
+  m.def("set_in_flight", &fc::emulation::set_in_flight);
 #else
   m.attr("on_host") = false;
 #endif

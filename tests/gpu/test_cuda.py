@@ -166,7 +166,7 @@ def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
     with pytest.raises(
         RuntimeError, match=r"upsample_classify: .*(driver|device).*\(CUDA error \d+\)"
     ):
-        module.upsample_classify(arguments, 0)
+        module.upsample_classify(arguments, 0, False)
 
 
 def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
