@@ -72,6 +72,7 @@ py::class_<Arguments> bind(py::module_& m, const char* op,
         if (status == FASTSCNN_REFUSED) throw std::invalid_argument(what);
         throw std::runtime_error(what);
       },
+      py::arg("arguments"), py::arg("stream"), py::arg("follows") = false,
       py::call_guard<py::gil_scoped_release>());
   m.def("describe", [call](const Arguments& arguments) {
     return fc::describe([&] { return call(&arguments, {}); });
@@ -104,6 +105,7 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
           [](const fc::Described& d) { return py::make_tuple(d.grid[0], d.grid[1], d.grid[2]); })
       .def_readonly("threads", &fc::Described::threads)
       .def_readonly("shared", &fc::Described::shared)
+      .def_readonly("follows", &fc::Described::follows)
       .def_readonly("parameters", &fc::Described::parameters);
 
   m.attr("arguments") = py::dict();  // the structs by op; each knows its fields but addresses

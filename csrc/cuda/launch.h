@@ -32,6 +32,7 @@ struct Described {
   unsigned grid[3];
   unsigned threads;
   size_t shared;
+  bool follows;  // fastscnn_stream's
   std::vector<Parameter> parameters;
 };
 
@@ -132,6 +133,7 @@ void launch(void (*)(P...), std::index_sequence<I...>, const char* names, const 
                      {unsigned(shape.blocks), unsigned(shape.rows), 1},
                      unsigned(shape.threads),
                      shape.shared,
+                     stream.follows != 0,
                      {parameter(named[I], std::get<I>(arguments))...}});
     return;
   }
