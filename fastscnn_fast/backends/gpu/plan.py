@@ -104,8 +104,9 @@ def _following(steps: Sequence[Step]) -> Iterator[Step]:
     """Each CUDA step after another follows it. The first does not: what was queued before a plan may be its weights."""
     before: Step | None = None
     for step in steps:
-        follows = isinstance(step, CudaStep) and isinstance(before, CudaStep)
-        yield replace(step, follows=True) if follows else step
+        if isinstance(step, CudaStep) and isinstance(before, CudaStep):
+            step = replace(step, follows=True)
+        yield step
         before = step
 
 
