@@ -148,7 +148,8 @@ def test_the_extension_knows_what_it_is_for() -> None:
 
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_launch_without_a_driver_says_what_cuda_says(follows: bool) -> None:
     """The extension loads, and the launch itself is refused, with CUDA's own text."""
     module = registry.cuda_module()
     arguments = module.arguments["upsample_classify"]()
@@ -166,7 +167,7 @@ def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
     with pytest.raises(
         RuntimeError, match=r"upsample_classify: .*(driver|device).*\(CUDA error \d+\)"
     ):
-        module.upsample_classify(arguments, 0)
+        module.upsample_classify(arguments, 0, follows)
 
 
 def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +231,28 @@ def test_a_plan_is_a_step_a_layer_and_at_most_twenty_launches(name: str, host: A
     launches = [one for step in steps for one in cuda.described(step)]
     assert len(launches) <= 20
     assert all(one.threads % 32 == 0 and one.grid[2] == 1 for one in launches)
+
+
+@emulated
+@pytest.mark.parametrize("name", ["tramac", "segmentron"])
+def test_what_follows_what(name: str, host: Any) -> None:
+    """All CUDA steps but a plan's first, and one after another backend's; all launches of a call but its first."""
+    steps = plan_of(name).steps
+    assert [step.follows for step in steps] == [False] + [True] * (len(steps) - 1)
+
+    class Mixed(choices.Choices):
+        def get(self, key: str) -> choices.Choice:
+            return choices.TORCH if key.startswith("feature_fusion") else choices.CUDA
+
+    at = [step.op for step in steps].index("feature_fusion")
+    mixed = plan_of(name, Mixed({})).steps
+    assert isinstance(mixed[at], TorchStep) and not mixed[at + 1].follows
+    assert all(step.follows for step in (*mixed[1:at], *mixed[at + 2 :]))
+    several = {step.op: host.describe(valid(step)) for step in steps}
+    for launches in several.values():
+        assert [one.follows for one in launches] == [False] + [True] * (len(launches) - 1)
+    assert len(several["pyramid_pooling"]) == 3
+    assert len(several["feature_fusion"]) == (2 if name == "segmentron" else 1)
 
 
 @emulated

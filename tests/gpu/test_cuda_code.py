@@ -22,6 +22,7 @@ from fastscnn_fast.backends.gpu.machine import PRODUCTS, count
 from fastscnn_fast.backends.gpus import MULTIPROCESSORS
 from fastscnn_fast.cli import main
 from fastscnn_fast.program.layers import OPS
+from fastscnn_fast.program.memory import Buffer
 from fastscnn_fast.program.program import layer_sizes
 
 pytestmark = [
@@ -58,6 +59,7 @@ def test_every_instantiation(op: str, architecture: int) -> None:
     for name, code in nvcc.compiled(op, architecture).items():
         if architecture in NO_SPILLS:
             assert (code.spills, code.stack) == (0, 0), name
+        check_waiting(code)
         kernel, half = name.partition("<")[0], any(f"<{type_}" in name for type_ in HALF)
         if not half or kernel in NO_PRODUCT:
             continue
@@ -67,6 +69,49 @@ def test_every_instantiation(op: str, architecture: int) -> None:
         assert count(code.instructions, "LDSM") > 0, name
         if architecture >= 80:
             assert count(code.instructions, "LDGSTS") > 0, name
+
+
+#: Machine code of griddepcontrol.wait and .launch_dependents; accesses of global memory.
+WAITS, LETS_BEGIN, ACCESSES = "ACQBULK", "PREEXIT", r"(LD|ST)(G\b|GSTS|\b)|ATOM|RED\b|REDG"
+
+
+def check_waiting(code: nvcc.Code) -> None:
+    """Launches overlap from 9.0 on: a kernel waits once; what it does before only reads, as constants or in PTX's order."""
+    waits, lets = (code.sequence.count(one) for one in (WAITS, LETS_BEGIN))
+    if code.architecture < 90:
+        assert waits == lets == code.ptx.count("griddepcontrol") == 0, code.name
+        return
+    assert waits == lets == 1, code.name
+    before = code.sequence[: code.sequence.index(WAITS)]
+    assert LETS_BEGIN in before, code.name
+    copies = [one for one in before if one.startswith("LDGSTS")]
+    others = [one for one in before if re.match(ACCESSES, one) and one not in copies]
+    assert all(one.startswith("LDG.") and one.endswith(".CONSTANT") for one in others), code.name
+    assert len(copies) == before_waiting(code.ptx).count("cp.async.cg"), code.name
+
+
+def before_waiting(ptx: str) -> str:
+    return ptx[: ptx.index("griddepcontrol.wait")]
+
+
+def touched_before_waiting(ptx: str) -> set[int]:
+    """The parameters through which a kernel accesses global memory before it waits."""
+    origins: dict[str, set[int]] = {}
+    touched: set[int] = set()
+    for _ in range(2):  # what a loop's end makes, its beginning may use
+        for name, operands in re.findall(
+            r"^\s*(?:@!?%p\d+ )?([a-z]\w*\.[\w.:]+)\s+(.*?);", before_waiting(ptx), re.MULTILINE
+        ):
+            parameter = re.search(r"_param_(\d+)\]", operands)
+            registers = re.findall(r"%[a-z]+\d+", operands)
+            found = set().union(*(origins.get(one, set()) for one in registers))
+            if name.startswith("ld.param") and parameter:
+                origins[registers[0]] = {int(parameter[1])}
+            elif re.match(r"(ld|st|atom|red)\.(?!param|shared|local)|cp\.async\.cg", name):
+                touched |= found
+            elif registers:
+                origins[registers[0]] = origins.get(registers[0], set()) | found
+    return touched
 
 
 def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Described]:
@@ -91,6 +136,22 @@ def test_resident_warps_of_the_network(op: str, architecture: int) -> None:
                 registers = codes[one.kernel].registers
                 warps = one.threads // 32
                 assert multiprocessor.resident_warps(warps, registers, one.shared) >= 8, one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_only_weights_are_touched_before_waiting(op: str) -> None:
+    """Of what the network launches; the larger kernels do fetch some."""
+    codes = nvcc.compiled(op, 90)
+    fetched = set()
+    for name, dtype in product(PRESETS, (torch.float32, torch.float16)):
+        for one in launched(name, dtype, op):
+            touched = touched_before_waiting(codes[one.kernel].ptx)
+            buffers = [value for at in touched for value in one.parameters[at][2:]]
+            memories = {buffer.memory for buffer in buffers if isinstance(buffer, Buffer)}
+            assert memories <= {"weights"}, one
+            fetched |= memories
+    assert bool(fetched) == (op != "upsample_classify")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

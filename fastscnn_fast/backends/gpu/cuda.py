@@ -26,12 +26,14 @@ ALIGNMENT = 16
 class CudaStep:
     """One call of the C interface: ``sizes`` and the addresses of ``arguments`` fill the op's struct.
 
-    Of ``sizes`` the struct takes what it has; addresses that a layer has not stay null.
+    Of ``sizes`` the struct takes what it has; addresses that a layer has not stay null. ``follows``: nothing is
+    queued between the CUDA step before and this one, which may begin while that one ends (fastscnn_stream).
     """
 
     op: str
     sizes: Mapping[str, Any]
     arguments: Mapping[str, Buffer]
+    follows: bool = False
 
     @property
     def buffers(self) -> Mapping[str, Buffer]:
@@ -62,7 +64,7 @@ class CudaStep:
         """
         module = registry.cuda_module()
         stream = 0 if module.on_host else torch.cuda.current_stream().cuda_stream
-        getattr(module, self.op)(arguments, stream)
+        getattr(module, self.op)(arguments, stream, self.follows)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod
 
@@ -97,7 +97,17 @@ class Plan:
                 at = max(at, end)
             offsets[name] = at
         total = max((offsets[n] + size[n] for n in size), default=0)
-        return Plan(tuple(steps), offsets, total, size.get(COUNTERS, 0))
+        return Plan(tuple(_following(steps)), offsets, total, size.get(COUNTERS, 0))
+
+
+def _following(steps: Sequence[Step]) -> Iterator[Step]:
+    """Each CUDA step after another follows it. The first does not: what was queued before a plan may be its weights."""
+    before: Step | None = None
+    for step in steps:
+        if isinstance(step, CudaStep) and isinstance(before, CudaStep):
+            step = replace(step, follows=True)
+        yield step
+        before = step
 
 
 @dataclass(frozen=True)
