@@ -118,21 +118,23 @@ def step(
     dtype: torch.dtype,
     output: str,
     processors: int,
+    slices: int | None = None,
 ) -> CudaStep:
     """``layer`` on ``inputs`` (feature_fusion: (high, low)), laid out as plan.placed() does.
 
-    Its work is cut for a GPU of so many multiprocessors.
+    Its work is cut for a GPU of so many multiprocessors, inverted_residual's into ``slices`` where they are given.
     """
     made = _STEPS[layer.op](layer, inputs, out, weights, output)
     made = replace(made, sizes={"type": _TYPES[dtype], **_of_layer(layer), **made.sizes})
-    return _cut(made, processors) if layer.op == "inverted_residual" else made
+    return _cut(made, processors, slices) if layer.op == "inverted_residual" else made
 
 
-def _cut(made: CudaStep, processors: int) -> CudaStep:
-    """With the slices that fill the GPU, and the scratch in which their sums meet."""
+def _cut(made: CudaStep, processors: int, slices: int | None) -> CudaStep:
+    """With ``slices`` or those that fill the GPU, and the scratch in which their sums meet."""
     module = registry.cuda_module()
     made = replace(made, sizes={**made.sizes, "slices": 1})
-    slices = module.inverted_residual_slices(made.struct(), processors)
+    if slices is None:
+        slices = module.inverted_residual_slices(made.struct(), processors)
     made = replace(made, sizes={**made.sizes, "slices": slices})
     partials, counters = module.inverted_residual_scratch(made.struct())
     scratch = {

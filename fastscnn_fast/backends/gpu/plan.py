@@ -17,7 +17,7 @@ from ...program.program import Program
 from .. import registry
 from ..gpus import Architecture
 from . import choices, cuda
-from .choices import Choice, Choices
+from .choices import Choice, Choices, Sliced
 from .cuda import CudaStep
 from .tiles import processors, tile
 from .torch_step import TorchStep
@@ -158,9 +158,9 @@ def _steps(
     if dtype == torch.int8 and not isinstance(cut, Tile):
         registry.log_once(f"{cut} is not taken: int8 has Triton's kernels alone")
         cut = place.tile(dtype, architecture)
-    if cut == choices.CUDA:
-        count = processors(architecture)
-        return [cuda.step(layer, place.inputs, out, weights, dtype, output, count)]
+    if cut == choices.CUDA or isinstance(cut, Sliced):
+        count, slices = processors(architecture), cut.slices if isinstance(cut, Sliced) else None
+        return [cuda.step(layer, place.inputs, out, weights, dtype, output, count, slices)]
     if cut == choices.TORCH:
         names = input_names(layer)
         arguments = {**dict(zip(names, place.inputs)), "out": out, **weights}
