@@ -229,7 +229,7 @@ BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
 LATER_WAIT = r"async_wait<(1|kStages - 2)>\(\);"
 WAIT = r"wait_for_launches_before\(\);"
 KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, BARRIERS, OTHERS)),
+    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, WRITTEN, BARRIERS, OTHERS)),
     ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", (BARRIERS,)),
     ("copies not waited for", LAST_WAIT, ";", (NUMBERS, COPIES)),
     ("copies waited for too late", LATER_WAIT, r"async_wait<\1 + 1>();", (NUMBERS, COPIES)),
