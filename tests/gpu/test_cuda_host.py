@@ -226,7 +226,7 @@ class Mutant:
 
 
 BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
-LATER_WAIT = r"async_wait<(1|kStages - 2)>\(\);"
+LATER_WAIT = r"async_wait<([12]|kStages - 2)>\(\);"
 WAIT = r"wait_for_launches_before\(\);"
 KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, WRITTEN, BARRIERS, OTHERS)),
