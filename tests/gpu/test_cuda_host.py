@@ -247,7 +247,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         r"*reinterpret_cast<char*>(out) = 0; \g<0>",
         (LAUNCHES,),
     ),
-    ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", (NUMBERS,)),
+    ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", (NUMBERS, WRITTEN)),
     (
         "reads past the edge",
         r"(?<=z >= 0 && z) < width|(?<=column >= 0 && column) < width",
