@@ -12,6 +12,23 @@
 
 namespace fastscnn::cuda {
 
+// Where in a word of PerWord taps a lane's part of a tap's diagonal matrix lies, by tile: in one byte
+// of it, or nowhere, which byte 4 is, a zero.
+template <int PerWord>
+struct ByteSelect {
+  uint32_t of[2][PerWord];
+
+  __device__ __forceinline__ ByteSelect() {
+    const int lane = threadIdx.x % 32;
+    const uint32_t place = lane % 4 == lane / 8 ? 1 << lane / 4 % 2 * 4 : 0;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int tap = 0; tap < PerWord; ++tap) of[j][tap] = 0x4444 - (4 - tap) * (place << 8 * j);
+    }
+  }
+};
+
 // Sixteen channels' weights of nine taps in words of PerWord taps, as a lane needs them.
 template <int PerWord>
 class ByteFilter {
@@ -33,19 +50,16 @@ class ByteFilter {
         words_[j][word] = own[j * other + word * pitch];
       }
     }
-    const int lane = threadIdx.x % 32;
-    place_ = lane % 4 == lane / 8 ? 1 << lane / 4 % 2 * 4 : 0;
   }
 
   // The lane's part of a tap's diagonal matrix of the j-th tile: one byte, or none.
-  __device__ __forceinline__ uint32_t diagonal(int j, int tap) const {
-    const int select = 0x4444 + (tap % PerWord - 4) * (place_ << 8 * j);  // byte 4 is zero
-    return permuted(words_[j][tap / PerWord], 0, select);
+  __device__ __forceinline__ uint32_t diagonal(const ByteSelect<PerWord>& select, int j,
+                                               int tap) const {
+    return permuted(words_[j][tap / PerWord], 0, select.of[j][tap % PerWord]);
   }
 
  private:
   uint32_t words_[2][divided_up(9, PerWord)];
-  int place_;
 };
 
 // A tile's windows one tap after the other, each a tile of its own: of any stride and dilation.
@@ -59,11 +73,11 @@ struct Windows {
 // The factors of 16 Rows pixels from `first` on, to `left`; `memory`, in which the halo is, and
 // `left` at the first of the 16 channels; bias and multiplier of the lane's four. `left` may be the
 // halo: what another warp reads is not written to.
-template <int Rows, int LeftPitch, int PerWord, class Halo>
+template <int Rows, int LeftPitch, int PerWord, class Halo, class R>
 __device__ __forceinline__ void depthwise(const Halo& halo, const Byte* memory, Byte* left,
                                           int first, const ByteFilter<PerWord>& filter,
-                                          const int4& bias, const float4& multiplier,
-                                          const Rounding& rounding) {
+                                          const ByteSelect<PerWord>& select, const int4& bias,
+                                          const float4& multiplier, const R& rounding) {
   Sums<Rows, 2> sums;
   sums.fill(0, bias.x, bias.y);
   sums.fill(1, bias.z, bias.w);
@@ -78,8 +92,8 @@ __device__ __forceinline__ void depthwise(const Halo& halo, const Byte* memory, 
     windows[i] = memory + halo.window(first + 16 * i + lane % 16) + (second ? distance(0, 1) : 0);
   }
   const auto pair = [&](auto tap, auto other, int move) {
-    const uint32_t even[2]{filter.diagonal(0, tap), filter.diagonal(0, other)};
-    const uint32_t odd[2]{filter.diagonal(1, tap), filter.diagonal(1, other)};
+    const uint32_t even[2]{filter.diagonal(select, 0, tap), filter.diagonal(select, 0, other)};
+    const uint32_t odd[2]{filter.diagonal(select, 1, tap), filter.diagonal(select, 1, other)};
 #pragma unroll
     for (int i = 0; i < Rows; ++i) {
       uint32_t a[4];
@@ -92,7 +106,7 @@ __device__ __forceinline__ void depthwise(const Halo& halo, const Byte* memory, 
   pair(Constant<3>{}, Constant<4>{}, 0);
   pair(Constant<6>{}, Constant<7>{}, 0);
   pair(Constant<2>{}, Constant<5>{}, second ? distance(2, 5) - distance(0, 1) : 0);
-  const uint32_t even = filter.diagonal(0, 8), odd = filter.diagonal(1, 8);
+  const uint32_t even = filter.diagonal(select, 0, 8), odd = filter.diagonal(select, 1, 8);
 #pragma unroll
   for (int i = 0; i < Rows; ++i) {
     uint32_t a[2];

@@ -35,29 +35,49 @@ __device__ __forceinline__ float scaled(int sum, float multiplier) {
 
 // rint(v) + zero of floats v, as integers which saturated() makes bytes of.
 //
-// Of floats below 2^-126 the bits are an integer, in units of 2^-149; so the product with that unit
+// Of floats below 2^-126 the bits are an integer, in units of 2^-149; so a product with that unit
 // rounds to an integer, ties to even, and one that is negative or large stays so as a number of
-// bits. Denormals must not be flushed; nvcc does not where nobody asks for it.
-class Rounding {
+// bits. Denormals must not be flushed; nvcc does not where nobody asks for it. With an even zero
+// the sum with it has the same ties, and product and sum are one instruction.
+class EvenRounding {
  public:
-  __device__ __forceinline__ explicit Rounding(int zero)
+  __device__ __forceinline__ explicit EvenRounding(int zero)
       : zero_(__fmul_rn(__int2float_rn(zero), kUnit)) {}
 
   __device__ __forceinline__ int operator()(float v) const {
-    return __float_as_int(__fadd_rn(__fmul_rn(v, kUnit), zero_));
+    return bits_of_multiply_add(v, kUnit, zero_);
   }
 
- private:
+ protected:
   static constexpr float kUnit = 0x1p-149f;
   float zero_;
 };
+
+class Rounding : private EvenRounding {
+ public:
+  using EvenRounding::EvenRounding;
+  __device__ __forceinline__ int operator()(float v) const {
+    return bits_of_sum(__fmul_rn(v, kUnit), zero_);
+  }
+};
+
+// Calls `f` with what rounds to that zero.
+template <class F>
+__device__ __forceinline__ void with_rounding(int zero, F f) {
+  if (zero % 2 == 0) {
+    f(EvenRounding(zero));
+  } else {
+    f(Rounding(zero));
+  }
+}
 
 // Bytes and factors of each other, four at once.
 __device__ __forceinline__ uint32_t factors(uint32_t bytes) { return bytes ^ 0x80808080u; }
 
 // Sums of four adjacent columns as a word of bytes.
+template <class R>
 __device__ __forceinline__ uint32_t requantised(const int4& sums, const float4& multiplier,
-                                                const Rounding& rounding) {
+                                                const R& rounding) {
   return saturated(rounding(scaled(sums.x, multiplier.x)), rounding(scaled(sums.y, multiplier.y)),
                    rounding(scaled(sums.z, multiplier.z)), rounding(scaled(sums.w, multiplier.w)));
 }
@@ -147,10 +167,10 @@ __device__ __forceinline__ float4 load_four(const float* values, int column) {
 
 // The bytes, or factors, of all sums to `to`, of which the lane's warp has the first (16 Rows, 8
 // Columns) in rows Pitch bytes apart; `multiplier` ends after `columns`.
-template <bool Grouped, bool Factors, int Pitch, int Rows, int Columns>
+template <bool Grouped, bool Factors, int Pitch, int Rows, int Columns, class R>
 __device__ __forceinline__ void store_bytes(const Sums<Rows, Columns>& sums,
-                                            const float* multiplier, int columns,
-                                            const Rounding& rounding, Byte* to) {
+                                            const float* multiplier, int columns, const R& rounding,
+                                            Byte* to) {
   constexpr int kWord = Grouped ? 4 : 2;  // adjacent columns of a lane
   to += threadIdx.x % 32 / 4 * Pitch;
 #pragma unroll
@@ -223,32 +243,57 @@ __device__ __forceinline__ void multiply(Sums<Rows, Columns>& total, const Byte*
                                              right + own_right_bytes(RightPitch));
 }
 
-// Queues copies of `rows` x `bytes` of a matrix in global memory to shared memory, zeros beyond
-// them up to (Rows, Bytes); a block's Threads share them. Grouped: in the rows that grouped() says.
-// Pitch is 0 where it is known only at run time.
+// Copies of `rows` x `bytes` of matrices in global memory to shared memory, zeros beyond them up to
+// (Rows, Bytes); a block's Threads share them. Grouped: in the rows that grouped() says. Pitch is 0
+// where it is known only at run time.
+template <int Rows, int Bytes, int Pitch, int Threads, bool Grouped>
+class RowCopies {
+ public:
+  __device__ __forceinline__ RowCopies(Byte* to, const Byte* from, int from_pitch,
+                                       int to_pitch = Pitch)
+      : from_pitch_(from_pitch), to_pitch_(to_pitch) {
+    to_ = to + (Grouped ? grouped(row()) : row()) * to_pitch + byte();
+    from_ = from + int64_t{row()} * from_pitch + byte();
+  }
+
+  // Queues those of the matrix that begins `move` bytes after the first.
+  __device__ __forceinline__ void queue(int64_t move, int rows, int bytes) const {
+    if (Rows < kPass && row() >= Rows) return;
+    const bool whole = rows >= Rows && bytes >= Bytes;  // where it is known, nothing is asked
+    const Byte* from = from_ + move;
+    unrolled<divided_up(Rows, kPass)>([&](auto pass) {
+      constexpr int first = pass * kPass;
+      if (first + kPass > Rows && row() + first >= Rows) return;
+      unrolled<kSteps>([&](auto step) {
+        constexpr int along = step * kLanes * kVector;
+        const bool exists = whole || (row() + first < rows && byte() + along < bytes);
+        async_copy_16<first * Pitch + along>(Pitch ? to_ : to_ + first * to_pitch_, from + along,
+                                             exists);
+      });
+      from += kPass * from_pitch_;
+    });
+  }
+
+ private:
+  static constexpr int kVectors = Bytes / kVector, kLanes = kVectors & -kVectors;
+  static constexpr int kSteps = kVectors / kLanes, kPass = Threads / kLanes;
+  static_assert(Bytes % kVector == 0 && kLanes * kPass == Threads);
+  static_assert(!Grouped || (kPass % 16 == 0 && Rows % 16 == 0));
+
+  __device__ static __forceinline__ int row() { return threadIdx.x / kLanes; }
+  __device__ static __forceinline__ int byte() { return threadIdx.x % kLanes * kVector; }
+
+  Byte* to_;
+  const Byte* from_;
+  int from_pitch_, to_pitch_;
+};
+
+// Of one matrix.
 template <int Rows, int Bytes, int Pitch, int Threads, bool Grouped>
 __device__ __forceinline__ void copy_rows(Byte* to, const Byte* from, int from_pitch, int rows,
                                           int bytes, int to_pitch = Pitch) {
-  constexpr int kVectors = Bytes / kVector, kLanes = kVectors & -kVectors;
-  constexpr int kSteps = kVectors / kLanes, kPass = Threads / kLanes;
-  static_assert(Bytes % kVector == 0 && kLanes * kPass == Threads);
-  static_assert(!Grouped || (kPass % 16 == 0 && Rows % 16 == 0));
-  const int row = threadIdx.x / kLanes, byte = threadIdx.x % kLanes * kVector;
-  if (Rows < kPass && row >= Rows) return;
-  const bool whole = rows >= Rows && bytes >= Bytes;  // where it is known, nothing is asked
-  to += (Grouped ? grouped(row) : row) * to_pitch + byte;
-  from += int64_t{row} * from_pitch + byte;
-  unrolled<divided_up(Rows, kPass)>([&](auto pass) {
-    constexpr int first = pass * kPass;
-    if (first + kPass > Rows && row + first >= Rows) return;
-    unrolled<kSteps>([&](auto step) {
-      constexpr int along = step * kLanes * kVector;
-      const bool exists = whole || (row + first < rows && byte + along < bytes);
-      async_copy_16<first * Pitch + along>(Pitch ? to : to + first * to_pitch, from + along,
-                                           exists);
-    });
-    from += kPass * from_pitch;
-  });
+  RowCopies<Rows, Bytes, Pitch, Threads, Grouped>(to, from, from_pitch, to_pitch)
+      .queue(0, rows, bytes);
 }
 
 }  // namespace fastscnn::cuda

@@ -240,9 +240,23 @@ __device__ __forceinline__ uint32_t saturated(int a, int b) {
   return word;
 }
 
-// The word whose byte i is byte `select` >> 4 i of the words a, then b.
+// The word whose byte i is byte `select` >> 4 i of the words a, then b; all of those are below 8.
 __device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t select) {
-  return __byte_perm(a, b, select);
+  uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(select));
+  return word;
+}
+
+// The bits of a b + c, rounded once, and of a + b.
+__device__ __forceinline__ int bits_of_multiply_add(float a, float b, float c) {
+  int bits;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=r"(bits) : "f"(a), "f"(b), "f"(c));
+  return bits;
+}
+__device__ __forceinline__ int bits_of_sum(float a, float b) {
+  int bits;
+  asm("add.rn.f32 %0, %1, %2;" : "=r"(bits) : "f"(a), "f"(b));
+  return bits;
 }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }

@@ -201,11 +201,14 @@ inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t select) {
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __int2float_rn(int v) { return static_cast<float>(v); }
-inline int __float_as_int(float v) {
+
+inline int bits_of(float v) {
   int bits;
   std::memcpy(&bits, &v, sizeof bits);
   return bits;
 }
+inline int bits_of_multiply_add(float a, float b, float c) { return bits_of(fmaf(a, b, c)); }
+inline int bits_of_sum(float a, float b) { return bits_of(a + b); }
 
 inline void sync_warp() {
   emulation::collective(nullptr, [](void* const*) {});
