@@ -103,6 +103,24 @@ typedef int fastscnn_bins[FASTSCNN_MOST_BINS];
   F(fastscnn_input, refine_bias) F(fastscnn_input, low_weight) F(fastscnn_input, high_weight) \
   F(fastscnn_input, bias) F(fastscnn_output, refined) F(fastscnn_output, out)
 
+/* In int8 (the ops whose names end so) activations are uint8, `pixel` a multiple of 32 channels,
+ * whatever pads them; packed weights are fastscnn_fast/lower/gpu_int8.py's. What the ops compute is
+ * specified by fastscnn_fast/program/integers.py. */
+
+/* As dsconv; with last_channels `out` is float32. */
+#define FASTSCNN_FIELDS_dsconv_int8(F)                                                         \
+  F(int, in_channels) F(int, out_channels) F(int, last_channels) F(int, stride)                \
+  F(int, dilation)                                                                             \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)               \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_pixel) F(int64_t, out_image)          \
+  F(int64_t, out_pixel) F(int64_t, out_channel)                                                \
+  F(fastscnn_input, x) F(fastscnn_input, depthwise_weight) F(fastscnn_input, depthwise_bias)   \
+  F(fastscnn_input, depthwise_multiplier) F(fastscnn_input, depthwise_zero)                    \
+  F(fastscnn_input, pointwise_weight) F(fastscnn_input, pointwise_bias)                        \
+  F(fastscnn_input, pointwise_multiplier) F(fastscnn_input, pointwise_zero)                    \
+  F(fastscnn_input, last_weight) F(fastscnn_input, last_bias)                                  \
+  F(fastscnn_input, last_multiplier) F(fastscnn_output, out)
+
 /* Bilinear resize of logits (any strides, `type`) -> `output` of every pixel: logits or
  * probabilities of `out_type` (images, classes, height, width), or uint8 labels (images, height,
  * width), contiguous. */
@@ -117,7 +135,8 @@ typedef void* fastscnn_stream; /* a cudaStream_t */
 
 #define FASTSCNN_OPS(OP)                                     \
   OP(stem_conv) OP(dsconv) OP(inverted_residual)             \
-  OP(pyramid_pooling) OP(feature_fusion) OP(upsample_classify)
+  OP(pyramid_pooling) OP(feature_fusion) OP(upsample_classify) \
+  OP(dsconv_int8)
 /* clang-format on */
 
 #define FASTSCNN_MEMBER(TYPE, NAME) TYPE NAME;

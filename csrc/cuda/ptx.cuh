@@ -76,6 +76,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                : "r"(shared_address(row)), "n"(Offset));
 }
 
+// Two, whose rows lanes 0-15 point to.
+template <int Offset = 0>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2+%3];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row)), "n"(Offset));
+}
+
 template <int Offset = 0>
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
@@ -83,7 +91,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "r"(shared_address(row)), "n"(Offset));
 }
 
-// Two, whose rows lanes 0-15 point to.
 template <int Offset = 0>
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2+%3];"
@@ -157,6 +164,85 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], uint3
 #else
   __trap();
 #endif
+}
+
+// d (16x8, int) += a (16x32 bytes) b (32x8, int8); a's are int8, or uint8.
+template <bool Unsigned = false>
+__device__ __forceinline__ void multiply_add_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                   uint32_t b1);
+// The same of half the depth.
+template <bool Unsigned = false>
+__device__ __forceinline__ void multiply_add_bytes(int (&d)[4], uint32_t a0, uint32_t a1,
+                                                   uint32_t b);
+
+#if __CUDA_ARCH__ >= 800
+#define FASTSCNN_MULTIPLY_BYTES(UNSIGNED, TYPE)                                             \
+  template <>                                                                               \
+  __device__ __forceinline__ void multiply_add_bytes<UNSIGNED>(                             \
+      int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                      \
+    int r[4];                                                                               \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." TYPE                              \
+                 ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"        \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(d[0]), \
+                   "r"(d[1]), "r"(d[2]), "r"(d[3]));                                        \
+    memcpy(d, r, sizeof r);                                                                 \
+  }                                                                                         \
+  template <>                                                                               \
+  __device__ __forceinline__ void multiply_add_bytes<UNSIGNED>(int (&d)[4], uint32_t a0,    \
+                                                               uint32_t a1, uint32_t b) {   \
+    int r[4];                                                                               \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32." TYPE                              \
+                 ".s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                    \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
+                 : "r"(a0), "r"(a1), "r"(b), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]));   \
+    memcpy(d, r, sizeof r);                                                                 \
+  }
+#else
+// sm_75 has eight rows of half the depth.
+#define FASTSCNN_MULTIPLY_BYTES(UNSIGNED, TYPE)                                           \
+  template <>                                                                             \
+  __device__ __forceinline__ void multiply_add_bytes<UNSIGNED>(int (&d)[4], uint32_t a0,  \
+                                                               uint32_t a1, uint32_t b) { \
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." TYPE                             \
+                 ".s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"                                  \
+                 : "+r"(d[0]), "+r"(d[1])                                                 \
+                 : "r"(a0), "r"(b));                                                      \
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." TYPE                             \
+                 ".s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"                                  \
+                 : "+r"(d[2]), "+r"(d[3])                                                 \
+                 : "r"(a1), "r"(b));                                                      \
+  }                                                                                       \
+  template <>                                                                             \
+  __device__ __forceinline__ void multiply_add_bytes<UNSIGNED>(                           \
+      int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                    \
+    multiply_add_bytes<UNSIGNED>(d, a[0], a[1], b0);                                      \
+    multiply_add_bytes<UNSIGNED>(d, a[2], a[3], b1);                                      \
+  }
+#endif
+FASTSCNN_MULTIPLY_BYTES(false, "s8")
+FASTSCNN_MULTIPLY_BYTES(true, "u8")
+#undef FASTSCNN_MULTIPLY_BYTES
+
+// Four integers as bytes of a word, the first the lowest, each the nearest to it from 0 to 255.
+__device__ __forceinline__ uint32_t saturated(int a, int b, int c, int d) {
+  uint32_t word;
+  asm("{.reg .b32 high; cvt.pack.sat.u8.s32.b32 high, %4, %3, 0; "
+      "cvt.pack.sat.u8.s32.b32 %0, %2, %1, high;}"
+      : "=r"(word)
+      : "r"(a), "r"(b), "r"(c), "r"(d));
+  return word;
+}
+// Two, in the lower half.
+__device__ __forceinline__ uint32_t saturated(int a, int b) {
+  uint32_t word;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %2, %1, 0;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+
+// The word whose byte i is byte `select` >> 4 i of the words a, then b.
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t select) {
+  return __byte_perm(a, b, select);
 }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from ...lower.gpu import computed_channels
-from ...program.arithmetic import dtypes
 from ...program.layers import ACTIVATIONS, OUTPUTS, Layer
 from ...program.memory import COUNTERS, PARTIALS, Buffer
 from .. import registry
 from . import nvcc
 
 # As csrc/cuda/fastscnn_cuda.h numbers them.
-_TYPES = {dtype: number for number, dtype in enumerate((*dtypes("cuda"), torch.uint8))}
+_TYPES = {
+    dtype: number
+    for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.uint8))
+}
 #: Bytes of which the address of every plane and piece of weights is a multiple.
 ALIGNMENT = 16
 
@@ -122,7 +124,11 @@ def step(
     Its work is cut for a GPU of so many multiprocessors.
     """
     made = _STEPS[layer.op](layer, inputs, out, weights, output)
-    made = replace(made, sizes={"type": _TYPES[dtype], **_of_layer(layer), **made.sizes})
+    sizes = {**_of_layer(layer), **made.sizes}
+    if dtype == torch.int8:
+        made = replace(made, op=f"{layer.op}_int8", sizes=sizes)
+    else:
+        made = replace(made, sizes={"type": _TYPES[dtype], **sizes})
     return _cut(made, processors) if layer.op == "inverted_residual" else made
 
 
