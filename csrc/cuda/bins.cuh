@@ -1,5 +1,5 @@
-// Bins of adaptive average pools and the grids of their cells; all branches' bins are a byte each of
-// one number.
+// Bins of adaptive average pools and the grids of their cells; all branches' bins are a byte each
+// of one number.
 #pragma once
 
 #include "elements.cuh"

@@ -1,10 +1,10 @@
 // x -> conv(x), bytes to bytes, 1x1 or 3x3 at stride 1; with grids, of x and of those, resized to
 // x's size, side by side.
 //
-// A block owns 4 x 8 pixels and 64 output channels. Chunk by chunk, 64 bytes of channels, it has the
-// tile's pixels (for a 3x3 those around them too) in shared memory: x as it lies, then the grids,
-// which are resized to bytes on the way. All taps of a chunk are multiplied from there, a step each;
-// weights arrive kStages - 1 steps ahead.
+// A block owns 4 x 8 pixels and 64 output channels. Chunk by chunk, 64 bytes of channels, it has
+// the tile's pixels (for a 3x3 those around them too) in shared memory: x as it lies, then the
+// grids, which are resized to bytes on the way. All taps of a chunk are multiplied from there, a
+// step each; weights arrive kStages - 1 steps ahead.
 #pragma once
 
 #include "resize_int8.cuh"
@@ -61,10 +61,10 @@ struct IntegerConvolutionSizes {
 // tile of image block / (tiles down and across).
 template <int Side>
 __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
-    convolution_int8_kernel(const Byte* __restrict__ x, const int8_t* __restrict__ weight,
+    convolution_int8_kernel(const Byte* __restrict__ x, const Byte* __restrict__ weight,
                             const int* __restrict__ bias, const float* __restrict__ multiplier,
                             const int* __restrict__ zero, const int* __restrict__ outside,
-                            const Byte* __restrict__ grids, const int8_t* __restrict__ grid_weight,
+                            const Byte* __restrict__ grids, const Byte* __restrict__ grid_weight,
                             const int* __restrict__ floor, Byte* __restrict__ out, int height,
                             int width, int tiles_down, int tiles_across, int in_channels,
                             int grid_channels, int out_channels, int mid, int64_t bins,
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
     if (position == 0) grid.width = columns, grid.first = first;
     const bool along = position >= S::kHaloRows;
     const int at = along ? start + position - S::kHaloRows - Side / 2 : top + position - Side / 2;
-    grid.samples[position] =
-        fixed_sample(at < 0 ? 0 : at, along ? columns : rows, along ? width : height, align_corners);
+    grid.samples[position] = fixed_sample(at < 0 ? 0 : at, along ? columns : rows,
+                                          along ? width : height, align_corners);
   }
 
   // A thread has the same 16 bytes of a chunk of several pixels.
@@ -171,18 +171,19 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
     const int chunk = step / S::kTaps, tap = step % S::kTaps;
     const bool of_x = chunk < x_chunks;
     const int depth = of_x ? in_channels : grid_channels, rest = depth_of(chunk);
-    const int8_t* const from = (of_x ? weight : grid_weight) +
-                               (int64_t{tap} * row_pitch + first_column) * depth + (depth - rest);
-    copy_rows<S::kColumns, S::kChunk, S::kPitch, S::kThreads, kTiles>(
-        right(step), reinterpret_cast<const Byte*>(from), depth, row_pitch - first_column, rest);
+    const Byte* const from = (of_x ? weight : grid_weight) +
+                             (int64_t{tap} * row_pitch + first_column) * depth + (depth - rest);
+    copy_rows<S::kColumns, S::kChunk, S::kPitch, S::kThreads, kTiles / 2>(
+        right(step), from, depth, row_pitch - first_column, rest);
     if (tap == 0 && of_x) queue_x(chunk);
     if (tap == 0 && !of_x) resize(chunk);
   };
 
   Sums<kRows, kTiles> total;
-  const int lane = threadIdx.x % 32, own_column = first_column + Product::column() + lane % 4 * 8;
-  total.template start<kTiles>(bias + first_column + Product::column(),
-                               row_pitch - first_column - Product::column());
+  const int lane = threadIdx.x % 32,
+            own_column = first_column + Product::column() + own_four<kTiles / 2>();
+  total.template start_fours<kTiles / 2>(bias + first_column + Product::column(),
+                                         row_pitch - first_column - Product::column());
   const int own_pixel = Product::row() + lane % 16;
   const int own_slot = own_pixel / S::kAcross * S::kHaloColumns + own_pixel % S::kAcross;
   const int own_left = own_slot * S::kPitch + lane / 16 * kVector;
@@ -194,16 +195,15 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
     if (step >= 0) {
       async_wait<S::kStages - 2>();
       if (tap == 0) {
-        each_slot([&](int slot, int, int) {
-          to_factors(left(chunk) + slot * S::kPitch + within);
-        });
+        each_slot([&](int slot, int, int) { to_factors(left(chunk) + slot * S::kPitch + within); });
       }
       __syncthreads();
     }
     if (step + S::kStages - 1 < steps) queue(step + S::kStages - 1);
     async_commit();
     if (step < 0) continue;
-    const Byte* const a = left(chunk) + own_left + (tap / Side * S::kHaloColumns + tap % Side) * S::kPitch;
+    const Byte* const a =
+        left(chunk) + own_left + (tap / Side * S::kHaloColumns + tap % Side) * S::kPitch;
     const Byte* const b = right(step) + own_right;
     if (depth_of(chunk) > 32) {
       multiply_own<S::kChunk, S::kPitch, S::kPitch>(total, a, b);
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
   }
 
   if (own_column >= out_channels) return;
-  const Requantised<kTiles> requantised(multiplier + own_column, *zero);
+  const Requantised<kTiles / 2> requantised(multiplier + own_column, *zero);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int pixel = Product::row() + 8 * half + lane / 4;

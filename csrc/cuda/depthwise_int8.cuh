@@ -48,6 +48,26 @@ class ByteFilter {
   int place_;
 };
 
+// What a lane needs of a warp's sixteen channels from `first` on, of `terms` packed by fours
+// (lower/gpu_int8.py).
+struct ByFours {
+  ByteFilter<4> filter;
+  int4 bias;
+  float4 multiplier;
+
+  __device__ __forceinline__ ByFours(const uint32_t* weight, const int* biases,
+                                     const float* multipliers, int terms, int first)
+      : filter(
+            weight + first / 4 + ByteFilter<4>::own() / 4 + ByteFilter<4>::own() % 4 * (terms / 4),
+            terms / 2, terms) {
+    const int at = first / 4 + threadIdx.x % 4, words = terms / 4;
+    bias =
+        make_int4(biases[at], biases[at + words], biases[at + 2 * words], biases[at + 3 * words]);
+    multiplier = make_float4(multipliers[at], multipliers[at + words], multipliers[at + 2 * words],
+                             multipliers[at + 3 * words]);
+  }
+};
+
 // A tile's windows one tap after the other, each a tile of its own: of any stride and dilation.
 template <int Pixels, int Pitch>
 struct Windows {

@@ -164,23 +164,14 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
       // Of channels that do not exist the 1x1 has zeros.
       const int c = first + unit_channel;
       const bool exists = In || c < terms;
-      const int words = terms / 4, at = (exists ? c : 0) / 4;
-      const int mine = ByteFilter<4>::own();
-      const ByteFilter<4> filter(depthwise_weight + at + mine / 4 + mine % 4 * words, 2 * words,
-                                 terms);
-      const int four = at + threadIdx.x % 4;
-      const int4 bias =
-          make_int4(depthwise_bias[four], depthwise_bias[four + words],
-                    depthwise_bias[four + 2 * words], depthwise_bias[four + 3 * words]);
-      const float4 multiplier = make_float4(
-          depthwise_multiplier[four], depthwise_multiplier[four + words],
-          depthwise_multiplier[four + 2 * words], depthwise_multiplier[four + 3 * words]);
+      const ByFours own(depthwise_weight, depthwise_bias, depthwise_multiplier, terms,
+                        exists ? c : 0);
       async_wait<2>();
       __syncthreads();
       if (exists) {
         depthwise<S::kUnit, S::kChunkPitch>(typename S::Window{}, halo(chunk) + unit_channel,
-                                            left + unit_channel, unit_pixel, filter, bias,
-                                            multiplier, mid_rounding);
+                                            left + unit_channel, unit_pixel, own.filter, own.bias,
+                                            own.multiplier, mid_rounding);
       }
       async_wait<1>();
       __syncthreads();

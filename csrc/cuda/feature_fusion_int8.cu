@@ -74,9 +74,9 @@ __device__ __forceinline__ void resize(const Byte* low, Byte* halo, const Sample
   }
 }
 
-// high (H, W, high_terms) and low (h, w, low_terms) -> Columns channels of out (H, W, out_channels):
-// a tile of the pixels that lie the dilation apart from each other, block / (tiles down and across)
-// of all such and all images.
+// high (H, W, high_terms) and low (h, w, low_terms) -> Columns channels of out (H, W,
+// out_channels): a tile of the pixels that lie the dilation apart from each other, block / (tiles
+// down and across) of all such and all images.
 template <int Columns>
 __global__ void __launch_bounds__(kThreads, 2)
     feature_fusion_int8_kernel(const Byte* __restrict__ high, const Byte* __restrict__ low,
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   queue(0);
   Sums<1, kTiles> total;
-  total.template start<kTiles / 2>(bias + first_column + Product::column(),
-                                   row_pitch - first_column - Product::column());
+  total.template start_fours<kTiles / 2>(bias + first_column + Product::column(),
+                                         row_pitch - first_column - Product::column());
   const auto sample_at = [&](int64_t at, int size, int low_size) {
     const bool exists = at >= 0 && at < size;
     return exists ? fixed_sample(int(at), low_size, size, align_corners) : FixedSample{-1, -1, 0};
@@ -169,13 +169,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool exists = c < low_terms;
       resize(low + first, halo, samples, low_terms - first, int64_t{low_width} * low_pixel,
              low_pixel);
-      const DepthwisePieces pieces(refine_weight, refine_bias, refine_multiplier, low_terms,
-                                   exists ? c : 0);
+      const ByFours own(refine_weight, refine_bias, refine_multiplier, low_terms, exists ? c : 0);
       __syncthreads();
       if (exists) {  // of others the 1x1 has zeros
         depthwise<kUnit, kPitch>(Window{}, halo + unit_channel, left(chunk) + unit_channel,
-                                 unit_pixel, pieces.filter, pieces.bias, pieces.multiplier,
-                                 rounding);
+                                 unit_pixel, own.filter, own.bias, own.multiplier, rounding);
       }
     }
     async_wait<0>();
@@ -187,9 +185,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   const int lane = threadIdx.x % 32;
-  const int own_column = first_column + Product::column() + lane % 4 * 2 * kTiles;
+  const int own_column = first_column + Product::column() + own_four<kTiles / 2>();
   if (own_column >= out_channels) return;
-  const Requantised<kTiles> requantised(multiplier + own_column, *zero);
+  const Requantised<kTiles / 2> requantised(multiplier + own_column, *zero);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int pixel = Product::row() + 8 * half + lane / 4;
@@ -224,11 +222,12 @@ void run_dense(const fastscnn_feature_fusion_int8& op, fastscnn_stream stream) {
             op.low_image, op.low_pixel, refined_image, op.low_pixel, op.low, op.refine_weight,
             op.refine_bias, op.refine_multiplier, op.refine_zero, op.refine_zero, op.refined},
            stream);
-  IntegerConvolution both{op.high_channels, op.out_channels, 1,          op.images,
-                          op.height,        op.width,        op.high_image, op.high_pixel,
-                          op.out_image,     op.out_pixel,    op.high,    op.high_weight,
-                          op.bias,          op.multiplier,   op.zero,    op.zero,
-                          op.out};
+  IntegerConvolution both{op.high_channels, op.out_channels, 1,
+                          op.images,        op.height,       op.width,
+                          op.high_image,    op.high_pixel,   op.out_image,
+                          op.out_pixel,     op.high,         op.high_weight,
+                          op.bias,          op.multiplier,   op.zero,
+                          op.zero,          op.out};
   both.grid_channels = both.mid = padded_terms(op.low_channels);
   both.grid_height = op.low_height;
   both.grid_width = op.low_width;
@@ -248,10 +247,17 @@ int fastscnn_cuda_feature_fusion_int8(const fastscnn_feature_fusion_int8* op,
                                       fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    const fc::Arguments rules(FASTSCNN_UINT8, op->images);
-    fc::check_fusion(rules, *op);
-    FASTSCNN_ALIGNED(rules, op, refine_weight, refine_bias, refine_multiplier, refine_zero,
-                     low_weight, high_weight, bias, multiplier, zero);
+    const fc::Arguments rules(op->images);
+    rules.fusion(*op);
+    rules.aligned("refine_weight", op->refine_weight);
+    rules.aligned("refine_bias", op->refine_bias);
+    rules.aligned("refine_multiplier", op->refine_multiplier);
+    rules.aligned("refine_zero", op->refine_zero);
+    rules.aligned("low_weight", op->low_weight);
+    rules.aligned("high_weight", op->high_weight);
+    rules.aligned("bias", op->bias);
+    rules.aligned("multiplier", op->multiplier);
+    rules.aligned("zero", op->zero);
     if (op->dense) return fc::run_dense(*op, stream);
     op->out_channels > 64 ? fc::run<128>(*op, stream) : fc::run<64>(*op, stream);
   });

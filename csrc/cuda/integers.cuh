@@ -6,7 +6,8 @@
 // are (N, K), and so they lie in shared memory: rows of both operands are terms of the product,
 // which ldmatrix brings to the lanes as pairs of bytes. Sums lie in the registers of mma as floats
 // do (product.cuh). Where the rows of the right matrix are `grouped`, what a lane holds of two
-// neighbouring tiles of 8 columns are four adjacent columns, a word of bytes.
+// neighbouring tiles of 8 columns are four adjacent columns, a word of bytes; and of several pairs
+// of tiles, by which they may be grouped too, as many words.
 #pragma once
 
 #include "product.cuh"
@@ -69,9 +70,18 @@ __device__ __forceinline__ void to_factors(Byte* vector) {
 
 // ---------------------------------------------------------------- products
 
-// The row of a grouped matrix in which a column of the product lies.
+// The row of a matrix, grouped by Pairs of tiles, in which a column of the product lies.
+template <int Pairs = 1>
 __host__ __device__ constexpr int grouped(int column) {
-  return (column & ~15) | (column >> 1 & 1) << 3 | (column >> 2 & 3) << 1 | (column & 1);
+  constexpr int kOwn = 4 * Pairs;  // a lane's
+  const int within = column % (4 * kOwn);
+  return column - within + within % kOwn / 2 * 8 + within / kOwn * 2 + within % 2;
+}
+
+// The first of the adjacent columns that a lane has of a product by a matrix that is grouped.
+template <int Pairs = 1>
+__device__ __forceinline__ int own_four() {
+  return threadIdx.x % 4 * (4 * Pairs);
 }
 
 // A warp's (16 Rows, 8 Columns) of a product of bytes.
@@ -116,12 +126,14 @@ struct Sums {
     }
   }
 
-  // Starts a product by a grouped matrix, or by another, from `bias`, which ends after `columns`;
-  // or from zero.
+  // Starts a product by a matrix that is grouped by Pairs, or by another, from `bias`, which ends
+  // after `columns`; or from zero.
+  template <int Pairs = 1>
   __device__ __forceinline__ void start_fours(const int* bias, int columns = 8 * Columns) {
+    static_assert(Columns % (2 * Pairs) == 0);
 #pragma unroll
     for (int j = 0; j < Columns; j += 2) {
-      const int column = 8 * j + threadIdx.x % 4 * 4;
+      const int pair = j / 2 % Pairs, column = 8 * (j - 2 * pair) + own_four<Pairs>() + 4 * pair;
       const int4 four = column < columns ? *reinterpret_cast<const int4*>(bias + column) : int4{};
       fill(j, four.x, four.y);
       fill(j + 1, four.z, four.w);
@@ -150,10 +162,34 @@ struct Sums {
   }
 };
 
-// What a lane needs once for the columns of a product by a grouped matrix: see start_fours().
-__device__ __forceinline__ float4 load_four(const float* multiplier, int column) {
-  return *reinterpret_cast<const float4*>(multiplier + column + threadIdx.x % 4 * 4);
-}
+// A lane's 4 Pairs adjacent columns of a product by a matrix that is grouped by Pairs, to bytes.
+template <int Pairs>
+class Requantised {
+ public:
+  // `multiplier` is that of the first of them.
+  __device__ __forceinline__ Requantised(const float* multiplier, int zero) : rounding_(zero) {
+#pragma unroll
+    for (int pair = 0; pair < Pairs; ++pair) {
+      multiplier_[pair] = reinterpret_cast<const float4*>(multiplier)[pair];
+    }
+  }
+
+  // Of a row of tiles the lane's first row, or the second `half` below it.
+  __device__ __forceinline__ void store(Byte* to, const int (&sums)[2 * Pairs][4], int half) const {
+    Vector<uint32_t, Pairs> words;
+#pragma unroll
+    for (int pair = 0; pair < Pairs; ++pair) {
+      const int (&even)[4] = sums[2 * pair], (&odd)[4] = sums[2 * pair + 1];
+      const int four[4]{even[2 * half], even[2 * half + 1], odd[2 * half], odd[2 * half + 1]};
+      words.v[pair] = requantised(four, multiplier_[pair], rounding_);
+    }
+    *reinterpret_cast<Vector<uint32_t, Pairs>*>(to) = words;
+  }
+
+ private:
+  float4 multiplier_[Pairs];
+  Rounding rounding_;
+};
 
 // The bytes, or factors, of all sums to `to`, of which the lane's warp has the first (16 Rows, 8
 // Columns) in rows Pitch bytes apart; `multiplier` ends after `columns`.
@@ -233,18 +269,19 @@ __device__ __forceinline__ void multiply(Sums<Rows, Columns>& total, const Byte*
 }
 
 // Queues copies of `rows` x `bytes` of a matrix in global memory to shared memory, zeros beyond
-// them up to (Rows, Bytes); a block's Threads share them. Grouped: in the rows that grouped() says.
-template <int Rows, int Bytes, int Pitch, int Threads, bool Grouped>
+// them up to (Rows, Bytes); a block's Threads share them. With Pairs, in the rows that grouped()
+// says.
+template <int Rows, int Bytes, int Pitch, int Threads, int Pairs>
 __device__ __forceinline__ void copy_rows(Byte* to, const Byte* from, int from_pitch, int rows,
                                           int bytes) {
   constexpr int kVectors = Bytes / kVector, kLanes = kVectors & -kVectors;
   constexpr int kSteps = kVectors / kLanes, kPass = Threads / kLanes;
   static_assert(Bytes % kVector == 0 && kLanes * kPass == Threads);
-  static_assert(!Grouped || (kPass % 16 == 0 && Rows % 16 == 0));
+  static_assert(Pairs == 0 || (kPass % (16 * Pairs) == 0 && Rows % (16 * Pairs) == 0));
   const int row = threadIdx.x / kLanes, byte = threadIdx.x % kLanes * kVector;
   if (Rows < kPass && row >= Rows) return;
   const bool whole = rows >= Rows && bytes >= Bytes;  // where it is known, nothing is asked
-  to += (Grouped ? grouped(row) : row) * Pitch + byte;
+  to += (Pairs ? grouped<Pairs ? Pairs : 1>(row) : row) * Pitch + byte;
   from += int64_t{row} * from_pitch + byte;
   unrolled<divided_up(Rows, kPass)>([&](auto pass) {
     constexpr int first = pass * kPass;

@@ -149,16 +149,8 @@ int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_s
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
     const fc::Arguments rules(op->type, op->images, op->activation);
-    fc::require(op->kernel == 1 || op->kernel == 3, "kernel must be 1 or 3", op->kernel);
-    rules.channels("in_channels", op->in_channels);
-    rules.channels("out_channels", op->out_channels);
-    // Twice a side times its bins is an int in the kernels.
-    const int64_t most = 1 << 21;
-    fc::require(op->height >= 1 && op->height <= most, "height must be from 1 to 2^21", op->height);
-    fc::require(op->width >= 1 && op->width <= most, "width must be from 1 to 2^21", op->width);
-    rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
+    rules.pyramid(*op);
     if (op->branches) {
-      rules.channels("mid_channels", op->mid_channels);
       rules.aligned("branch_weight", op->branch_weight);
       rules.aligned("branch_bias", op->branch_bias);
       rules.aligned("grid_weight", op->grid_weight);
@@ -167,7 +159,6 @@ int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_s
     }
     rules.aligned("out_weight", op->out_weight);
     rules.aligned("out_bias", op->out_bias);
-    rules.result(op->out, op->out_channels, op->height, op->width, op->out_image, op->out_pixel);
     fc::with_type(op->type, [&](auto element) { fc::run<decltype(element)>(*op, stream); });
   });
 }

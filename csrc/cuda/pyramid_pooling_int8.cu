@@ -1,5 +1,5 @@
-// pyramid_pooling in int8: adaptive average pools, a 1x1 each, resize, concat, out-convolution, bytes
-// each.
+// pyramid_pooling in int8: adaptive average pools, a 1x1 each, resize, concat, out-convolution,
+// bytes each.
 //
 // The concatenation exists nowhere: the out-convolution resizes the branches' grids where it
 // multiplies them (convolution_int8.cuh). Three launches, of integers alone but for the means:
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // sums (H, row_cells, terms) -> grids (cells, mid) of cell block % cells of image block / cells.
 __global__ void __launch_bounds__(kThreads)
-    grids_int8_kernel(const int* __restrict__ sums, const int8_t* __restrict__ branch_weight,
+    grids_int8_kernel(const int* __restrict__ sums, const Byte* __restrict__ branch_weight,
                       const int* __restrict__ branch_bias,
                       const float* __restrict__ branch_multiplier,
                       const int* __restrict__ branch_zero, Byte* __restrict__ grids, int height,
@@ -133,11 +133,10 @@ void run(const fastscnn_pyramid_pooling_int8& op, fastscnn_stream stream) {
                     op.branch_multiplier, op.branch_zero, op.grids, op.height, op.width, terms, mid,
                     grids.cells, grids.row_cells, grids.bins);
   }
-  IntegerConvolution out{op.in_channels, op.out_channels,   op.kernel,    op.images,
-                         op.height,      op.width,          op.x_image,   op.x_pixel,
-                         op.out_image,   op.out_pixel,      op.x,         op.out_weight,
-                         op.out_bias,    op.out_multiplier, op.out_zero,  op.input_zero,
-                         op.out};
+  IntegerConvolution out{
+      op.in_channels, op.out_channels,   op.kernel,    op.images,     op.height, op.width,
+      op.x_image,     op.x_pixel,        op.out_image, op.out_pixel,  op.x,      op.out_weight,
+      op.out_bias,    op.out_multiplier, op.out_zero,  op.input_zero, op.out};
   out.grid_channels = op.branches * mid;
   out.mid = mid;
   out.bins = grids.bins;
@@ -156,18 +155,22 @@ int fastscnn_cuda_pyramid_pooling_int8(const fastscnn_pyramid_pooling_int8* op,
                                        fastscnn_stream stream) {
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
-    const fc::Arguments rules(FASTSCNN_UINT8, op->images);
-    rules.channels("in_channels", op->in_channels);
-    rules.channels("out_channels", op->out_channels);
-    fc::check_pyramid(rules, *op);
-    rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
+    const fc::Arguments rules(op->images);
+    rules.pyramid(*op);
     if (op->branches) {
-      rules.channels("mid_channels", op->mid_channels);
-      FASTSCNN_ALIGNED(rules, op, branch_weight, branch_bias, branch_multiplier, branch_zero,
-                       grid_weight, sums, grids);
+      rules.aligned("branch_weight", op->branch_weight);
+      rules.aligned("branch_bias", op->branch_bias);
+      rules.aligned("branch_multiplier", op->branch_multiplier);
+      rules.aligned("branch_zero", op->branch_zero);
+      rules.aligned("grid_weight", op->grid_weight);
+      rules.aligned("sums", op->sums);
+      rules.aligned("grids", op->grids);
     }
-    FASTSCNN_ALIGNED(rules, op, out_weight, out_bias, out_multiplier, out_zero, input_zero);
-    rules.result(op->out, op->out_channels, op->height, op->width, op->out_image, op->out_pixel);
+    rules.aligned("out_weight", op->out_weight);
+    rules.aligned("out_bias", op->out_bias);
+    rules.aligned("out_multiplier", op->out_multiplier);
+    rules.aligned("out_zero", op->out_zero);
+    rules.aligned("input_zero", op->input_zero);
     fc::run(*op, stream);
   });
 }

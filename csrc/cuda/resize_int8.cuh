@@ -1,9 +1,9 @@
 // Bilinear resizing of bytes in fixed point, as program/integers.py specifies: first along y, to
 // 7 bits more, then along x.
 //
-// Blends are (low (2^15 - share) + high share + half) >> bits. Those along y are dot products of two
-// bytes; along x a shift that rounds to 7 bits more and the one that takes those away are one, and
-// the sums are four times as large, so that the result is a word's highest byte.
+// Blends are (low (2^15 - share) + high share + half) >> bits. Those along y are dot products of
+// two bytes; along x a shift that rounds to 7 bits more and the one that takes those away are one,
+// and the sums are four times as large, so that the result is a word's highest byte.
 #pragma once
 
 #include "integers.cuh"
@@ -11,7 +11,7 @@
 namespace fastscnn::cuda {
 
 // The index below a position, the one above it (or the last again), and the shares of both.
-struct FixedSample {
+struct alignas(16) FixedSample {
   int low, high;
   uint32_t shares;  // of 2^15, 16 bits each
 
@@ -79,10 +79,9 @@ __device__ __forceinline__ uint32_t blended(const BlendedWord& left, const Blend
 }
 __device__ __forceinline__ uint4 blended(const BlendedColumn& left, const BlendedColumn& right,
                                          const FixedSample& along) {
-  return make_uint4(blended(left.words[0], right.words[0], along),
-                    blended(left.words[1], right.words[1], along),
-                    blended(left.words[2], right.words[2], along),
-                    blended(left.words[3], right.words[3], along));
+  return make_uint4(
+      blended(left.words[0], right.words[0], along), blended(left.words[1], right.words[1], along),
+      blended(left.words[2], right.words[2], along), blended(left.words[3], right.words[3], along));
 }
 
 }  // namespace fastscnn::cuda

@@ -121,8 +121,13 @@ __device__ __forceinline__ void load_halo(uint32_t* halo, const Picture<X, Chann
   }
 }
 
+// Terms of a row of weights, as lower/gpu_int8.py pads them.
+__host__ __device__ constexpr int stem_terms(int channels) {
+  return power_of_two(padded_terms(9 * channels));
+}
+
 // A tap's word of an output channel's row of terms, whose bytes beyond the channels are zero.
-__device__ __forceinline__ uint32_t tap_of(const int8_t* row, int tap, int channels) {
+__device__ __forceinline__ uint32_t tap_of(const Byte* row, int tap, int channels) {
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(row);
   const int first = tap * channels, last = first + channels - 1;
   return shifted(words[first / 4], words[last / 4], first % 4 * 8) & (~0u >> (32 - 8 * channels));
@@ -132,7 +137,7 @@ __device__ __forceinline__ uint32_t tap_of(const int8_t* row, int tap, int chann
 // down and across).
 template <class X, int Channels>
 __global__ void __launch_bounds__(kThreads, 3)
-    stem_conv_int8_kernel(const X* __restrict__ x, const int8_t* __restrict__ weight,
+    stem_conv_int8_kernel(const X* __restrict__ x, const Byte* __restrict__ weight,
                           const int* __restrict__ bias, const float* __restrict__ multiplier,
                           const int* __restrict__ zero, const int* __restrict__ pad,
                           const float* __restrict__ scale, const float* __restrict__ shift,
@@ -151,8 +156,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   load_halo<X, Channels>(halo, picture, top * kStride - padding, start * kStride - padding);
 
   // Of each column the lane's taps: own, own + 4, and, of the first lanes, the last.
-  const int lane = threadIdx.x % 32, own = lane % 4, own_channel = first + 8 * own;
-  const int8_t* row = weight + (first + lane / 8 * 8 + lane / 4 % 2) * stem_terms(channels);
+  const int lane = threadIdx.x % 32, own = lane % 4,
+            own_channel = first + own_four<kTilesAcross / 2>();
+  const Byte* row = weight + (first + lane / 8 * 8 + lane / 4 % 2) * stem_terms(channels);
   uint32_t right[kTilesAcross][3];
 #pragma unroll
   for (int j = 0; j < kTilesAcross; ++j) {
@@ -162,13 +168,13 @@ __global__ void __launch_bounds__(kThreads, 3)
     row += 2 * stem_terms(channels);
   }
   Sums<kTiles, kTilesAcross> total;
-  total.start_adjacent(bias + own_channel);
+  total.template start_fours<kTilesAcross / 2>(bias + first);
   __syncthreads();
 
   const int warp = threadIdx.x / 32;
   const uint32_t* const window = halo + warp * kStride * kPitch + lane / 4 * kStride;
   const auto tap = [&](int number) { return window + number / 3 * kPitch + number % 3; };
-  const uint32_t *const taps[3] = {tap(own), tap(own + 4), tap(8)};
+  const uint32_t* const taps[3] = {tap(own), tap(own + 4), tap(8)};
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const int at = 16 * i * kStride, next = at + 8 * kStride;
@@ -184,13 +190,62 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int y = top + warp;
   if (y >= out_height) return;
   out += image * out_image + int64_t{y} * out_width * out_pixel + own_channel;
-  const Adjacent<kTilesAcross> adjacent(multiplier + own_channel, *zero);
+  const Requantised<kTilesAcross / 2> requantised(multiplier + own_channel, *zero);
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int z = start + 16 * i + 8 * half + lane / 4;
-      if (z < out_width) adjacent.store(out + int64_t{z} * out_pixel, total.v[i], half);
+      if (z < out_width) requantised.store(out + int64_t{z} * out_pixel, total.v[i], half);
     }
   }
+}
+
+template <class X, int Channels>
+void run(const fastscnn_stem_conv_int8& op, fastscnn_stream stream) {
+  const int64_t tiles_down = divided_up(op.out_height, kRows);
+  const int64_t tiles_across = divided_up(op.out_width, kAcross);
+  const Shape shape{op.images * tiles_down * tiles_across, kThreads,
+                    kHaloRows * kPitch * sizeof(uint32_t), divided_up(op.out_channels, kColumns)};
+  FASTSCNN_LAUNCH((stem_conv_int8_kernel<X, Channels>), shape, stream, op.x, op.weight, op.bias,
+                  op.multiplier, op.zero, op.pad, op.scale, op.shift, op.out, op.height, op.width,
+                  op.out_height, op.out_width, tiles_down, tiles_across, op.channels, op.padding,
+                  op.x_image, op.x_channel, op.x_row, op.x_column, op.out_image, op.out_pixel);
+}
+
+template <class X>
+void select(const fastscnn_stem_conv_int8& op, fastscnn_stream stream) {
+  op.channels == 3 ? run<X, 3>(op, stream) : run<X, 0>(op, stream);
+}
+
+}  // namespace
+}  // namespace fastscnn::cuda
+
+int fastscnn_cuda_stem_conv_int8(const fastscnn_stem_conv_int8* op, fastscnn_stream stream) {
+  namespace fc = fastscnn::cuda;
+  return fc::status_of([&] {
+    const fc::Arguments rules(op->images);
+    rules.channels("channels", op->channels);
+    fc::require(op->channels <= fc::kMostChannels, "channels must be at most 4", op->channels);
+    rules.channels("out_channels", op->out_channels);
+    fc::require(op->stride == fc::kStride, "stride must be 2", op->stride);
+    rules.at_least(0, "padding", op->padding);
+    rules.side("height", op->height, op->out_height, op->stride, op->padding, 1);
+    rules.side("width", op->width, op->out_width, op->stride, op->padding, 1);
+    rules.aligned("weight", op->weight);
+    rules.aligned("bias", op->bias);
+    rules.aligned("multiplier", op->multiplier);
+    rules.aligned("zero", op->zero);
+    rules.aligned("pad", op->pad);
+    rules.result(op->out, op->out_channels, op->out_height, op->out_width, op->out_image,
+                 op->out_pixel);
+    const bool raw = op->x_type == FASTSCNN_UINT8;
+    fc::require(raw || op->x_type == FASTSCNN_FLOAT32, "x_type must be uint8 or float32",
+                op->x_type);
+    rules.present("x", op->x, op->x_type);
+    if (raw) return fc::select<uint8_t>(*op, stream);
+    rules.aligned("scale", op->scale);
+    rules.aligned("shift", op->shift);
+    fc::select<float>(*op, stream);
+  });
 }
