@@ -91,6 +91,38 @@ class Arguments {
     }
   }
 
+  // The sizes, activations and result of feature_fusion.
+  template <class Op>
+  void fusion(const Op& op) const {
+    channels("low_channels", op.low_channels);
+    channels("high_channels", op.high_channels);
+    channels("out_channels", op.out_channels);
+    at_least(1, "dilation", op.dilation);
+    at_least(1, "height", op.height);
+    at_least(1, "width", op.width);
+    at_least(1, "low_height", op.low_height);
+    at_least(1, "low_width", op.low_width);
+    plane("high", op.high, op.high_channels, op.high_image, op.high_pixel);
+    plane("low", op.low, op.low_channels, op.low_image, op.low_pixel);
+    if (op.dense) aligned("refined", op.refined);
+    result(op.out, op.out_channels, op.height, op.width, op.out_image, op.out_pixel);
+  }
+
+  // The same of pyramid_pooling.
+  template <class Op>
+  void pyramid(const Op& op) const {
+    require(op.kernel == 1 || op.kernel == 3, "kernel must be 1 or 3", op.kernel);
+    channels("in_channels", op.in_channels);
+    channels("out_channels", op.out_channels);
+    if (op.branches) channels("mid_channels", op.mid_channels);
+    // Twice a side times its bins is an int in the kernels.
+    const int64_t most = 1 << 21;
+    require(op.height >= 1 && op.height <= most, "height must be from 1 to 2^21", op.height);
+    require(op.width >= 1 && op.width <= most, "width must be from 1 to 2^21", op.width);
+    plane("x", op.x, op.in_channels, op.x_image, op.x_pixel);
+    result(op.out, op.out_channels, op.height, op.width, op.out_image, op.out_pixel);
+  }
+
   // A distance that is at least that of `height` rows of `width` pixels, each `pixel` elements.
   static void holds(const char* name, int64_t got, int64_t height, int64_t width, int64_t pixel) {
     if (got / pixel / width >= height) return;

@@ -12,8 +12,8 @@
 
 namespace fastscnn::cuda {
 
-// Where in a word of PerWord taps a lane's part of a tap's diagonal matrix lies, by tile: in one byte
-// of it, or nowhere, which byte 4 is, a zero.
+// Where in a word of PerWord taps a lane's part of a tap's diagonal matrix lies, by tile: in one
+// byte of it, or nowhere, which byte 4 is, a zero.
 template <int PerWord>
 struct ByteSelect {
   uint32_t of[2][PerWord];
@@ -62,6 +62,39 @@ class ByteFilter {
   uint32_t words_[2][divided_up(9, PerWord)];
 };
 
+// What a lane needs of a warp's sixteen channels from `first` on, of `terms` packed by fours
+// (lower/gpu_int8.py), and of weights packed in the channels' order, `pitch` words a row of taps.
+struct ByFours {
+  ByteFilter<4> filter;
+  int4 bias;
+  float4 multiplier;
+
+  __device__ __forceinline__ ByFours(const uint32_t* weight, const int* biases,
+                                     const float* multipliers, int terms, int first)
+      : filter(
+            weight + first / 4 + ByteFilter<4>::own() / 4 + ByteFilter<4>::own() % 4 * (terms / 4),
+            terms / 2, terms) {
+    const int at = first / 4 + threadIdx.x % 4, words = terms / 4;
+    bias =
+        make_int4(biases[at], biases[at + words], biases[at + 2 * words], biases[at + 3 * words]);
+    multiplier = make_float4(multipliers[at], multipliers[at + words], multipliers[at + 2 * words],
+                             multipliers[at + 3 * words]);
+  }
+};
+
+struct InOrder {
+  ByteFilter<3> filter;
+  int4 bias;
+  float4 multiplier;
+
+  // Each at the first of the channels.
+  __device__ __forceinline__ InOrder(const uint32_t* weight, const int* biases,
+                                     const float* multipliers, int pitch)
+      : filter(weight + ByteFilter<3>::own(), 2, pitch),
+        bias(reinterpret_cast<const int4*>(biases)[threadIdx.x % 4]),
+        multiplier(reinterpret_cast<const float4*>(multipliers)[threadIdx.x % 4]) {}
+};
+
 // A tile's windows one tap after the other, each a tile of its own: of any stride and dilation.
 template <int Pixels, int Pitch>
 struct Windows {
@@ -71,16 +104,16 @@ struct Windows {
 };
 
 // The factors of 16 Rows pixels from `first` on, to `left`; `memory`, in which the halo is, and
-// `left` at the first of the 16 channels; bias and multiplier of the lane's four. `left` may be the
-// halo: what another warp reads is not written to.
-template <int Rows, int LeftPitch, int PerWord, class Halo, class R>
+// `left` at the first of the 16 channels, of which the lane has its `own`, ByFours or InOrder.
+// `left` may be the halo: what another warp reads is not written to.
+template <int Rows, int LeftPitch, int PerWord, class Halo, class Own>
 __device__ __forceinline__ void depthwise(const Halo& halo, const Byte* memory, Byte* left,
-                                          int first, const ByteFilter<PerWord>& filter,
-                                          const ByteSelect<PerWord>& select, const int4& bias,
-                                          const float4& multiplier, const R& rounding) {
+                                          int first, const Own& own,
+                                          const ByteSelect<PerWord>& select, int zero) {
+  const ByteFilter<PerWord>& filter = own.filter;
   Sums<Rows, 2> sums;
-  sums.fill(0, bias.x, bias.y);
-  sums.fill(1, bias.z, bias.w);
+  sums.fill(0, own.bias.x, own.bias.y);
+  sums.fill(1, own.bias.z, own.bias.w);
   const auto distance = [&](int from, int to) {
     return Halo::known(to) + halo.moved(to) - Halo::known(from) - halo.moved(from);
   };
@@ -116,11 +149,13 @@ __device__ __forceinline__ void depthwise(const Halo& halo, const Byte* memory, 
   }
   sync_warp();
   left += (first + lane / 4) * LeftPitch + lane % 4 * 4;
+  with_rounding(zero, [&](const auto& rounding) {
 #pragma unroll
-  for (int i = 0; i < 2 * Rows; ++i) {
-    *reinterpret_cast<uint32_t*>(left + 8 * i * LeftPitch) =
-        factors(requantised(sums.four(i, 0), multiplier, rounding));
-  }
+    for (int i = 0; i < 2 * Rows; ++i) {
+      *reinterpret_cast<uint32_t*>(left + 8 * i * LeftPitch) =
+          factors(requantised(sums.four(i, 0), own.multiplier, rounding));
+    }
+  });
 }
 
 }  // namespace fastscnn::cuda

@@ -38,7 +38,7 @@ struct Sizes {
                                     Windows<kPixels, kChunkPitch>>;
   using Product = Shares<kPixels, kColumns, kWarps>;
   using Tile = Sums<Product::kRows, Product::kColumns>;
-  static constexpr bool kGrouped = Product::kColumns % 2 == 0;
+  static constexpr int kPairs = pairs_of(Product::kColumns, kThreads / (kChunk / kVector));
 
   // Shared memory in bytes: the halo of each stage, the chunk's columns of the 1x1, the depthwise
   // result.
@@ -135,12 +135,13 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
   constexpr int kUnitsAcross = S::kPixels / (16 * S::kUnit);
   const int unit_channel = threadIdx.x / 32 / kUnitsAcross * 16;
   const int unit_pixel = threadIdx.x / 32 % kUnitsAcross * 16 * S::kUnit;
-  const Rounding mid_rounding(*depthwise_zero), rounding(*pointwise_zero);
+  const int mid_zero = *depthwise_zero, zero = *pointwise_zero;
+  const ByteSelect<4> select;
   for (int o = first_column; o < end_column; o += S::kColumns) {
     typename S::Tile total;
     const int own = o + Product::column(), columns = rows - own;
-    if constexpr (S::kGrouped) {
-      total.start_fours(pointwise_bias + own, Out ? S::kColumns : columns);
+    if constexpr (S::kPairs != 0) {
+      total.template start_fours<S::kPairs>(pointwise_bias + own, Out ? S::kColumns : columns);
     } else {
       total.start(pointwise_bias + own, Out ? S::kColumns : columns);
     }
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
         async_commit();
       }
       const int first = chunk * S::kChunk;
-      copy_rows<rounded_up(S::kColumns, 16), S::kChunk, S::kChunkPitch, kThreads, S::kGrouped>(
+      copy_rows<rounded_up(S::kColumns, 16), S::kChunk, S::kChunkPitch, kThreads, S::kPairs>(
           right, pointwise_weight + int64_t{o} * terms + first, terms,
           Out ? rounded_up(S::kColumns, 16) : rows - o, In ? S::kChunk : terms - first);
       async_commit();
@@ -164,23 +165,13 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
       // Of channels that do not exist the 1x1 has zeros.
       const int c = first + unit_channel;
       const bool exists = In || c < terms;
-      const int words = terms / 4, at = (exists ? c : 0) / 4;
-      const int mine = ByteFilter<4>::own();
-      const ByteFilter<4> filter(depthwise_weight + at + mine / 4 + mine % 4 * words, 2 * words,
-                                 terms);
-      const int four = at + threadIdx.x % 4;
-      const int4 bias =
-          make_int4(depthwise_bias[four], depthwise_bias[four + words],
-                    depthwise_bias[four + 2 * words], depthwise_bias[four + 3 * words]);
-      const float4 multiplier = make_float4(
-          depthwise_multiplier[four], depthwise_multiplier[four + words],
-          depthwise_multiplier[four + 2 * words], depthwise_multiplier[four + 3 * words]);
+      const ByFours own(depthwise_weight, depthwise_bias, depthwise_multiplier, terms,
+                        exists ? c : 0);
       async_wait<2>();
       __syncthreads();
       if (exists) {
         depthwise<S::kUnit, S::kChunkPitch>(typename S::Window{}, halo(chunk) + unit_channel,
-                                            left + unit_channel, unit_pixel, filter, bias,
-                                            multiplier, mid_rounding);
+                                            left + unit_channel, unit_pixel, own, select, mid_zero);
       }
       async_wait<1>();
       __syncthreads();
@@ -193,13 +184,13 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
     Byte* const tile = memory;
     Byte* const last = memory + S::kResult;
     if constexpr (Last) {
-      copy_rows<kLastColumns, S::kColumns, S::kRowPitch, kThreads, false>(
+      copy_rows<kLastColumns, S::kColumns, S::kRowPitch, kThreads, 0>(
           last, last_weight + int64_t{first_class} * rows + o, rows, last_columns - first_class,
           Out ? S::kColumns : rows - o);
       async_commit();
     }
-    store_bytes<S::kGrouped, Last, S::kRowPitch>(
-        total, pointwise_multiplier + own, Out ? S::kColumns : columns, rounding,
+    store_bytes<S::kPairs, Last, S::kRowPitch>(
+        total, pointwise_multiplier + own, Out ? S::kColumns : columns, zero,
         tile + Product::row() * S::kRowPitch + Product::column());
     async_wait<0>();
     __syncthreads();

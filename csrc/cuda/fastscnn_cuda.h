@@ -137,6 +137,43 @@ typedef int fastscnn_bins[FASTSCNN_MOST_BINS];
   F(fastscnn_input, input_zero) F(fastscnn_input, residual_multiplier)                        \
   F(fastscnn_output, partials) F(fastscnn_output, counters) F(fastscnn_output, out)
 
+/* As stem_conv; x is uint8 or float32, stride 2, at most 4 channels. */
+#define FASTSCNN_FIELDS_stem_conv_int8(F)                                           \
+  F(int, x_type) F(int, channels) F(int, out_channels) F(int, stride) F(int, padding) \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)    \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_channel) F(int64_t, x_row) \
+  F(int64_t, x_column) F(int64_t, out_image) F(int64_t, out_pixel)                  \
+  F(fastscnn_input, x) F(fastscnn_input, weight) F(fastscnn_input, bias)            \
+  F(fastscnn_input, multiplier) F(fastscnn_input, zero) F(fastscnn_input, pad)      \
+  F(fastscnn_input, scale) F(fastscnn_input, shift) F(fastscnn_output, out)
+
+/* As pyramid_pooling; the scratch `sums` is int32, (images, height, sum of bins, channels), and
+ * `grids` bytes, (images, cells, mid_channels), both padded as a matrix's terms and branches are. */
+#define FASTSCNN_FIELDS_pyramid_pooling_int8(F)                                             \
+  F(int, in_channels) F(int, mid_channels) F(int, out_channels) F(int, kernel)              \
+  F(int, align_corners) F(int, branches) F(fastscnn_bins, bins)                             \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, x_image)               \
+  F(int64_t, x_pixel) F(int64_t, out_image) F(int64_t, out_pixel)                           \
+  F(fastscnn_input, x) F(fastscnn_input, branch_weight) F(fastscnn_input, branch_bias)      \
+  F(fastscnn_input, branch_multiplier) F(fastscnn_input, branch_zero)                       \
+  F(fastscnn_input, grid_weight) F(fastscnn_input, out_weight) F(fastscnn_input, out_bias)  \
+  F(fastscnn_input, out_multiplier) F(fastscnn_input, out_zero)                             \
+  F(fastscnn_input, input_zero)                                                             \
+  F(fastscnn_output, sums) F(fastscnn_output, grids) F(fastscnn_output, out)
+
+/* As feature_fusion; `refined` is of bytes. */
+#define FASTSCNN_FIELDS_feature_fusion_int8(F)                                                \
+  F(int, low_channels) F(int, high_channels) F(int, out_channels) F(int, dilation)            \
+  F(int, dense) F(int, align_corners)                                                         \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, low_height)              \
+  F(int64_t, low_width) F(int64_t, high_image) F(int64_t, high_pixel) F(int64_t, low_image)   \
+  F(int64_t, low_pixel) F(int64_t, out_image) F(int64_t, out_pixel)                           \
+  F(fastscnn_input, high) F(fastscnn_input, low) F(fastscnn_input, refine_weight)             \
+  F(fastscnn_input, refine_bias) F(fastscnn_input, refine_multiplier)                         \
+  F(fastscnn_input, refine_zero) F(fastscnn_input, low_weight) F(fastscnn_input, high_weight) \
+  F(fastscnn_input, bias) F(fastscnn_input, multiplier) F(fastscnn_input, zero)               \
+  F(fastscnn_output, refined) F(fastscnn_output, out)
+
 /* Bilinear resize of logits (any strides, `type`) -> `output` of every pixel: logits or
  * probabilities of `out_type` (images, classes, height, width), or uint8 labels (images, height,
  * width), contiguous. */
@@ -152,7 +189,8 @@ typedef void* fastscnn_stream; /* a cudaStream_t */
 #define FASTSCNN_OPS(OP)                                     \
   OP(stem_conv) OP(dsconv) OP(inverted_residual)             \
   OP(pyramid_pooling) OP(feature_fusion) OP(upsample_classify) \
-  OP(dsconv_int8) OP(inverted_residual_int8)
+  OP(stem_conv_int8) OP(dsconv_int8) OP(inverted_residual_int8) \
+  OP(pyramid_pooling_int8) OP(feature_fusion_int8)
 /* clang-format on */
 
 #define FASTSCNN_MEMBER(TYPE, NAME) TYPE NAME;

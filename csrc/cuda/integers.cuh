@@ -6,7 +6,8 @@
 // are (N, K), and so they lie in shared memory: rows of both operands are terms of the product,
 // which ldmatrix brings to the lanes as pairs of bytes. Sums lie in the registers of mma as floats
 // do (product.cuh). Where the rows of the right matrix are `grouped`, what a lane holds of two
-// neighbouring tiles of 8 columns are four adjacent columns, a word of bytes.
+// neighbouring tiles of 8 columns are four adjacent columns, a word of bytes; and of several pairs
+// of tiles, by which they may be grouped too, as many words.
 #pragma once
 
 #include "product.cuh"
@@ -91,9 +92,18 @@ __device__ __forceinline__ void to_factors(Byte* vector) {
 
 // ---------------------------------------------------------------- products
 
-// The row of a grouped matrix in which a column of the product lies.
+// The row of a matrix, grouped by Pairs of tiles, in which a column of the product lies.
+template <int Pairs = 1>
 __host__ __device__ constexpr int grouped(int column) {
-  return (column & ~15) | (column >> 1 & 1) << 3 | (column >> 2 & 3) << 1 | (column & 1);
+  constexpr int kOwn = 4 * Pairs;  // a lane's
+  const int within = column % (4 * kOwn);
+  return column - within + within % kOwn / 2 * 8 + within / kOwn * 2 + within % 2;
+}
+
+// The first of the adjacent columns that a lane has of a product by a matrix that is grouped.
+template <int Pairs = 1>
+__device__ __forceinline__ int own_four() {
+  return threadIdx.x % 4 * (4 * Pairs);
 }
 
 // A warp's (16 Rows, 8 Columns) of a product of bytes.
@@ -126,12 +136,14 @@ struct Sums {
     }
   }
 
-  // Starts a product by a grouped matrix, or by another, from `bias`, which ends after `columns`;
-  // or from zero.
+  // Starts a product by a matrix that is grouped by Pairs, or by another, from `bias`, which ends
+  // after `columns`; or from zero.
+  template <int Pairs = 1>
   __device__ __forceinline__ void start_fours(const int* bias, int columns = 8 * Columns) {
+    static_assert(Columns % (2 * Pairs) == 0);
 #pragma unroll
     for (int j = 0; j < Columns; j += 2) {
-      const int column = 8 * j + threadIdx.x % 4 * 4;
+      const int pair = j / 2 % Pairs, column = 8 * (j - 2 * pair) + own_four<Pairs>() + 4 * pair;
       const int4 four = column < columns ? *reinterpret_cast<const int4*>(bias + column) : int4{};
       fill(j, four.x, four.y);
       fill(j + 1, four.z, four.w);
@@ -160,41 +172,97 @@ struct Sums {
   }
 };
 
-// Of one value a column, the lane's four from `column` on of a product by a grouped matrix.
-__device__ __forceinline__ float4 load_four(const float* values, int column) {
-  return *reinterpret_cast<const float4*>(values + column + threadIdx.x % 4 * 4);
+// A lane's 4 Pairs adjacent columns of a product by a matrix that is grouped by Pairs, to bytes.
+template <int Pairs>
+class Requantised {
+ public:
+  // `multiplier` is that of the first of them.
+  __device__ __forceinline__ Requantised(const float* multiplier, int zero) : rounding_(zero) {
+#pragma unroll
+    for (int pair = 0; pair < Pairs; ++pair) {
+      multiplier_[pair] = reinterpret_cast<const float4*>(multiplier)[pair];
+    }
+  }
+
+  // Of a row of tiles the lane's first row, or the second `half` below it.
+  __device__ __forceinline__ void store(Byte* to, const int (&sums)[2 * Pairs][4], int half) const {
+    Vector<uint32_t, Pairs> words;
+#pragma unroll
+    for (int pair = 0; pair < Pairs; ++pair) {
+      const int (&even)[4] = sums[2 * pair], (&odd)[4] = sums[2 * pair + 1];
+      const int4 four{even[2 * half], even[2 * half + 1], odd[2 * half], odd[2 * half + 1]};
+      words.v[pair] = requantised(four, multiplier_[pair], rounding_);
+    }
+    *reinterpret_cast<Vector<uint32_t, Pairs>*>(to) = words;
+  }
+
+ private:
+  float4 multiplier_[Pairs];
+  Rounding rounding_;
+};
+
+// How many pairs of a warp's tiles of columns a matrix is best grouped by, which is copied so many
+// rows at a time; 0: of an odd number of tiles none.
+__host__ __device__ constexpr int pairs_of(int tiles, int rows) {
+  return tiles % 2 ? 0 : tiles % 8 == 0 && rows % 64 == 0 ? 4 : tiles % 4 == 0 ? 2 : 1;
 }
 
-// The bytes, or factors, of all sums to `to`, of which the lane's warp has the first (16 Rows, 8
-// Columns) in rows Pitch bytes apart; `multiplier` ends after `columns`.
-template <bool Grouped, bool Factors, int Pitch, int Rows, int Columns, class R>
-__device__ __forceinline__ void store_bytes(const Sums<Rows, Columns>& sums,
-                                            const float* multiplier, int columns, const R& rounding,
-                                            Byte* to) {
-  constexpr int kWord = Grouped ? 4 : 2;  // adjacent columns of a lane
+// What store_bytes() does with a known rounding.
+template <int Pairs, bool Factors, int Pitch, class R, int Rows, int Columns>
+__device__ __forceinline__ void store_rounded(const Sums<Rows, Columns>& sums,
+                                              const float* multiplier, int columns,
+                                              const R& rounding, Byte* to) {
   to += threadIdx.x % 32 / 4 * Pitch;
+  if constexpr (Pairs != 0) {
 #pragma unroll
-  for (int j = 0; j < Columns; j += kWord / 2) {
-    const int column = 8 * j + threadIdx.x % 4 * kWord;
-    Vector<float, kWord> by{};
-    if (column < columns) by = *reinterpret_cast<const Vector<float, kWord>*>(multiplier + column);
+    for (int j = 0; j < Columns; j += 2 * Pairs) {
+      const int column = 8 * j + own_four<Pairs>();
+      float4 by[Pairs];
 #pragma unroll
-    for (int i = 0; i < 2 * Rows; ++i) {
-      int q[kWord];
-#pragma unroll
-      for (int k = 0; k < kWord; ++k) {
-        q[k] = rounding(scaled(sums.v[i / 2][j + k / 2][i % 2 * 2 + k % 2], by.v[k]));
+      for (int pair = 0; pair < Pairs; ++pair) {
+        by[pair] = column < columns
+                       ? *reinterpret_cast<const float4*>(multiplier + column + 4 * pair)
+                       : float4{};
       }
-      Byte* const at = to + 8 * i * Pitch + column;
-      if constexpr (Grouped) {
-        const uint32_t word = saturated(q[0], q[1], q[2], q[3]);
-        *reinterpret_cast<uint32_t*>(at) = Factors ? factors(word) : word;
-      } else {
-        const uint32_t word = saturated(q[0], q[1]);
-        *reinterpret_cast<uint16_t*>(at) = uint16_t(Factors ? factors(word) : word);
+#pragma unroll
+      for (int i = 0; i < 2 * Rows; ++i) {
+        Vector<uint32_t, Pairs> words;
+#pragma unroll
+        for (int pair = 0; pair < Pairs; ++pair) {
+          const uint32_t word = requantised(sums.four(i, j + 2 * pair), by[pair], rounding);
+          words.v[pair] = Factors ? factors(word) : word;
+        }
+        *reinterpret_cast<Vector<uint32_t, Pairs>*>(to + 8 * i * Pitch + column) = words;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < Columns; ++j) {
+      const int column = 8 * j + threadIdx.x % 4 * 2;
+      float2 by{0, 0};
+      if (column < columns) by = *reinterpret_cast<const float2*>(multiplier + column);
+#pragma unroll
+      for (int i = 0; i < 2 * Rows; ++i) {
+        const int* const two = sums.v[i / 2][j] + i % 2 * 2;
+        const uint32_t word =
+            saturated(rounding(scaled(two[0], by.x)), rounding(scaled(two[1], by.y)));
+        *reinterpret_cast<uint16_t*>(to + 8 * i * Pitch + column) =
+            uint16_t(Factors ? factors(word) : word);
       }
     }
   }
+}
+
+// The bytes, or factors, of all sums to `to`, of which the lane's warp has the first (16 Rows, 8
+// Columns) in rows Pitch bytes apart, of a product by a matrix that is grouped by Pairs, or by
+// another; `multiplier` ends after `columns`.
+template <int Pairs, bool Factors, int Pitch, int Rows, int Columns>
+__device__ __forceinline__ void store_bytes(const Sums<Rows, Columns>& sums,
+                                            const float* multiplier, int columns, int zero,
+                                            Byte* to) {
+  with_rounding(zero, [&](const auto& rounding) {
+    store_rounded<Pairs, Factors, Pitch>(sums, multiplier, columns, rounding, to);
+  });
 }
 
 // Where a lane's part of the operands of a product begins, in bytes from the matrices' first.
@@ -244,15 +312,15 @@ __device__ __forceinline__ void multiply(Sums<Rows, Columns>& total, const Byte*
 }
 
 // Copies of `rows` x `bytes` of matrices in global memory to shared memory, zeros beyond them up to
-// (Rows, Bytes); a block's Threads share them. Grouped: in the rows that grouped() says. Pitch is 0
-// where it is known only at run time.
-template <int Rows, int Bytes, int Pitch, int Threads, bool Grouped>
+// (Rows, Bytes); a block's Threads share them. With Pairs, in the rows that grouped() says. Pitch
+// is 0 where it is known only at run time.
+template <int Rows, int Bytes, int Pitch, int Threads, int Pairs>
 class RowCopies {
  public:
   __device__ __forceinline__ RowCopies(Byte* to, const Byte* from, int from_pitch,
                                        int to_pitch = Pitch)
       : from_pitch_(from_pitch), to_pitch_(to_pitch) {
-    to_ = to + (Grouped ? grouped(row()) : row()) * to_pitch + byte();
+    to_ = to + (Pairs ? grouped<Pairs ? Pairs : 1>(row()) : row()) * to_pitch + byte();
     from_ = from + int64_t{row()} * from_pitch + byte();
   }
 
@@ -278,7 +346,7 @@ class RowCopies {
   static constexpr int kVectors = Bytes / kVector, kLanes = kVectors & -kVectors;
   static constexpr int kSteps = kVectors / kLanes, kPass = Threads / kLanes;
   static_assert(Bytes % kVector == 0 && kLanes * kPass == Threads);
-  static_assert(!Grouped || (kPass % 16 == 0 && Rows % 16 == 0));
+  static_assert(Pairs == 0 || (kPass % (16 * Pairs) == 0 && Rows % (16 * Pairs) == 0));
 
   __device__ static __forceinline__ int row() { return threadIdx.x / kLanes; }
   __device__ static __forceinline__ int byte() { return threadIdx.x % kLanes * kVector; }
@@ -289,10 +357,10 @@ class RowCopies {
 };
 
 // Of one matrix.
-template <int Rows, int Bytes, int Pitch, int Threads, bool Grouped>
+template <int Rows, int Bytes, int Pitch, int Threads, int Pairs>
 __device__ __forceinline__ void copy_rows(Byte* to, const Byte* from, int from_pitch, int rows,
                                           int bytes, int to_pitch = Pitch) {
-  RowCopies<Rows, Bytes, Pitch, Threads, Grouped>(to, from, from_pitch, to_pitch)
+  RowCopies<Rows, Bytes, Pitch, Threads, Pairs>(to, from, from_pitch, to_pitch)
       .queue(0, rows, bytes);
 }
 

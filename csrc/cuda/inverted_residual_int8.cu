@@ -154,15 +154,15 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
       for (int c = within; c < sizes.step; c += kSharers * kVector) to_factors(own + c);
     }
   };
+  constexpr int kBytes = In ? In : kTerms, kXPitch = In ? pitch<Byte>(In) : 0;
+  const int x_pitch = sizes.pixel_pitch();
   const auto queue_expand = [&](int first, int chunk) {
-    constexpr int kBytes = In ? In : kTerms;
-    constexpr int kPitch = In ? pitch<Byte>(In) : 0;
-    const Byte* const from = expand_weight + int64_t{chunk} * terms + first;
-    Byte* const to = expand + stage * sizes.expand_stage();
 #pragma unroll 1
     for (int k = 0; k < sizes.step; k += kBytes) {
-      copy_rows<S::kChunk, kBytes, kPitch, kThreads, true>(
-          to + k, from + k, terms, S::kChunk, In ? In : terms - first - k, sizes.pixel_pitch());
+      copy_rows<S::kChunk, kBytes, kXPitch, kThreads, 1>(
+          expand + stage * sizes.expand_stage() + k,
+          expand_weight + int64_t{chunk} * terms + first + k, terms, S::kChunk,
+          In ? In : terms - first - k, x_pitch);
     }
   };
 
@@ -176,40 +176,44 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
   queue_input(0);
   queue_expand(0, begin);
   async_commit();
-  const Rounding expand_rounding(*expand_zero), depthwise_rounding(*depthwise_zero);
+  const int zero_of_expanded = *expand_zero, zero_of_depthwise = *depthwise_zero;
+  const ByteSelect<3> select;
   // What this warp expands: of the halo's slots, and of a chunk's channels.
   const int first_slot = warp / S::kAlong * S::kTiles * 16;
   const int first_channel = warp % S::kAlong * S::kOwnChannels;
   // And sums up, if it does.
   const int unit_channel = warp % S::kUnits * 16;
   // Where they begin, and what moves on with the chunks.
-  const int x_pitch = sizes.pixel_pitch();
-  const Byte* const own_x = kept_at(input, first_slot * x_pitch + own_left_bytes(x_pitch));
-  const Byte* const own_rows = kept_at(expand, first_channel * x_pitch + own_right_bytes(x_pitch));
+  const auto own_at = [&](const Byte* matrix, int offset) {
+    return kept_at(input, int(matrix - input) + offset);
+  };
+  const Byte* const own_x = own_at(input, first_slot * x_pitch + own_left_bytes(x_pitch));
+  const Byte* const own_rows = own_at(expand, first_channel * x_pitch + own_right_bytes(x_pitch));
   const Byte* const own_left =
-      kept_at(halo, Product::row() * S::kChunkPitch + own_left_bytes(S::kChunkPitch));
+      own_at(halo, Product::row() * S::kChunkPitch + own_left_bytes(S::kChunkPitch));
   const Byte* const own_project =
-      kept_at(project, Product::column() * S::kChunkPitch + own_right_bytes(S::kChunkPitch));
+      own_at(project, Product::column() * S::kChunkPitch + own_right_bytes(S::kChunkPitch));
   Byte* const own_halo =
-      kept_at(halo, (first_slot + lane / 4) * S::kChunkPitch + first_channel + lane % 4 * 4);
+      own_at(halo, (first_slot + lane / 4) * S::kChunkPitch + first_channel + own_four());
+  const int* own_expand_bias = expand_bias + begin + first_channel;
+  const float* own_expand_multiplier = expand_multiplier + begin + first_channel + own_four();
+  const uint32_t* own_weight = depthwise_weight + begin + unit_channel;
+  const int* own_bias = depthwise_bias + begin + unit_channel;
+  const float* own_multiplier = depthwise_multiplier + begin + unit_channel;
+  const RowCopies<S::kColumns, S::kChunk, S::kChunkPitch, kThreads, 0> project_rows(
+      project, project_weight + int64_t{first_column} * mid_pitch, mid_pitch);
 #pragma unroll 1
   for (int chunk = begin; chunk < end; chunk += S::kChunk) {
     Sums<S::kTiles, S::kOwnChannels / 8> expanded;
-    expanded.start_fours(expand_bias + chunk + first_channel);
-    const ByteFilter<3> filter(depthwise_weight + chunk + unit_channel + ByteFilter<3>::own(), 2,
-                               mid_pitch);
-    const int four = chunk + unit_channel + lane % 4 * 4;
-    const int4 bias = *reinterpret_cast<const int4*>(depthwise_bias + four);
-    const float4 multiplier = *reinterpret_cast<const float4*>(depthwise_multiplier + four);
+    expanded.start_fours(own_expand_bias);
+    const InOrder own(own_weight, own_bias, own_multiplier, mid_pitch);
     async_wait<0>();
     if (sizes.stages > 1 || chunk == begin) input_to_factors();
     __syncthreads();
     uint32_t own_inside[2 * S::kTiles];
 #pragma unroll
     for (int i = 0; i < 2 * S::kTiles; ++i) own_inside[i] = inside[first_slot + 8 * i + lane / 4];
-    copy_rows<S::kColumns, S::kChunk, S::kChunkPitch, kThreads, false>(
-        project, project_weight + int64_t{first_column} * mid_pitch + chunk, mid_pitch,
-        In ? S::kColumns : rows - first_column, S::kChunk);
+    project_rows.queue(chunk, In ? S::kColumns : rows - first_column, S::kChunk);
     async_commit();
 
     for (int first = 0; first < terms; first += sizes.step) {
@@ -230,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
       const Byte* x_now = own_x + now * sizes.stage();
       const Byte* rows_now = own_rows + now * sizes.expand_stage();
       if constexpr (In != 0) {
-        multiply_own<In, pitch<Byte>(In), pitch<Byte>(In)>(expanded, x_now, rows_now);
+        multiply_own<In, kXPitch, kXPitch>(expanded, x_now, rows_now);
       } else {
 #pragma unroll 1
         for (int k = 0; k < sizes.step; k += kTerms) {
@@ -239,15 +243,17 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
       }
     }
     // Outside the image it is the expanded byte that is zero, not x.
+    with_rounding(zero_of_expanded, [&](const auto& rounding) {
 #pragma unroll
-    for (int j = 0; j < S::kOwnChannels; j += 16) {
-      const float4 by = load_four(expand_multiplier + chunk + first_channel, j);
+      for (int j = 0; j < S::kOwnChannels; j += 16) {
+        const float4 by = *reinterpret_cast<const float4*>(own_expand_multiplier + j);
 #pragma unroll
-      for (int i = 0; i < 2 * S::kTiles; ++i) {
-        const uint32_t word = requantised(expanded.four(i, j / 8), by, expand_rounding);
-        *reinterpret_cast<uint32_t*>(own_halo + 8 * i * S::kChunkPitch + j) = word & own_inside[i];
+        for (int i = 0; i < 2 * S::kTiles; ++i) {
+          *reinterpret_cast<uint32_t*>(own_halo + 8 * i * S::kChunkPitch + j) =
+              requantised(expanded.four(i, j / 8), by, rounding) & own_inside[i];
+        }
       }
-    }
+    });
     __syncthreads();
     if (const int next = chunk + S::kChunk; next < end) {
       if (sizes.stages > 1) queue_input(0);
@@ -256,12 +262,17 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
     async_commit();
     if (S::kUnits == kWarps || warp < S::kUnits) {
       depthwise<S::kPixels / 16, S::kChunkPitch>(typename S::Window{}, halo + unit_channel,
-                                                 halo + unit_channel, 0, filter, bias, multiplier,
-                                                 depthwise_rounding);
+                                                 halo + unit_channel, 0, own, select,
+                                                 zero_of_depthwise);
     }
     async_wait<1>();
     __syncthreads();
     multiply_own<S::kChunk, S::kChunkPitch, S::kChunkPitch>(total, own_left, own_project);
+    own_expand_bias += S::kChunk;
+    own_expand_multiplier += S::kChunk;
+    own_weight += S::kChunk;
+    own_bias += S::kChunk;
+    own_multiplier += S::kChunk;
   }
   if (slices > 1) {
     const int64_t tile = blockIdx.x + int64_t{column_block} * gridDim.x;
@@ -293,8 +304,8 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
     __syncthreads();
   }
   const Rounding rounding(*project_zero);
-  const int own_zero = *input_zero - 128;  // of factors
-  const float own_multiplier = *residual_multiplier;
+  const int zero_of_x = *input_zero - 128;  // of factors
+  const float multiplier_of_x = *residual_multiplier;
   total.for_each([&](int row, int column, int even, int odd) {
     const int pixel = Product::row() + row, o = Product::column() + column;
     Byte* const to = result + pixel * S::kRowPitch + o;
@@ -307,8 +318,8 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
       const int at = slot<Stride, S::kHaloColumns>(pixel / S::kAcross + 1, pixel % S::kAcross + 1);
       const auto own = *reinterpret_cast<const char2*>(
           sizes.stages > 1 ? to : input + at * x_pitch + (In ? o : first_column + o));
-      pair.x = __fadd_rn(pair.x, scaled(own.x - own_zero, own_multiplier));
-      pair.y = __fadd_rn(pair.y, scaled(own.y - own_zero, own_multiplier));
+      pair.x = __fadd_rn(pair.x, scaled(own.x - zero_of_x, multiplier_of_x));
+      pair.y = __fadd_rn(pair.y, scaled(own.y - zero_of_x, multiplier_of_x));
     }
     *reinterpret_cast<uint16_t*>(to) = uint16_t(saturated(rounding(pair.x), rounding(pair.y)));
   });

@@ -259,6 +259,26 @@ __device__ __forceinline__ int bits_of_sum(float a, float b) {
   return bits;
 }
 
+// The word that is `bits`, 0 to 31, further on in the words low, then high.
+__device__ __forceinline__ uint32_t shifted(uint32_t low, uint32_t high, int bits) {
+  return __funnelshift_r(low, high, bits);
+}
+
+// The larger of each byte.
+__device__ __forceinline__ uint32_t larger_bytes(uint32_t a, uint32_t b) { return __vmaxu4(a, b); }
+
+// total + the products of the four bytes of a and b, each int8 or uint8.
+__device__ __forceinline__ int add_dot4(int a, int b, int total) { return __dp4a(a, b, total); }
+__device__ __forceinline__ uint32_t add_dot4(uint32_t a, uint32_t b, uint32_t total) {
+  return __dp4a(a, b, total);
+}
+
+// total + the products of two halves of a word and the Half-th two bytes of another.
+template <int Half>
+__device__ __forceinline__ uint32_t add_dot2(uint32_t halves, uint32_t bytes, uint32_t total) {
+  return Half ? __dp2a_hi(halves, bytes, total) : __dp2a_lo(halves, bytes, total);
+}
+
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 // Whether it holds for a lane of the warp.

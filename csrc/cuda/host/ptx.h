@@ -197,6 +197,34 @@ inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t select) {
   return word;
 }
 
+inline uint32_t shifted(uint32_t low, uint32_t high, int bits) {
+  return uint32_t((low | uint64_t{high} << 32) >> bits);
+}
+
+inline uint32_t larger_bytes(uint32_t a, uint32_t b) {
+  uint32_t word = 0;
+  for (int i = 0; i < 32; i += 8) word |= std::max(a >> i & 255, b >> i & 255) << i;
+  return word;
+}
+
+inline int add_dot4(int a, int b, int total) {
+  uint32_t sum = total;
+  for (int i = 0; i < 4; ++i) {
+    sum += detail::byte_of<int8_t>(a, i) * detail::byte_of<int8_t>(b, i);
+  }
+  return int(sum);
+}
+inline uint32_t add_dot4(uint32_t a, uint32_t b, uint32_t total) {
+  for (int i = 0; i < 32; i += 8) total += (a >> i & 255) * (b >> i & 255);
+  return total;
+}
+
+template <int Half>
+uint32_t add_dot2(uint32_t halves, uint32_t bytes, uint32_t total) {
+  bytes >>= 16 * Half;
+  return total + (halves & 0xffff) * (bytes & 255) + (halves >> 16) * (bytes >> 8 & 255);
+}
+
 // As CUDA's: each rounded by itself.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...lower.gpu import computed_channels
+from ...lower.gpu_int8 import terms
 from ...program.layers import ACTIVATIONS, OUTPUTS, Layer
 from ...program.memory import COUNTERS, PARTIALS, Buffer
 from .. import registry
@@ -233,13 +234,21 @@ def _pyramid_pooling(
     (x,) = inputs
     images, height, width, channels = x.shape
     cells = sum(bins**2 for bins in layer.bins)
-    # Sums over the columns of each bin of a row; of each cell of all grids, its share of each tap.
-    sums = (images, height, sum(layer.bins), computed_channels(channels))
-    shares = (images, layer.kernel**2, cells, weights["grid_weight"].shape[-1])
-    scratch = {
-        "sums": Buffer.dense("pyramid_sums", torch.float32, sums),
-        "shares": Buffer.dense("pyramid_shares", x.dtype, shares),
-    }
+    # Sums over the columns of each bin of a row; of each cell of all grids the channels, or its share of each tap.
+    rows = (images, height, sum(layer.bins))
+    if x.dtype == torch.uint8:
+        grids = (images, cells, weights["branch_bias"].shape[-1])
+        scratch = {
+            "sums": Buffer.dense("pyramid_sums", torch.int32, (*rows, terms(channels))),
+            "grids": Buffer.dense("pyramid_grids", x.dtype, grids),
+        }
+    else:
+        sums = (*rows, computed_channels(channels))
+        shares = (images, layer.kernel**2, cells, weights["grid_weight"].shape[-1])
+        scratch = {
+            "sums": Buffer.dense("pyramid_sums", torch.float32, sums),
+            "shares": Buffer.dense("pyramid_shares", x.dtype, shares),
+        }
     sizes = {
         "branches": len(layer.bins),
         "bins": list(layer.bins),
