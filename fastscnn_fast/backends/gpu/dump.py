@@ -396,7 +396,7 @@ def _cuda_code(
 ) -> Iterator[tuple[dict[str, Any], nvcc.Code]]:
     launches = cuda.described(launched)
     for index, one in enumerate(launches):
-        code = nvcc.compiled(step.layer.op, architecture)[one.kernel]
+        code = nvcc.compiled(launched.op, architecture)[one.kernel]
         about = {
             "op": step.layer.op,
             "layer": step.layer.name,
