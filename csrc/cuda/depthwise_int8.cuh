@@ -121,10 +121,12 @@ __device__ __forceinline__ void depthwise(const Halo& halo, const Byte* memory, 
     multiply_add_bytes<true>(sums.v[i][1], a[0], a[1], odd);
   }
   sync_warp();
-  sums.for_each_four([&](int row, int column, const int (&four)[4]) {
-    *reinterpret_cast<uint32_t*>(left + (first + row) * LeftPitch + column) =
-        factors(requantised(four, multiplier, rounding));
-  });
+  left += (first + lane / 4) * LeftPitch + lane % 4 * 4;
+#pragma unroll
+  for (int i = 0; i < 2 * Rows; ++i) {
+    *reinterpret_cast<uint32_t*>(left + 8 * i * LeftPitch) =
+        factors(requantised(sums.four(i, 0), multiplier, rounding));
+  }
 }
 
 }  // namespace fastscnn::cuda

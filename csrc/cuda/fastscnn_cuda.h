@@ -158,6 +158,22 @@ typedef int fastscnn_bins[FASTSCNN_MOST_BINS];
   F(fastscnn_input, bias) F(fastscnn_input, multiplier) F(fastscnn_input, zero)               \
   F(fastscnn_output, refined) F(fastscnn_output, out)
 
+/* As inverted_residual. */
+#define FASTSCNN_FIELDS_inverted_residual_int8(F)                                             \
+  F(int, in_channels) F(int, mid_channels) F(int, out_channels) F(int, stride)                \
+  F(int, residual) F(int, slices)                                                             \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)              \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_pixel) F(int64_t, out_image)         \
+  F(int64_t, out_pixel)                                                                       \
+  F(fastscnn_input, x) F(fastscnn_input, expand_weight) F(fastscnn_input, expand_bias)        \
+  F(fastscnn_input, expand_multiplier) F(fastscnn_input, expand_zero)                         \
+  F(fastscnn_input, depthwise_weight) F(fastscnn_input, depthwise_bias)                       \
+  F(fastscnn_input, depthwise_multiplier) F(fastscnn_input, depthwise_zero)                   \
+  F(fastscnn_input, project_weight) F(fastscnn_input, project_bias)                           \
+  F(fastscnn_input, project_multiplier) F(fastscnn_input, project_zero)                       \
+  F(fastscnn_input, input_zero) F(fastscnn_input, residual_multiplier)                        \
+  F(fastscnn_output, partials) F(fastscnn_output, counters) F(fastscnn_output, out)
+
 /* Bilinear resize of logits (any strides, `type`) -> `output` of every pixel: logits or
  * probabilities of `out_type` (images, classes, height, width), or uint8 labels (images, height,
  * width), contiguous. */
@@ -173,7 +189,7 @@ typedef void* fastscnn_stream; /* a cudaStream_t */
 #define FASTSCNN_OPS(OP)                                     \
   OP(stem_conv) OP(dsconv) OP(inverted_residual)             \
   OP(pyramid_pooling) OP(feature_fusion) OP(upsample_classify) \
-  OP(stem_conv_int8) OP(dsconv_int8)                        \
+  OP(stem_conv_int8) OP(dsconv_int8) OP(inverted_residual_int8) \
   OP(pyramid_pooling_int8) OP(feature_fusion_int8)
 /* clang-format on */
 
@@ -191,9 +207,14 @@ FASTSCNN_OPS(FASTSCNN_DECLARE)
  * its busiest executes; 0 for sizes that the op refuses. */
 int fastscnn_cuda_inverted_residual_slices(const fastscnn_inverted_residual* op, int processors);
 
+int fastscnn_cuda_inverted_residual_int8_slices(const fastscnn_inverted_residual_int8* op,
+                                                int processors);
+
 /* Bytes of `partials` and `counters` for these sizes and slices. */
 void fastscnn_cuda_inverted_residual_scratch(const fastscnn_inverted_residual* op, size_t* partials,
                                              size_t* counters);
+void fastscnn_cuda_inverted_residual_int8_scratch(const fastscnn_inverted_residual_int8* op,
+                                                  size_t* partials, size_t* counters);
 
 /* Bytes of `sums` and `shares` for these sizes. */
 void fastscnn_cuda_pyramid_pooling_scratch(const fastscnn_pyramid_pooling* op, size_t* sums,

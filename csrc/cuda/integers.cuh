@@ -18,7 +18,10 @@ using Byte = uint8_t;
 
 // As lower/gpu_int8.py pads them: terms of a product and channels of an activation; rows of a
 // matrix.
-__host__ __device__ constexpr int padded_terms(int channels) { return rounded_up(channels, 32); }
+constexpr int kTerms = 32;  // of one product of tensor cores
+__host__ __device__ constexpr int padded_terms(int channels) {
+  return rounded_up(channels, kTerms);
+}
 __host__ __device__ constexpr int padded_rows(int channels) {
   const int power = power_of_two(padded_terms(channels));
   return rounded_up(channels, power < kMostColumns ? power : kMostColumns);
@@ -54,11 +57,10 @@ class Rounding {
 __device__ __forceinline__ uint32_t factors(uint32_t bytes) { return bytes ^ 0x80808080u; }
 
 // Sums of four adjacent columns as a word of bytes.
-__device__ __forceinline__ uint32_t requantised(const int (&sums)[4], const float4& multiplier,
+__device__ __forceinline__ uint32_t requantised(const int4& sums, const float4& multiplier,
                                                 const Rounding& rounding) {
-  return saturated(rounding(scaled(sums[0], multiplier.x)), rounding(scaled(sums[1], multiplier.y)),
-                   rounding(scaled(sums[2], multiplier.z)),
-                   rounding(scaled(sums[3], multiplier.w)));
+  return saturated(rounding(scaled(sums.x, multiplier.x)), rounding(scaled(sums.y, multiplier.y)),
+                   rounding(scaled(sums.z, multiplier.z)), rounding(scaled(sums.w, multiplier.w)));
 }
 
 // Of 16 bytes in shared memory, factors in their place.
@@ -89,24 +91,12 @@ template <int Rows, int Columns>
 struct Sums {
   int v[Rows][Columns][4];
 
-  // Calls `f(row, column, sums)` for every four adjacent columns of a product by a grouped matrix
-  // that the lane holds.
-  template <class F>
-  __device__ __forceinline__ void for_each_four(F f) const {
-    static_assert(Columns % 2 == 0);
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < Columns; j += 2) {
-#pragma unroll
-      for (int i = 0; i < Rows; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int four[4]{v[i][j][2 * half], v[i][j][2 * half + 1], v[i][j + 1][2 * half],
-                            v[i][j + 1][2 * half + 1]};
-          f(16 * i + 8 * half + lane / 4, 8 * j + 4 * (lane % 4), four);
-        }
-      }
-    }
+  // Of the row 8 half + lane / 4 four adjacent columns of a product by a grouped matrix, in which
+  // the j-th tile has an even number: 8 j + 4 (lane % 4) and the next.
+  __device__ __forceinline__ int4 four(int half, int j) const {
+    const int* const a = v[half / 2][j] + half % 2 * 2;
+    const int* const b = v[half / 2][j + 1] + half % 2 * 2;
+    return make_int4(a[0], a[1], b[0], b[1]);
   }
 
   // Calls `f(row, column, a, b)` for every two adjacent columns of any other product.
@@ -191,6 +181,11 @@ class Requantised {
   Rounding rounding_;
 };
 
+// Of one value a column, the lane's four from `column` on of a product by a grouped matrix.
+__device__ __forceinline__ float4 load_four(const float* values, int column) {
+  return *reinterpret_cast<const float4*>(values + column + threadIdx.x % 4 * 4);
+}
+
 // The bytes, or factors, of all sums to `to`, of which the lane's warp has the first (16 Rows, 8
 // Columns) in rows Pitch bytes apart; `multiplier` ends after `columns`.
 template <bool Grouped, bool Factors, int Pitch, int Rows, int Columns>
@@ -234,14 +229,15 @@ __device__ __forceinline__ int own_right_bytes(int pitch) {
 }
 
 // total += left (16 Rows, Depth) right (8 Columns, Depth)^T, factors and int8 in shared memory,
-// from own_left_bytes() and own_right_bytes() on. LeftPitch is 0 where it is known only at run
-// time.
+// from own_left_bytes() and own_right_bytes() on. Pitches are 0 where they are known only at
+// run time.
 template <int Depth, int LeftPitch, int RightPitch, int Rows, int Columns>
 __device__ __forceinline__ void multiply_own(Sums<Rows, Columns>& total, const Byte* left,
-                                             const Byte* right, int left_pitch = LeftPitch) {
-  static_assert(Depth % 32 == 0);
-  unrolled<Depth / 32>([&](auto step) {
-    constexpr int k = step * 32;
+                                             const Byte* right, int left_pitch = LeftPitch,
+                                             int right_pitch = RightPitch) {
+  static_assert(Depth % kTerms == 0);
+  unrolled<Depth / kTerms>([&](auto step) {
+    constexpr int k = step * kTerms;
     uint32_t a[Rows][4];
     unrolled<Rows>([&](auto i) {
       constexpr int at = 16 * i * LeftPitch + k;
@@ -250,7 +246,7 @@ __device__ __forceinline__ void multiply_own(Sums<Rows, Columns>& total, const B
     unrolled<divided_up(Columns, 2)>([&](auto pair) {
       constexpr int j = pair * 2, at = 8 * j * RightPitch + k;
       uint32_t b[j + 1 < Columns ? 4 : 2];
-      load_matrices<at>(b, right);
+      load_matrices<at>(b, RightPitch ? right : right + 8 * j * right_pitch);
 #pragma unroll
       for (int i = 0; i < Rows; ++i) {
         multiply_add_bytes(total.v[i][j], a[i], b[0], b[1]);
@@ -270,10 +266,10 @@ __device__ __forceinline__ void multiply(Sums<Rows, Columns>& total, const Byte*
 
 // Queues copies of `rows` x `bytes` of a matrix in global memory to shared memory, zeros beyond
 // them up to (Rows, Bytes); a block's Threads share them. With Pairs, in the rows that grouped()
-// says.
+// says. Pitch is 0 where it is known only at run time.
 template <int Rows, int Bytes, int Pitch, int Threads, int Pairs>
 __device__ __forceinline__ void copy_rows(Byte* to, const Byte* from, int from_pitch, int rows,
-                                          int bytes) {
+                                          int bytes, int to_pitch = Pitch) {
   constexpr int kVectors = Bytes / kVector, kLanes = kVectors & -kVectors;
   constexpr int kSteps = kVectors / kLanes, kPass = Threads / kLanes;
   static_assert(Bytes % kVector == 0 && kLanes * kPass == Threads);
@@ -281,7 +277,7 @@ __device__ __forceinline__ void copy_rows(Byte* to, const Byte* from, int from_p
   const int row = threadIdx.x / kLanes, byte = threadIdx.x % kLanes * kVector;
   if (Rows < kPass && row >= Rows) return;
   const bool whole = rows >= Rows && bytes >= Bytes;  // where it is known, nothing is asked
-  to += (Pairs ? grouped<Pairs ? Pairs : 1>(row) : row) * Pitch + byte;
+  to += (Pairs ? grouped<Pairs ? Pairs : 1>(row) : row) * to_pitch + byte;
   from += int64_t{row} * from_pitch + byte;
   unrolled<divided_up(Rows, kPass)>([&](auto pass) {
     constexpr int first = pass * kPass;
@@ -289,7 +285,8 @@ __device__ __forceinline__ void copy_rows(Byte* to, const Byte* from, int from_p
     unrolled<kSteps>([&](auto step) {
       constexpr int along = step * kLanes * kVector;
       const bool exists = whole || (row + first < rows && byte + along < bytes);
-      async_copy_16<first * Pitch + along>(to, from + along, exists);
+      async_copy_16<first * Pitch + along>(Pitch ? to : to + first * to_pitch, from + along,
+                                           exists);
     });
     from += kPass * from_pitch;
   });

@@ -1,0 +1,411 @@
+// inverted_residual in int8: 1x1 -> depthwise 3x3 -> 1x1 [+ x], bytes each; what is expanded stays
+// in shared memory.
+//
+// As in inverted_residual.cu a block owns a tile of 32 pixels with up to 128 of their output
+// channels, and a slice of the expanded channels, which it takes a chunk at a time. x becomes
+// factors where it arrives; what is expanded are bytes, whose zeros surround the image, and what
+// the depthwise leaves in their place are factors again. Sums of slices are integers.
+#include "cut.cuh"
+#include "depthwise_int8.cuh"
+
+namespace fastscnn::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// Sizes for In channels expanded to Mid, of which a block computes Out, at Stride. In and Mid are 0
+// where all are known only at run time: then x's halo lies whole in shared memory where that has
+// room for it, and else arrives in steps of channels for each chunk anew, one step while the one
+// before is multiplied.
+template <int In, int Mid, int Out, int Stride>
+struct Sizes {
+  static constexpr int kAcross = 8, kRows = 4;  // of a tile
+  static constexpr int kPixels = kRows * kAcross;
+  static constexpr int kHaloRows = (kRows - 1) * Stride + 3;
+  static constexpr int kHaloColumns = (kAcross - 1) * Stride + 3;
+  static constexpr int kHaloPixels = kHaloRows * kHaloColumns;
+  // Expanded channels: what slices share evenly on the GPUs at hand.
+  static constexpr int kChunk = Mid == 0 || Stride == 2 ? 64 : 96;
+  // Warps of the expansion: of pixels, and of channels, of which each has a multiple of 16.
+  static constexpr int kDown = kChunk == 96 ? 4 : 2, kAlong = kWarps / kDown;
+  static constexpr int kSlots = rounded_up(kHaloPixels, 16 * kDown);
+  static constexpr int kTiles = kSlots / (16 * kDown);  // a warp's, of 16 pixels
+  static constexpr int kOwnChannels = kChunk / kAlong;  // that a warp expands
+  static constexpr int kStep = 64;                      // x's channels that arrive at a time, if so
+  static constexpr int kColumns = rounded_up(Out, 8 * kWarps / (kPixels / 16));
+  static constexpr int kRow = power_of_two(kColumns);  // of the result
+  static constexpr int kUnits = kChunk / 16;           // of the depthwise: a warp's
+  static_assert(kOwnChannels % 16 == 0 && kUnits <= kWarps);
+  using Product = Shares<kPixels, kColumns, kWarps>;
+  using Tile = Sums<Product::kRows, Product::kColumns>;
+
+  static constexpr int kChunkPitch = pitch<Byte>(kChunk);
+  static constexpr int kRowPitch = pitch<Byte>(kRow);
+  using Window = Halo<Stride, kAcross, kChunkPitch>;
+
+  // Shared memory in bytes: each stage's halo of x, its expanding rows, the expanded halo, whose
+  // place the depthwise result takes, the projecting rows.
+  static constexpr int kHalo = kSlots * kChunkPitch;
+  static constexpr int kProject = kColumns * kChunkPitch;
+  static constexpr Counted kCounted{240, 260, 30, 30};
+  // In the end the result takes the place of all but x.
+  static constexpr int kResult = kPixels * kRowPitch;
+
+  // Where x's channels come in steps of `step`, and the next step's lie beside those in use.
+  struct Input {
+    int step, stages;
+
+    __host__ __device__ constexpr int pixel_pitch() const { return pitch<Byte>(step); }
+    __host__ __device__ constexpr int stage() const { return kSlots * pixel_pitch(); }
+    __host__ __device__ constexpr int expand_stage() const { return kChunk * pixel_pitch(); }
+    // After those which slots are inside the image, a word each.
+    __host__ __device__ constexpr int bytes() const {
+      const int work = stages * expand_stage() + kHalo + kProject;
+      return stages * stage() + (work > kResult ? work : kResult);
+    }
+    __host__ __device__ constexpr size_t shared() const {
+      return bytes() + kSlots * sizeof(uint32_t);
+    }
+  };
+  static constexpr size_t kMostShared = 64 * 1024;  // sm_75's
+
+  __host__ __device__ static constexpr Input input(int terms) {
+    const Input whole{terms, 1};
+    if (In || whole.shared() <= kMostShared) return whole;
+    return {kStep, 2};
+  }
+};
+
+// x (H, W, in_channels) -> out (H', W', out_channels): tile block x of image block / (tiles down
+// and across), slice y % slices of the expanded channels, y / slices-th columns of the result.
+template <int In, int Mid, int Out, int Stride>
+__global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
+    const Byte* __restrict__ x, const Byte* __restrict__ expand_weight,
+    const int* __restrict__ expand_bias, const float* __restrict__ expand_multiplier,
+    const int* __restrict__ expand_zero, const uint32_t* __restrict__ depthwise_weight,
+    const int* __restrict__ depthwise_bias, const float* __restrict__ depthwise_multiplier,
+    const int* __restrict__ depthwise_zero, const Byte* __restrict__ project_weight,
+    const int* __restrict__ project_bias, const float* __restrict__ project_multiplier,
+    const int* __restrict__ project_zero, const int* __restrict__ input_zero,
+    const float* __restrict__ residual_multiplier, float4* __restrict__ partials,
+    int* __restrict__ counters, Byte* __restrict__ out, int height, int width, int out_height,
+    int out_width, int tiles_down, int tiles_across, int terms, int mid_channels, int out_channels,
+    int slices, int slice_channels, int residual, int64_t x_image, int x_pixel, int64_t out_image,
+    int out_pixel) {
+  using S = Sizes<In, Mid, Out, Stride>;
+  using Product = typename S::Product;
+  if (In) terms = In;
+  if (Mid) mid_channels = Mid;
+  if (In) out_channels = Out;
+  const int rows = padded_rows(out_channels);
+  const int mid_pitch = rounded_up(mid_channels, 64);
+  const auto sizes = S::input(terms);
+  Byte* const input = shared_memory();
+  Byte* const expand = input + sizes.stages * sizes.stage();
+  Byte* const halo = expand + sizes.stages * sizes.expand_stage();
+  Byte* const project = halo + S::kHalo;
+  uint32_t* const inside = reinterpret_cast<uint32_t*>(input + sizes.bytes());
+
+  const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
+  const int64_t image = blockIdx.x / tiles_across / tiles_down;
+  const int top = down * S::kRows, start = across * S::kAcross;
+  x += image * x_image;
+  out += image * out_image;
+  const int column_block = In ? 0 : blockIdx.y / slices, slice = blockIdx.y - column_block * slices;
+  const int first_column = column_block * S::kColumns;
+  const int begin = slice * slice_channels, end = min(begin + slice_channels, mid_channels);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  // Four threads have a slot, of which they copy 64 adjacent bytes at a time, and make factors of
+  // what they copied.
+  constexpr int kSharers = 4, kPass = kThreads / kSharers;
+  const int within = threadIdx.x % kSharers * kVector;
+  int stage = 0;
+  const auto queue_input = [&](int first) {
+#pragma unroll
+    for (int pass = 0; pass < S::kSlots; pass += kPass) {
+      const int at = pass + threadIdx.x / kSharers;
+      if (pass + kPass > S::kSlots && at >= S::kSlots) break;
+      const int2 in_halo = S::Window::position(at);
+      const int row = top * Stride + in_halo.x - 1, column = start * Stride + in_halo.y - 1;
+      const bool exists =
+          at < S::kHaloPixels && row >= 0 && row < height && column >= 0 && column < width;
+      if (first == 0 && within == 0) inside[at] = exists ? ~0u : 0u;
+      Byte* to = input + stage * sizes.stage() + at * sizes.pixel_pitch() + within;
+      const Byte* from =
+          exists ? x + (int64_t{row} * width + column) * x_pixel + first + within : x;
+      const int step = exists ? kSharers * kVector : 0;
+#pragma unroll
+      for (int c = within; c < sizes.step; c += kSharers * kVector) {
+        async_copy_16(to, from, exists && (In || first + c < terms));
+        to += kSharers * kVector;
+        from += step;
+      }
+    }
+  };
+  const auto input_to_factors = [&] {
+#pragma unroll
+    for (int pass = 0; pass < S::kSlots; pass += kPass) {
+      const int at = pass + threadIdx.x / kSharers;
+      if (pass + kPass > S::kSlots && at >= S::kSlots) break;
+      Byte* const own = input + stage * sizes.stage() + at * sizes.pixel_pitch();
+#pragma unroll
+      for (int c = within; c < sizes.step; c += kSharers * kVector) to_factors(own + c);
+    }
+  };
+  const auto queue_expand = [&](int first, int chunk) {
+    constexpr int kBytes = In ? In : kTerms;
+    constexpr int kPitch = In ? pitch<Byte>(In) : 0;
+    const Byte* const from = expand_weight + int64_t{chunk} * terms + first;
+    Byte* const to = expand + stage * sizes.expand_stage();
+#pragma unroll 1
+    for (int k = 0; k < sizes.step; k += kBytes) {
+      copy_rows<S::kChunk, kBytes, kPitch, kThreads, true>(
+          to + k, from + k, terms, S::kChunk, In ? In : terms - first - k, sizes.pixel_pitch());
+    }
+  };
+
+  typename S::Tile total;
+  const int own_column = first_column + Product::column();
+  if (slice == 0) {
+    total.start(project_bias + own_column, In ? S::kColumns : rows - own_column);
+  } else {
+    total.start();
+  }
+  queue_input(0);
+  queue_expand(0, begin);
+  async_commit();
+  const Rounding expand_rounding(*expand_zero), depthwise_rounding(*depthwise_zero);
+  // What this warp expands: of the halo's slots, and of a chunk's channels.
+  const int first_slot = warp / S::kAlong * S::kTiles * 16;
+  const int first_channel = warp % S::kAlong * S::kOwnChannels;
+  // And sums up, if it does.
+  const int unit_channel = warp % S::kUnits * 16;
+  // Where they begin, and what moves on with the chunks.
+  const int x_pitch = sizes.pixel_pitch();
+  const Byte* const own_x = kept_at(input, first_slot * x_pitch + own_left_bytes(x_pitch));
+  const Byte* const own_rows = kept_at(expand, first_channel * x_pitch + own_right_bytes(x_pitch));
+  const Byte* const own_left =
+      kept_at(halo, Product::row() * S::kChunkPitch + own_left_bytes(S::kChunkPitch));
+  const Byte* const own_project =
+      kept_at(project, Product::column() * S::kChunkPitch + own_right_bytes(S::kChunkPitch));
+  Byte* const own_halo =
+      kept_at(halo, (first_slot + lane / 4) * S::kChunkPitch + first_channel + lane % 4 * 4);
+#pragma unroll 1
+  for (int chunk = begin; chunk < end; chunk += S::kChunk) {
+    Sums<S::kTiles, S::kOwnChannels / 8> expanded;
+    expanded.start_fours(expand_bias + chunk + first_channel);
+    const ByteFilter<3> filter(depthwise_weight + chunk + unit_channel + ByteFilter<3>::own(), 2,
+                               mid_pitch);
+    const int four = chunk + unit_channel + lane % 4 * 4;
+    const int4 bias = *reinterpret_cast<const int4*>(depthwise_bias + four);
+    const float4 multiplier = *reinterpret_cast<const float4*>(depthwise_multiplier + four);
+    async_wait<0>();
+    if (sizes.stages > 1 || chunk == begin) input_to_factors();
+    __syncthreads();
+    uint32_t own_inside[2 * S::kTiles];
+#pragma unroll
+    for (int i = 0; i < 2 * S::kTiles; ++i) own_inside[i] = inside[first_slot + 8 * i + lane / 4];
+    copy_rows<S::kColumns, S::kChunk, S::kChunkPitch, kThreads, false>(
+        project, project_weight + int64_t{first_column} * mid_pitch + chunk, mid_pitch,
+        In ? S::kColumns : rows - first_column, S::kChunk);
+    async_commit();
+
+    for (int first = 0; first < terms; first += sizes.step) {
+      const int now = stage;
+      if (sizes.stages > 1) {
+        if (first) {
+          async_wait<0>();
+          input_to_factors();
+          __syncthreads();
+        }
+        stage ^= 1;
+        if (first + sizes.step < terms) {
+          queue_input(first + sizes.step);
+          queue_expand(first + sizes.step, chunk);
+          async_commit();
+        }
+      }
+      const Byte* x_now = own_x + now * sizes.stage();
+      const Byte* rows_now = own_rows + now * sizes.expand_stage();
+      if constexpr (In != 0) {
+        multiply_own<In, pitch<Byte>(In), pitch<Byte>(In)>(expanded, x_now, rows_now);
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < sizes.step; k += kTerms) {
+          multiply_own<kTerms, 0, 0>(expanded, x_now + k, rows_now + k, x_pitch, x_pitch);
+        }
+      }
+    }
+    // Outside the image it is the expanded byte that is zero, not x.
+#pragma unroll
+    for (int j = 0; j < S::kOwnChannels; j += 16) {
+      const float4 by = load_four(expand_multiplier + chunk + first_channel, j);
+#pragma unroll
+      for (int i = 0; i < 2 * S::kTiles; ++i) {
+        const uint32_t word = requantised(expanded.four(i, j / 8), by, expand_rounding);
+        *reinterpret_cast<uint32_t*>(own_halo + 8 * i * S::kChunkPitch + j) = word & own_inside[i];
+      }
+    }
+    __syncthreads();
+    if (const int next = chunk + S::kChunk; next < end) {
+      if (sizes.stages > 1) queue_input(0);
+      queue_expand(0, next);
+    }
+    async_commit();
+    if (S::kUnits == kWarps || warp < S::kUnits) {
+      depthwise<S::kPixels / 16, S::kChunkPitch>(typename S::Window{}, halo + unit_channel,
+                                                 halo + unit_channel, 0, filter, bias, multiplier,
+                                                 depthwise_rounding);
+    }
+    async_wait<1>();
+    __syncthreads();
+    multiply_own<S::kChunk, S::kChunkPitch, S::kChunkPitch>(total, own_left, own_project);
+  }
+  if (slices > 1) {
+    const int64_t tile = blockIdx.x + int64_t{column_block} * gridDim.x;
+    int* const word = reinterpret_cast<int*>(inside);
+    if (!sum_slices<kThreads>(total, partials, counters, tile, slice, slices, word)) return;
+  } else {
+    __syncthreads();
+  }
+
+  Byte* const result = expand;
+  constexpr int kVectors = S::kColumns / kVector;
+  const bool adds = Stride == 1 && (In == 0 || In == Out) && residual;
+  if (adds && sizes.stages > 1) {  // x where the result will lie
+#pragma unroll 1
+    for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
+      const int pixel = i / kVectors, column = i % kVectors * kVector;
+      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
+      Byte* const to = result + pixel * S::kRowPitch + column;
+      const bool exists = y < height && z < width && first_column + column < terms;
+      async_copy_16(to, exists ? x + (int64_t{y} * width + z) * x_pixel + first_column + column : x,
+                    exists);
+    }
+    async_commit();
+    async_wait<0>();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
+      to_factors(result + i / kVectors * S::kRowPitch + i % kVectors * kVector);
+    }
+    __syncthreads();
+  }
+  const Rounding rounding(*project_zero);
+  const int own_zero = *input_zero - 128;  // of factors
+  const float own_multiplier = *residual_multiplier;
+  total.for_each([&](int row, int column, int even, int odd) {
+    const int pixel = Product::row() + row, o = Product::column() + column;
+    Byte* const to = result + pixel * S::kRowPitch + o;
+    float2 by{0, 0};
+    if (In || first_column + o < rows) {
+      by = *reinterpret_cast<const float2*>(project_multiplier + first_column + o);
+    }
+    float2 pair{scaled(even, by.x), scaled(odd, by.y)};
+    if (adds) {
+      const int at = slot<Stride, S::kHaloColumns>(pixel / S::kAcross + 1, pixel % S::kAcross + 1);
+      const auto own = *reinterpret_cast<const char2*>(
+          sizes.stages > 1 ? to : input + at * x_pitch + (In ? o : first_column + o));
+      pair.x = __fadd_rn(pair.x, scaled(own.x - own_zero, own_multiplier));
+      pair.y = __fadd_rn(pair.y, scaled(own.y - own_zero, own_multiplier));
+    }
+    *reinterpret_cast<uint16_t*>(to) = uint16_t(saturated(rounding(pair.x), rounding(pair.y)));
+  });
+  __syncthreads();
+  store_tile<S::kRows, S::kAcross, S::kRow, S::kRowPitch, kThreads>(
+      out + (int64_t{top} * out_width + start) * out_pixel + first_column, result,
+      int64_t{out_width} * out_pixel, out_pixel, out_height - top, out_width - start,
+      computed_channels(out_channels) - first_column);
+}
+
+// Calls `f` with the Sizes for these channels and stride, the general ones for others: those know
+// expanded and output channels which exist only in memory.
+template <class F>
+void with_sizes(const fastscnn_inverted_residual_int8& op, F&& f) {
+  const auto is = [&](int in, int mid, int out, int stride) {
+    return op.in_channels == in && op.mid_channels == mid && op.out_channels == out &&
+           op.stride == stride;
+  };
+  if (is(64, 384, 64, 1)) return f(Sizes<64, 384, 64, 1>{});
+  if (is(64, 384, 64, 2)) return f(Sizes<64, 384, 64, 2>{});
+  if (is(64, 384, 96, 2)) return f(Sizes<64, 384, 96, 2>{});
+  if (is(96, 576, 96, 1)) return f(Sizes<96, 576, 96, 1>{});
+  if (is(96, 576, 128, 1)) return f(Sizes<96, 576, 128, 1>{});
+  if (is(128, 768, 128, 1)) return f(Sizes<128, 768, 128, 1>{});
+  const bool narrow = op.out_channels <= 64;
+  if (op.stride == 1) return narrow ? f(Sizes<0, 0, 64, 1>{}) : f(Sizes<0, 0, 128, 1>{});
+  narrow ? f(Sizes<0, 0, 64, 2>{}) : f(Sizes<0, 0, 128, 2>{});
+}
+
+template <int In, int Mid, int Out, int Stride>
+void run(Sizes<In, Mid, Out, Stride> sizes, const fastscnn_inverted_residual_int8& op,
+         fastscnn_stream stream) {
+  const int terms = padded_terms(op.in_channels);
+  const Cut cut(sizes, op, op.slices);
+  const Shape shape{op.images * cut.tiles_down * cut.tiles_across, kThreads,
+                    sizes.input(terms).shared(), cut.column_blocks * cut.slices};
+  FASTSCNN_LAUNCH((inverted_residual_int8_kernel<In, Mid, Out, Stride>), shape, stream, op.x,
+                  op.expand_weight, op.expand_bias, op.expand_multiplier, op.expand_zero,
+                  op.depthwise_weight, op.depthwise_bias, op.depthwise_multiplier,
+                  op.depthwise_zero, op.project_weight, op.project_bias, op.project_multiplier,
+                  op.project_zero, op.input_zero, op.residual_multiplier, op.partials, op.counters,
+                  op.out, op.height, op.width, op.out_height, op.out_width, cut.tiles_down,
+                  cut.tiles_across, terms, op.mid_channels, op.out_channels, cut.slices,
+                  cut.slice_chunks * sizes.kChunk, op.residual, op.x_image, op.x_pixel,
+                  op.out_image, op.out_pixel);
+}
+
+Arguments check_sizes(const fastscnn_inverted_residual_int8& op) {
+  const Arguments rules(op.images);
+  require_sizes(rules, op);
+  return rules;
+}
+
+}  // namespace
+}  // namespace fastscnn::cuda
+
+int fastscnn_cuda_inverted_residual_int8(const fastscnn_inverted_residual_int8* op,
+                                         fastscnn_stream stream) {
+  namespace fc = fastscnn::cuda;
+  return fc::status_of([&] {
+    const fc::Arguments rules = fc::check_sizes(*op);
+    rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
+    rules.aligned("expand_weight", op->expand_weight);
+    rules.aligned("expand_bias", op->expand_bias);
+    rules.aligned("expand_multiplier", op->expand_multiplier);
+    rules.aligned("expand_zero", op->expand_zero);
+    rules.aligned("depthwise_weight", op->depthwise_weight);
+    rules.aligned("depthwise_bias", op->depthwise_bias);
+    rules.aligned("depthwise_multiplier", op->depthwise_multiplier);
+    rules.aligned("depthwise_zero", op->depthwise_zero);
+    rules.aligned("project_weight", op->project_weight);
+    rules.aligned("project_bias", op->project_bias);
+    rules.aligned("project_multiplier", op->project_multiplier);
+    rules.aligned("project_zero", op->project_zero);
+    rules.aligned("input_zero", op->input_zero);
+    rules.aligned("residual_multiplier", op->residual_multiplier);
+    fc::check_slices(rules, *op);
+    rules.result(op->out, op->out_channels, op->out_height, op->out_width, op->out_image,
+                 op->out_pixel);
+    fc::with_sizes(*op, [&](auto sizes) { fc::run(sizes, *op, stream); });
+  });
+}
+
+int fastscnn_cuda_inverted_residual_int8_slices(const fastscnn_inverted_residual_int8* op,
+                                                int processors) {
+  namespace fc = fastscnn::cuda;
+  return fc::slices_of(*op, processors, [&](auto f) {
+    fc::check_sizes(*op);
+    fc::with_sizes(*op, f);
+  });
+}
+
+void fastscnn_cuda_inverted_residual_int8_scratch(const fastscnn_inverted_residual_int8* op,
+                                                  size_t* partials, size_t* counters) {
+  namespace fc = fastscnn::cuda;
+  fc::scratch_of(*op, partials, counters, [&](auto f) {
+    fc::check_sizes(*op);
+    fc::with_sizes(*op, f);
+  });
+}
