@@ -6,12 +6,13 @@
 
 namespace fastscnn::cuda {
 
-// Where bin `at` of `bins` begins; it ends where the next would, rounded up.
-__device__ __forceinline__ int begin_of(int at, int bins, int size) {
-  return int(int64_t{at} * size / bins);
+// Where bin `at` of up to 255 `bins` begins, of a side of up to 2^21; it ends where the next would,
+// rounded up.
+__device__ __forceinline__ int begin_of(uint32_t at, uint32_t bins, uint32_t size) {
+  return int(at * size / bins);
 }
-__device__ __forceinline__ int end_of(int at, int bins, int size) {
-  return int(divided_up((int64_t{at} + 1) * size, bins));
+__device__ __forceinline__ int end_of(uint32_t at, uint32_t bins, uint32_t size) {
+  return int(divided_up((at + 1) * size, bins));
 }
 
 // One of the cells of all branches' grids, which follow each other.

@@ -147,14 +147,8 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
     each_slot([&](int slot, int row, int column) {
       uint4 result = make_uint4(0, 0, 0, 0);
       if (exists && is_inside(row, column)) {
-        const FixedSample y = grid.samples[row], z = grid.samples[S::kHaloRows + column];
-        const auto column_at = [&](int column) {
-          const auto cell = [&](int row) {
-            return cells + (int64_t{row} * grid.width + column) * grid_pixel;
-          };
-          return BlendedColumn(cell(y.low), cell(y.high), y.shares);
-        };
-        result = blended(column_at(z.low), column_at(z.high), z);
+        result = resized(cells, grid.samples[row], grid.samples[S::kHaloRows + column], grid.width,
+                         grid_pixel);
         if (least) {
           result = make_uint4(larger_bytes(result.x, least), larger_bytes(result.y, least),
                               larger_bytes(result.z, least), larger_bytes(result.w, least));

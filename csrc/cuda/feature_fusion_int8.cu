@@ -40,37 +40,20 @@ struct Sizes {
   static constexpr size_t kShared = kMatrices + sizeof(Samples);
 };
 
-// 64 bytes of low at the samples' positions. A thread has 16 channels of two adjacent positions,
-// between which one column of low often lies.
+// 64 bytes of low at the samples' positions.
 __device__ __forceinline__ void resize(const Byte* low, Byte* halo, const Samples& samples,
-                                       int channels, int64_t low_row, int low_pixel) {
-  constexpr int kPairs = kHaloColumns / 2;
-  static_assert(kHaloColumns % 2 == 0 && kHaloRows * kPairs * kVectors <= kThreads);
-  const int c = threadIdx.x % kVectors * kVector, pair = threadIdx.x / kVectors % kPairs;
-  const int row = threadIdx.x / kVectors / kPairs;
-  if (row >= kHaloRows) return;
-  const FixedSample y = samples.down[row];
-  const bool exists = y.low >= 0 && c < channels;
-  const Byte* const above = low + y.low * low_row + c;
-  const Byte* const below = low + y.high * low_row + c;
-  const auto column_at = [&](int column) {
-    const int64_t along = int64_t{column} * low_pixel;
-    return BlendedColumn(above + along, below + along, y.shares);
-  };
-  Byte* to = halo + (row * kHaloColumns + 2 * pair) * kPitch + c;
-  BlendedColumn right;
-  int at = -1;  // where it lies
-#pragma unroll
-  for (int i = 0; i < 2; ++i, to += kPitch) {
-    const FixedSample z = samples.across[2 * pair + i];
+                                       int channels, int low_width, int low_pixel) {
+  const int within = threadIdx.x % kVectors * kVector;
+#pragma unroll 1
+  for (int slot = threadIdx.x / kVectors; slot < kHaloRows * kHaloColumns;
+       slot += kThreads / kVectors) {
+    const FixedSample down = samples.down[slot / kHaloColumns];
+    const FixedSample along = samples.across[slot % kHaloColumns];
     uint4 result = make_uint4(0, 0, 0, 0);
-    if (exists && z.low >= 0) {
-      const BlendedColumn left = at == z.low ? right : column_at(z.low);
-      right = column_at(z.high);
-      at = z.high;
-      result = blended(left, right, z);
+    if (within < channels && down.low >= 0 && along.low >= 0) {
+      result = resized(low + within, down, along, low_width, low_pixel);
     }
-    *reinterpret_cast<uint4*>(to) = result;
+    *reinterpret_cast<uint4*>(halo + slot * kPitch + within) = result;
   }
 }
 
@@ -103,11 +86,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto left = [&](int chunk) { return memory + chunk % 2 * S::kLeft; };
   const auto right = [&](int chunk) { return memory + 2 * S::kLeft + chunk % 2 * S::kRight; };
 
-  int64_t block = blockIdx.x;
-  const auto next = [&](int count) {
-    const int number = int(block % count);
+  uint32_t block = blockIdx.x;
+  const auto next = [&](uint32_t count) {
+    const uint32_t number = block % count;
     block /= count;
-    return number;
+    return int(number);
   };
   const int across = next(tiles_across), down = next(tiles_down);
   const int first_across = next(phases_across), first_down = next(phases_down);
@@ -168,8 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (chunk < low_chunks) {
       const int first = chunk * kChunk, c = first + unit_channel;
       const bool exists = c < low_terms;
-      resize(low + first, halo, samples, low_terms - first, int64_t{low_width} * low_pixel,
-             low_pixel);
+      resize(low + first, halo, samples, low_terms - first, low_width, low_pixel);
       const ByFours own(refine_weight, refine_bias, refine_multiplier, low_terms, exists ? c : 0);
       __syncthreads();
       if (exists) {  // of others the 1x1 has zeros

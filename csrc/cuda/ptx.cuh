@@ -259,9 +259,16 @@ __device__ __forceinline__ int bits_of_sum(float a, float b) {
   return bits;
 }
 
-// The word that is `bits`, 0 to 31, further on in the words low, then high.
+// The word that is `bits` % 32 further on in the words low, then high.
 __device__ __forceinline__ uint32_t shifted(uint32_t low, uint32_t high, int bits) {
   return __funnelshift_r(low, high, bits);
+}
+
+// a b + c, which compilers would reorder to an instruction more.
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
 // The larger of each byte.

@@ -39,7 +39,6 @@ __device__ __forceinline__ FixedSample fixed_sample(int i, int size, int out, bo
 struct BlendedWord {
   uint32_t v[4];
 
-  __device__ __forceinline__ BlendedWord() {}
   __device__ __forceinline__ BlendedWord(uint32_t above, uint32_t below, uint32_t shares) {
     constexpr uint32_t kHalf = 1 << 7;
     const uint32_t low = permuted(above, below, 0x5140), high = permuted(above, below, 0x7362);
@@ -50,38 +49,33 @@ struct BlendedWord {
   }
 };
 
-// Sixteen channels of a column, blended along y.
-struct BlendedColumn {
-  BlendedWord words[4];
-
-  __device__ __forceinline__ BlendedColumn() {}
-  __device__ __forceinline__ BlendedColumn(const Byte* above, const Byte* below, uint32_t shares) {
-    const uint4 a = *reinterpret_cast<const uint4*>(above);
-    const uint4 b = *reinterpret_cast<const uint4*>(below);
-    words[0] = {a.x, b.x, shares};
-    words[1] = {a.y, b.y, shares};
-    words[2] = {a.z, b.z, shares};
-    words[3] = {a.w, b.w, shares};
-  }
-};
-
 // Two columns blended along x: bytes.
 __device__ __forceinline__ uint32_t blended(const BlendedWord& left, const BlendedWord& right,
-                                            const FixedSample& along) {
+                                            FixedSample along) {
   constexpr uint32_t kHalves = (1 << 16) + (1 << 23);
   const uint32_t of_left = 4 * along.low_share(), of_right = 4 * along.high_share();
   uint32_t sums[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    sums[i] = left.v[i] * of_left + (right.v[i] * of_right + kHalves);
+    sums[i] = multiply_add(left.v[i], of_left, multiply_add(right.v[i], of_right, kHalves));
   }
   return permuted(permuted(sums[0], sums[1], 0x73), permuted(sums[2], sums[3], 0x73), 0x5410);
 }
-__device__ __forceinline__ uint4 blended(const BlendedColumn& left, const BlendedColumn& right,
-                                         const FixedSample& along) {
-  return make_uint4(
-      blended(left.words[0], right.words[0], along), blended(left.words[1], right.words[1], along),
-      blended(left.words[2], right.words[2], along), blended(left.words[3], right.words[3], along));
+// Sixteen channels at a position of rows of `width` pixels, `pixel` bytes each.
+__device__ __forceinline__ uint4 resized(const Byte* channels, FixedSample down, FixedSample along,
+                                         int width, int pixel) {
+  const Byte* const above = channels + int64_t{down.low} * width * pixel;
+  const Byte* const below = channels + int64_t{down.high} * width * pixel;
+  const auto load = [&](const Byte* row, int column) {
+    return *reinterpret_cast<const uint4*>(row + int64_t{column} * pixel);
+  };
+  const uint4 a = load(above, along.low), b = load(above, along.high);
+  const uint4 c = load(below, along.low), d = load(below, along.high);
+  const auto word = [&](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return blended(BlendedWord(a, c, down.shares), BlendedWord(b, d, down.shares), along);
+  };
+  return make_uint4(word(a.x, b.x, c.x, d.x), word(a.y, b.y, c.y, d.y), word(a.z, b.z, c.z, d.z),
+                    word(a.w, b.w, c.w, d.w));
 }
 
 }  // namespace fastscnn::cuda

@@ -31,7 +31,7 @@ struct Picture {
   const float *scale, *shift;
   int channels, height, width;
   int64_t channel, row, column;  // strides
-  uint32_t pad;                  // the word of what surrounds the picture
+  uint32_t pad;                  // the bytes of what surrounds the picture
 
   // NaN is 0.
   __device__ __forceinline__ int integer(X value, int c) const {
@@ -42,43 +42,53 @@ struct Picture {
     }
   }
   __device__ __forceinline__ uint32_t at(int y, int z) const {
-    if (y < 0 || y >= height || z < 0 || z >= width) return pad;
+    if (y < 0 || y >= height || z < 0 || z >= width) return word(pad);
     const X* const from = x + (y * row + z * column);
     int bytes[kMostChannels] = {};
 #pragma unroll
     for (int c = 0; c < kMostChannels; ++c) {
       if (c < (Channels ? Channels : channels)) bytes[c] = integer(from[c * channel], c);
     }
-    return factors(saturated(bytes[0], bytes[1], bytes[2], bytes[3]));
+    return word(saturated(bytes[0], bytes[1], bytes[2], bytes[3]));
+  }
+  // Factors of a pixel's bytes, of those beyond its channels zeros.
+  __device__ __forceinline__ uint32_t word(uint32_t bytes) const {
+    const uint32_t mask = ~0u >> (32 - 8 * (Channels ? Channels : channels));
+    return factors(bytes) & mask;
   }
 };
 
-// Four adjacent pixels from bytes that are not aligned, by whole words: all of them lie in the
-// picture's row.
+// Words of factors of four adjacent pixels, which all lie in the picture's row, from bytes that are
+// not aligned, by whole words.
 template <bool Interleaved, int Channels>
 __device__ __forceinline__ uint4 load_four(const uint8_t* from, int64_t plane) {
-  const auto words = [](const uint8_t* at, auto& all) {
-    const int skew = int(reinterpret_cast<uintptr_t>(at) % 4);
+  const auto load = [](const uint8_t* at, auto& all) {
+    const uintptr_t skew = reinterpret_cast<uintptr_t>(at) & 3;
     const uint32_t* const aligned = reinterpret_cast<const uint32_t*>(at - skew);
     constexpr int kCount = sizeof all / sizeof(uint32_t);
     uint32_t raw[kCount + 1];
 #pragma unroll
     for (int i = 0; i <= kCount; ++i) raw[i] = aligned[i];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) all[i] = shifted(raw[i], raw[i + 1], 8 * skew);
+    for (int i = 0; i < kCount; ++i) {
+      all[i] = factors(shifted(raw[i], raw[i + 1], 8 * uint32_t(skew)));
+    }
   };
+  static_assert(Channels == 3);
   if constexpr (Interleaved) {
-    uint32_t a[3];
-    words(from, a);
-    return {a[0], shifted(a[0], a[1], 24), shifted(a[1], a[2], 16), a[2] >> 8};
+    uint32_t a[Channels];
+    load(from, a);
+    constexpr uint32_t kMask = 0xffffff;
+    return {a[0] & kMask, shifted(a[0], a[1], 24) & kMask, shifted(a[1], a[2], 16) & kMask,
+            a[2] >> 8};
   } else {
-    uint32_t planes[4][1] = {};
+    uint32_t planes[Channels][1];
 #pragma unroll
-    for (int c = 0; c < Channels; ++c) words(from + c * plane, planes[c]);
+    for (int c = 0; c < Channels; ++c) load(from + c * plane, planes[c]);
     const uint32_t low = permuted(planes[0][0], planes[1][0], 0x5140);
     const uint32_t high = permuted(planes[0][0], planes[1][0], 0x7362);
-    const uint32_t lower = permuted(planes[2][0], planes[3][0], 0x5140);
-    const uint32_t higher = permuted(planes[2][0], planes[3][0], 0x7362);
+    const uint32_t lower = permuted(planes[2][0], 0, 0x4140);
+    const uint32_t higher = permuted(planes[2][0], 0, 0x4342);
     return {permuted(low, lower, 0x5410), permuted(low, lower, 0x7632),
             permuted(high, higher, 0x5410), permuted(high, higher, 0x7632)};
   }
@@ -99,10 +109,9 @@ __device__ __forceinline__ void load_halo(uint32_t* halo, const Picture<X, Chann
         uint4 four;
         // The words that hold the pixels begin up to 3 bytes before them.
         if (y >= 0 && y < picture.height && z >= 3 && z + 8 <= picture.width) {
-          const X* const from = picture.x + (y * picture.row + z * picture.column);
+          const X* const from = picture.x + (y * picture.row + z * (interleaved ? Channels : 1));
           four = interleaved ? load_four<true, Channels>(from, 0)
                              : load_four<false, Channels>(from, picture.channel);
-          four = {factors(four.x), factors(four.y), factors(four.z), factors(four.w)};
         } else {
           four = {picture.at(y, z), picture.at(y, z + 1), picture.at(y, z + 2),
                   picture.at(y, z + 3)};
@@ -126,13 +135,6 @@ __host__ __device__ constexpr int stem_terms(int channels) {
   return power_of_two(padded_terms(9 * channels));
 }
 
-// A tap's word of an output channel's row of terms, whose bytes beyond the channels are zero.
-__device__ __forceinline__ uint32_t tap_of(const Byte* row, int tap, int channels) {
-  const uint32_t* const words = reinterpret_cast<const uint32_t*>(row);
-  const int first = tap * channels, last = first + channels - 1;
-  return shifted(words[first / 4], words[last / 4], first % 4 * 8) & (~0u >> (32 - 8 * channels));
-}
-
 // x (channels, H, W) -> 32 channels of out (H', W', out_channels), a tile of image block / (tiles
 // down and across).
 template <class X, int Channels>
@@ -150,22 +152,25 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
   const int top = down * kRows, start = across * kAcross, first = blockIdx.y * kColumns;
-  const uint32_t around = factors(saturated(pad[0], pad[1], pad[2], pad[3]));
+  const uint32_t around = saturated(pad[0], pad[1], pad[2], pad[3]);
   const Picture<X, Channels> picture{x + image * x_image, scale, shift,    channels, height, width,
                                      x_channel,           x_row, x_column, around};
   load_halo<X, Channels>(halo, picture, top * kStride - padding, start * kStride - padding);
 
-  // Of each column the lane's taps: own, own + 4, and, of the first lanes, the last.
-  const int lane = threadIdx.x % 32, own = lane % 4,
-            own_channel = first + own_four<kTilesAcross / 2>();
-  const Byte* row = weight + (first + lane / 8 * 8 + lane / 4 % 2) * stem_terms(channels);
+  // Of each column the lane's taps: own, own + 4, and 8, of which only the first lanes multiply
+  // more than zeros. A tap's word ends in what lies behind its channels; the halo has zeros there.
+  const int lane = threadIdx.x % 32, own = lane % 4;
+  const int own_channel = first + own_four<kTilesAcross / 2>();
+  const int terms = stem_terms(channels), begin = own * channels, bits = begin % 4 * 8;
+  const Byte* const row = weight + (first + lane / 8 * 8 + lane / 4 % 2) * terms;
   uint32_t right[kTilesAcross][3];
 #pragma unroll
   for (int j = 0; j < kTilesAcross; ++j) {
-    right[j][0] = tap_of(row, own, channels);
-    right[j][1] = tap_of(row, own + 4, channels);
-    right[j][2] = own == 0 ? tap_of(row, 8, channels) : 0;
-    row += 2 * stem_terms(channels);
+    const uint32_t* const words = reinterpret_cast<const uint32_t*>(row + 2 * j * terms);
+    const uint32_t* const at = words + begin / 4;
+    right[j][0] = shifted(at[0], at[1], bits);
+    right[j][1] = shifted(at[channels], at[channels + 1], bits);
+    right[j][2] = own == 0 ? words[2 * channels] : 0;
   }
   Sums<kTiles, kTilesAcross> total;
   total.template start_fours<kTilesAcross / 2>(bias + first);

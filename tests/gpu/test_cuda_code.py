@@ -33,9 +33,12 @@ pytestmark = [
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 NO_SPILLS = (80, 90)
+NO_SPILLS_INT8 = (75, 80, 89, 90, 100)
 HALF = ("__half", "__nv_bfloat16")
 #: Kernels without a product on tensor cores: sums, tiny grids, interpolation.
 NO_PRODUCT = ("row_sums_kernel", "grids_kernel", "upsample_classify_kernel")
+NO_PRODUCT_INT8 = ("row_sums_int8_kernel", "grids_int8_kernel")
+INT8 = tuple(f"{op}_int8" for op in OPS if op != "upsample_classify")
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,25 @@ def test_every_instantiation(op: str, architecture: int) -> None:
             assert count(code.instructions, "LDGSTS") > 0, name
 
 
+def cases_int8() -> Iterator[Any]:
+    for op, architecture in product(INT8, ARCHITECTURES):
+        quick = (op, architecture) == ("dsconv_int8", 90)
+        yield pytest.param(op, architecture, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("op", "architecture"), list(cases_int8()))
+def test_every_instantiation_of_int8(op: str, architecture: int) -> None:
+    """Products of integers wherever one multiplies, 16 bytes a load, no product and sum that are rounded at once."""
+    for name, code in nvcc.compiled(op, architecture).items():
+        if architecture in NO_SPILLS_INT8:
+            assert (code.spills, code.stack) == (0, 0), name
+        assert code.wide_loads > 0, name
+        assert "fma" not in code.ptx and not re.search(r"(add|sub|mul)\.f32", code.ptx), name
+        kernel = name.partition("<")[0]
+        if kernel not in NO_PRODUCT_INT8:
+            assert count(code.instructions, "IMMA") > 0, name
+
+
 def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Described]:
     """The launches of the preset's layers of ``op`` at full size, in every output."""
     for index, step in enumerate(layer_sizes(PRESETS[name], 1024, 2048)):
@@ -83,10 +105,12 @@ def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Described]:
 @pytest.mark.parametrize(("op", "architecture"), list(cases()))
 def test_resident_warps_of_the_network(op: str, architecture: int) -> None:
     """At least 8 a multiprocessor by NVIDIA's occupancy arithmetic."""
-    codes, multiprocessor = nvcc.compiled(op, architecture), MULTIPROCESSORS[architecture]
-    dtypes = [torch.float16] if architecture == 75 else [torch.float16, torch.bfloat16]
+    multiprocessor = MULTIPROCESSORS[architecture]
+    dtypes = [torch.float16, torch.int8, *[torch.bfloat16] * (architecture > 75)]
     for name in PRESETS:
         for dtype in dtypes:
+            int8 = dtype == torch.int8 and op != "upsample_classify"
+            codes = nvcc.compiled(f"{op}_int8" if int8 else op, architecture)
             for one in launched(name, dtype, op):
                 registers = codes[one.kernel].registers
                 warps = one.threads // 32
@@ -97,8 +121,8 @@ def test_resident_warps_of_the_network(op: str, architecture: int) -> None:
 def test_shared_memory_of_the_network(architecture: int) -> None:
     """No more than a block may have, in every dtype that runs there; nothing is compiled."""
     most = MULTIPROCESSORS[architecture].shared_of_block
-    every = (torch.float16, torch.bfloat16, torch.float32)
-    for name, dtype, op in product(PRESETS, every[: 1 if architecture < 80 else 3], OPS):
+    every = (torch.float16, torch.int8, torch.bfloat16, torch.float32)
+    for name, dtype, op in product(PRESETS, every[: 2 if architecture < 80 else 4], OPS):
         for one in launched(name, dtype, op):
             assert one.shared <= most, one
 

@@ -198,8 +198,10 @@ inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t select) {
 }
 
 inline uint32_t shifted(uint32_t low, uint32_t high, int bits) {
-  return uint32_t((low | uint64_t{high} << 32) >> bits);
+  return uint32_t((low | uint64_t{high} << 32) >> bits % 32);
 }
+
+inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
 
 inline uint32_t larger_bytes(uint32_t a, uint32_t b) {
   uint32_t word = 0;
