@@ -207,14 +207,17 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
   }
 
   if (own_column >= out_channels) return;
-  const Requantised<kTiles / 2> requantised(multiplier + own_column, *zero);
+  const Requantised<kTiles / 2> requantised(multiplier + own_column);
+  with_rounding(*zero, [&](const auto& rounding) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int pixel = Product::row() + 8 * half + lane / 4;
-    const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-    if (y >= height || z >= width) continue;
-    requantised.store(out + (int64_t{y} * width + z) * out_pixel + own_column, total.v[0], half);
-  }
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = Product::row() + 8 * half + lane / 4;
+      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
+      if (y >= height || z >= width) continue;
+      Byte* const to = out + (int64_t{y} * width + z) * out_pixel + own_column;
+      requantised.store(to, total.v[0], half, rounding);
+    }
+  });
 }
 
 template <int Side>

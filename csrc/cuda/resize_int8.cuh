@@ -32,7 +32,7 @@ __device__ __forceinline__ FixedSample fixed_sample(int i, int size, int out, bo
   const int64_t last = size - 1, below = over / unit, low = below < last ? below : last;
   const int64_t nearest = ((over - low * unit) * kOne + unit / 2) / unit;
   const int64_t share = nearest < kOne ? nearest : kOne - 1;
-  return {int(low), int(low < last ? low + 1 : last), uint32_t(kOne - share | share << 16)};
+  return {int(low), int(low < last ? low + 1 : last), uint32_t((kOne - share) | share << 16)};
 }
 
 // A word of two rows, blended along y.

@@ -195,15 +195,18 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int y = top + warp;
   if (y >= out_height) return;
   out += image * out_image + int64_t{y} * out_width * out_pixel + own_channel;
-  const Requantised<kTilesAcross / 2> requantised(multiplier + own_channel, *zero);
+  const Requantised<kTilesAcross / 2> requantised(multiplier + own_channel);
+  with_rounding(*zero, [&](const auto& rounding) {
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
+    for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int z = start + 16 * i + 8 * half + lane / 4;
-      if (z < out_width) requantised.store(out + int64_t{z} * out_pixel, total.v[i], half);
+      for (int half = 0; half < 2; ++half) {
+        const int z = start + 16 * i + 8 * half + lane / 4;
+        if (z >= out_width) continue;
+        requantised.store(out + int64_t{z} * out_pixel, total.v[i], half, rounding);
+      }
     }
-  }
+  });
 }
 
 template <class X, int Channels>
