@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
     const int* __restrict__ depthwise_zero, const Byte* __restrict__ project_weight,
     const int* __restrict__ project_bias, const float* __restrict__ project_multiplier,
     const int* __restrict__ project_zero, const int* __restrict__ input_zero,
-    const float* __restrict__ residual_multiplier, float4* __restrict__ partials,
+    const float* __restrict__ residual_multiplier, int4* __restrict__ partials,
     int* __restrict__ counters, Byte* __restrict__ out, int height, int width, int out_height,
     int out_width, int tiles_down, int tiles_across, int terms, int mid_channels, int out_channels,
     int slices, int slice_channels, int residual, int64_t x_image, int x_pixel, int64_t out_image,

@@ -295,8 +295,14 @@ __device__ __forceinline__ bool any_of_warp(bool holds) { return __any_sync(~0u,
 // is there for the block that arrives after them, if each of them publishes it, one of them
 // arrives after a barrier, and those of the other block publish (which orders their loads too)
 // after another.
-__device__ __forceinline__ void store_for_others(float4* to, float4 v) { __stcg(to, v); }
-__device__ __forceinline__ float4 load_from_others(const float4* from) { return __ldcg(from); }
+template <class Four>
+__device__ __forceinline__ void store_for_others(Four* to, Four v) {
+  __stcg(to, v);
+}
+template <class Four>
+__device__ __forceinline__ Four load_from_others(const Four* from) {
+  return __ldcg(from);
+}
 __device__ __forceinline__ void publish() { __threadfence(); }
 
 // How many have arrived before.

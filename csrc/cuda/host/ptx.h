@@ -253,8 +253,19 @@ inline bool any_of_warp(bool holds) {
   return holds;
 }
 
-inline void store_for_others(float4* to, float4 v) { emulation::store_for_others(to, v); }
-inline float4 load_from_others(const float4* from) { return emulation::load_from_others(from); }
+template <class Four>
+void store_for_others(Four* to, Four v) {
+  float4 bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  emulation::store_for_others(reinterpret_cast<float4*>(to), bits);
+}
+template <class Four>
+Four load_from_others(const Four* from) {
+  const float4 bits = emulation::load_from_others(reinterpret_cast<const float4*>(from));
+  Four v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
 inline void publish() { emulation::publish(); }
 inline int arrive(int* counter) { return emulation::arrive(counter); }
 
