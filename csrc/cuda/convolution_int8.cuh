@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
                             const Byte* __restrict__ grids, const Byte* __restrict__ grid_weight,
                             const int* __restrict__ floor, Byte* __restrict__ out, int height,
                             int width, int tiles_down, int tiles_across, int in_channels,
-                            int grid_channels, int out_channels, int mid, int64_t bins,
+                            int grid_channels, int out_channels, int rows, int mid, int64_t bins,
                             int grid_height, int grid_width, int align_corners, int64_t x_image,
                             int x_pixel, int64_t grid_image, int grid_pixel, int64_t out_image,
                             int out_pixel) {
@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
   using Product = Shares<S::kPixels, S::kColumns, S::kThreads / 32>;
   constexpr int kRows = Product::kRows, kTiles = Product::kColumns;
   constexpr int kVectors = S::kChunk / kVector, kPass = S::kThreads / kVectors;
-  const int row_pitch = padded_rows(out_channels);
   const int x_chunks = divided_up(in_channels, S::kChunk);
   const int steps = S::kTaps * (x_chunks + divided_up(grid_channels, S::kChunk));
   Byte* const memory = shared_memory();
@@ -97,16 +96,16 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
   for (int i = threadIdx.x; i < grid_channels / mid * S::kPositions; i += S::kThreads) {
     const int number = i / S::kPositions, position = i % S::kPositions;
     auto& grid = all_grids[number];
-    int rows = grid_height, columns = grid_width, first = 0;
+    int cells_down = grid_height, cells_across = grid_width, first = 0;
     if (bins) {
       const auto bins_of = [&](int branch) { return int(bins >> 8 * branch & 255); };
       for (int before = 0; before < number; ++before) first += bins_of(before) * bins_of(before);
-      rows = columns = bins_of(number);
+      cells_down = cells_across = bins_of(number);
     }
-    if (position == 0) grid.width = columns, grid.first = first;
+    if (position == 0) grid.width = cells_across, grid.first = first;
     const bool along = position >= S::kHaloRows;
     const int at = along ? start + position - S::kHaloRows - Side / 2 : top + position - Side / 2;
-    grid.samples[position] = fixed_sample(at < 0 ? 0 : at, along ? columns : rows,
+    grid.samples[position] = fixed_sample(at < 0 ? 0 : at, along ? cells_across : cells_down,
                                           along ? width : height, align_corners);
   }
 
@@ -166,9 +165,9 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
     const bool of_x = chunk < x_chunks;
     const int depth = of_x ? in_channels : grid_channels, rest = depth_of(chunk);
     const Byte* const from = (of_x ? weight : grid_weight) +
-                             (int64_t{tap} * row_pitch + first_column) * depth + (depth - rest);
+                             (int64_t{tap} * rows + first_column) * depth + (depth - rest);
     copy_rows<S::kColumns, S::kChunk, S::kPitch, S::kThreads, kTiles / 2>(
-        right(step), from, depth, row_pitch - first_column, rest);
+        right(step), from, depth, rows - first_column, rest);
     if (tap == 0 && of_x) queue_x(chunk);
     if (tap == 0 && !of_x) resize(chunk);
   };
@@ -177,7 +176,7 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
   const int lane = threadIdx.x % 32,
             own_column = first_column + Product::column() + own_four<kTiles / 2>();
   total.template start_fours<kTiles / 2>(bias + first_column + Product::column(),
-                                         row_pitch - first_column - Product::column());
+                                         rows - first_column - Product::column());
   const int own_pixel = Product::row() + lane % 16;
   const int own_slot = own_pixel / S::kAcross * S::kHaloColumns + own_pixel % S::kAcross;
   const int own_left = own_slot * S::kPitch + lane / 16 * kVector;
@@ -207,14 +206,17 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
   }
 
   if (own_column >= out_channels) return;
-  const Requantised<kTiles / 2> requantised(multiplier + own_column, *zero);
+  const Requantised<kTiles / 2> requantised(multiplier + own_column);
+  with_rounding(*zero, [&](const auto& rounding) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int pixel = Product::row() + 8 * half + lane / 4;
-    const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-    if (y >= height || z >= width) continue;
-    requantised.store(out + (int64_t{y} * width + z) * out_pixel + own_column, total.v[0], half);
-  }
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = Product::row() + 8 * half + lane / 4;
+      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
+      if (y >= height || z >= width) continue;
+      Byte* const to = out + (int64_t{y} * width + z) * out_pixel + own_column;
+      requantised.store(to, total.v[0], half, rounding);
+    }
+  });
 }
 
 template <int Side>
@@ -228,9 +230,9 @@ void launch_integer_convolution(const IntegerConvolution& op, fastscnn_stream st
   FASTSCNN_LAUNCH((convolution_int8_kernel<Side>), shape, stream, op.x, op.weight, op.bias,
                   op.multiplier, op.zero, op.outside, op.grids, op.grid_weight, op.floor, op.out,
                   op.height, op.width, tiles_down, tiles_across, padded_terms(op.in_channels),
-                  op.grid_channels, out_channels, op.mid, op.bins, op.grid_height, op.grid_width,
-                  op.align_corners, op.x_image, op.x_pixel, op.grid_image, op.grid_pixel,
-                  op.out_image, op.out_pixel);
+                  op.grid_channels, out_channels, padded_rows(op.out_channels), op.mid, op.bins,
+                  op.grid_height, op.grid_width, op.align_corners, op.x_image, op.x_pixel,
+                  op.grid_image, op.grid_pixel, op.out_image, op.out_pixel);
 }
 
 inline void convolve(const IntegerConvolution& op, fastscnn_stream stream) {

@@ -40,20 +40,45 @@ struct Sizes {
   static constexpr size_t kShared = kMatrices + sizeof(Samples);
 };
 
-// 64 bytes of low at the samples' positions.
+// 64 bytes of low at the samples' positions. A warp has a row; a thread has eight channels and
+// walks along a quarter of it: the column of low that is right of one position often is left of the
+// next.
 __device__ __forceinline__ void resize(const Byte* low, Byte* halo, const Samples& samples,
                                        int channels, int low_width, int low_pixel) {
-  const int within = threadIdx.x % kVectors * kVector;
-#pragma unroll 1
-  for (int slot = threadIdx.x / kVectors; slot < kHaloRows * kHaloColumns;
-       slot += kThreads / kVectors) {
-    const FixedSample down = samples.down[slot / kHaloColumns];
-    const FixedSample along = samples.across[slot % kHaloColumns];
-    uint4 result = make_uint4(0, 0, 0, 0);
-    if (within < channels && down.low >= 0 && along.low >= 0) {
-      result = resized(low + within, down, along, low_width, low_pixel);
+  constexpr int kOwn = 8, kSharers = kChunk / kOwn, kWalks = 32 / kSharers;
+  struct Column {
+    BlendedWord words[kOwn / 4];
+  };
+  const int row = threadIdx.x / 32, c = threadIdx.x % kSharers * kOwn;
+  if (row >= kHaloRows) return;
+  const FixedSample down = samples.down[row];
+  const bool exists = down.low >= 0 && c < channels;
+  const int64_t low_row = int64_t{low_width} * low_pixel;
+  const Byte* const above = low + down.low * low_row + c;
+  const Byte* const below = low + down.high * low_row + c;
+  const auto load = [&](int column) {
+    const uint2 a = *reinterpret_cast<const uint2*>(above + int64_t{column} * low_pixel);
+    const uint2 b = *reinterpret_cast<const uint2*>(below + int64_t{column} * low_pixel);
+    return Column{{{a.x, b.x, down.shares}, {a.y, b.y, down.shares}}};
+  };
+  const int walk = threadIdx.x / kSharers % kWalks;
+  const int begin = walk * kHaloColumns / kWalks, end = (walk + 1) * kHaloColumns / kWalks;
+  Byte* to = halo + (row * kHaloColumns + begin) * kPitch + c;
+  Column right;
+  int at = -1;  // where it lies
+#pragma unroll
+  for (int i = 0; i < divided_up(kHaloColumns, kWalks); ++i, to += kPitch) {
+    if (begin + i >= end) break;
+    const FixedSample along = samples.across[begin + i];
+    uint2 result = make_uint2(0, 0);
+    if (exists && along.low >= 0) {
+      const Column left = at == along.low ? right : load(along.low);
+      right = load(along.high);
+      at = along.high;
+      result = make_uint2(blended(left.words[0], right.words[0], along),
+                          blended(left.words[1], right.words[1], along));
     }
-    *reinterpret_cast<uint4*>(halo + slot * kPitch + within) = result;
+    *reinterpret_cast<uint2*>(to) = result;
   }
 }
 
@@ -61,25 +86,21 @@ __device__ __forceinline__ void resize(const Byte* low, Byte* halo, const Sample
 // out_channels): a tile of the pixels that lie the dilation apart from each other, block / (tiles
 // down and across) of all such and all images.
 template <int Columns>
-__global__ void __launch_bounds__(kThreads, 2)
-    feature_fusion_int8_kernel(const Byte* __restrict__ high, const Byte* __restrict__ low,
-                               const uint32_t* __restrict__ refine_weight,
-                               const int* __restrict__ refine_bias,
-                               const float* __restrict__ refine_multiplier,
-                               const int* __restrict__ refine_zero,
-                               const Byte* __restrict__ low_weight,
-                               const Byte* __restrict__ high_weight, const int* __restrict__ bias,
-                               const float* __restrict__ multiplier, const int* __restrict__ zero,
-                               Byte* __restrict__ out, int height, int width, int low_height,
-                               int low_width, int phases_down, int phases_across, int tiles_down,
-                               int tiles_across, int low_terms, int high_terms, int out_channels,
-                               int dilation, int align_corners, int64_t high_image, int high_pixel,
-                               int64_t low_image, int low_pixel, int64_t out_image, int out_pixel) {
+__global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
+    const Byte* __restrict__ high, const Byte* __restrict__ low,
+    const uint32_t* __restrict__ refine_weight, const int* __restrict__ refine_bias,
+    const float* __restrict__ refine_multiplier, const int* __restrict__ refine_zero,
+    const Byte* __restrict__ low_weight, const Byte* __restrict__ high_weight,
+    const int* __restrict__ bias, const float* __restrict__ multiplier,
+    const int* __restrict__ zero, Byte* __restrict__ out, int height, int width, int low_height,
+    int low_width, int phases_down, int phases_across, int tiles_down, int tiles_across,
+    int low_terms, int high_terms, int out_channels, int rows, int dilation, int align_corners,
+    int64_t high_image, int high_pixel, int64_t low_image, int low_pixel, int64_t out_image,
+    int out_pixel) {
   using S = Sizes<Columns>;
   using Product = Shares<kPixels, Columns, kWarps>;
   constexpr int kTiles = Product::kColumns;
   static_assert(Product::kRows == 1);
-  const int row_pitch = padded_rows(out_channels);
   Byte* const memory = shared_memory();
   Byte* const halo = memory + 2 * (S::kLeft + S::kRight);
   auto& samples = *reinterpret_cast<Samples*>(memory + S::kMatrices);
@@ -117,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int depth = of_low ? low_terms : high_terms;
     const Byte* const from = of_low ? low_weight : high_weight;
     copy_rows<Columns, kChunk, kPitch, kThreads, kTiles / 2>(
-        right(chunk), from + int64_t{first_column} * depth + first, depth, row_pitch - first_column,
+        right(chunk), from + int64_t{first_column} * depth + first, depth, rows - first_column,
         depth - first);
     if (!of_low) {
       const bool exists = own_exists && first + within < depth;
@@ -130,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   queue(0);
   Sums<1, kTiles> total;
   total.template start_fours<kTiles / 2>(bias + first_column + Product::column(),
-                                         row_pitch - first_column - Product::column());
+                                         rows - first_column - Product::column());
   const auto sample_at = [&](int64_t at, int size, int low_size) {
     const bool exists = at >= 0 && at < size;
     return exists ? fixed_sample(int(at), low_size, size, align_corners) : FixedSample{-1, -1, 0};
@@ -170,15 +191,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int lane = threadIdx.x % 32;
   const int own_column = first_column + Product::column() + own_four<kTiles / 2>();
   if (own_column >= out_channels) return;
-  const Requantised<kTiles / 2> requantised(multiplier + own_column, *zero);
+  const Requantised<kTiles / 2> requantised(multiplier + own_column);
+  with_rounding(*zero, [&](const auto& rounding) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int pixel = Product::row() + 8 * half + lane / 4;
-    const int64_t y = top + pixel / kAcross * int64_t{dilation};
-    const int64_t z = start + pixel % kAcross * int64_t{dilation};
-    if (y >= height || z >= width) continue;
-    requantised.store(out + (y * width + z) * out_pixel + own_column, total.v[0], half);
-  }
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = Product::row() + 8 * half + lane / 4;
+      const int64_t y = top + pixel / kAcross * int64_t{dilation};
+      const int64_t z = start + pixel % kAcross * int64_t{dilation};
+      if (y >= height || z >= width) continue;
+      Byte* const to = out + (y * width + z) * out_pixel + own_column;
+      requantised.store(to, total.v[0], half, rounding);
+    }
+  });
 }
 
 template <int Columns>
@@ -195,8 +219,9 @@ void run(const fastscnn_feature_fusion_int8& op, fastscnn_stream stream) {
                   op.low_weight, op.high_weight, op.bias, op.multiplier, op.zero, op.out, op.height,
                   op.width, op.low_height, op.low_width, phases_down, phases_across, tiles_down,
                   tiles_across, padded_terms(op.low_channels), padded_terms(op.high_channels),
-                  out_channels, op.dilation, op.align_corners, op.high_image, op.high_pixel,
-                  op.low_image, op.low_pixel, op.out_image, op.out_pixel);
+                  out_channels, padded_rows(op.out_channels), op.dilation, op.align_corners,
+                  op.high_image, op.high_pixel, op.low_image, op.low_pixel, op.out_image,
+                  op.out_pixel);
 }
 
 void run_dense(const fastscnn_feature_fusion_int8& op, fastscnn_stream stream) {

@@ -177,7 +177,7 @@ template <int Pairs>
 class Requantised {
  public:
   // `multiplier` is that of the first of them.
-  __device__ __forceinline__ Requantised(const float* multiplier, int zero) : rounding_(zero) {
+  __device__ __forceinline__ explicit Requantised(const float* multiplier) {
 #pragma unroll
     for (int pair = 0; pair < Pairs; ++pair) {
       multiplier_[pair] = reinterpret_cast<const float4*>(multiplier)[pair];
@@ -185,20 +185,21 @@ class Requantised {
   }
 
   // Of a row of tiles the lane's first row, or the second `half` below it.
-  __device__ __forceinline__ void store(Byte* to, const int (&sums)[2 * Pairs][4], int half) const {
+  template <class R>
+  __device__ __forceinline__ void store(Byte* to, const int (&sums)[2 * Pairs][4], int half,
+                                        const R& rounding) const {
     Vector<uint32_t, Pairs> words;
 #pragma unroll
     for (int pair = 0; pair < Pairs; ++pair) {
       const int (&even)[4] = sums[2 * pair], (&odd)[4] = sums[2 * pair + 1];
       const int4 four{even[2 * half], even[2 * half + 1], odd[2 * half], odd[2 * half + 1]};
-      words.v[pair] = requantised(four, multiplier_[pair], rounding_);
+      words.v[pair] = requantised(four, multiplier_[pair], rounding);
     }
     *reinterpret_cast<Vector<uint32_t, Pairs>*>(to) = words;
   }
 
  private:
   float4 multiplier_[Pairs];
-  Rounding rounding_;
 };
 
 // How many pairs of a warp's tiles of columns a matrix is best grouped by, which is copied so many

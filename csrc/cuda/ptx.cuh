@@ -246,6 +246,12 @@ __device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t se
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(select));
   return word;
 }
+template <uint32_t Select>
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "n"(Select));
+  return word;
+}
 
 // The bits of a b + c, rounded once, and of a + b.
 __device__ __forceinline__ int bits_of_multiply_add(float a, float b, float c) {

@@ -32,16 +32,17 @@ __device__ __forceinline__ FixedSample fixed_sample(int i, int size, int out, bo
   const int64_t last = size - 1, below = over / unit, low = below < last ? below : last;
   const int64_t nearest = ((over - low * unit) * kOne + unit / 2) / unit;
   const int64_t share = nearest < kOne ? nearest : kOne - 1;
-  return {int(low), int(low < last ? low + 1 : last), uint32_t(kOne - share | share << 16)};
+  return {int(low), int(low < last ? low + 1 : last), uint32_t((kOne - share) | share << 16)};
 }
 
 // A word of two rows, blended along y.
 struct BlendedWord {
   uint32_t v[4];
 
+  BlendedWord() = default;
   __device__ __forceinline__ BlendedWord(uint32_t above, uint32_t below, uint32_t shares) {
     constexpr uint32_t kHalf = 1 << 7;
-    const uint32_t low = permuted(above, below, 0x5140), high = permuted(above, below, 0x7362);
+    const uint32_t low = permuted<0x5140>(above, below), high = permuted<0x7362>(above, below);
     v[0] = add_dot2<0>(shares, low, kHalf) >> 8;
     v[1] = add_dot2<1>(shares, low, kHalf) >> 8;
     v[2] = add_dot2<0>(shares, high, kHalf) >> 8;
@@ -59,7 +60,7 @@ __device__ __forceinline__ uint32_t blended(const BlendedWord& left, const Blend
   for (int i = 0; i < 4; ++i) {
     sums[i] = multiply_add(left.v[i], of_left, multiply_add(right.v[i], of_right, kHalves));
   }
-  return permuted(permuted(sums[0], sums[1], 0x73), permuted(sums[2], sums[3], 0x73), 0x5410);
+  return permuted<0x5410>(permuted<0x73>(sums[0], sums[1]), permuted<0x73>(sums[2], sums[3]));
 }
 // Sixteen channels at a position of rows of `width` pixels, `pixel` bytes each.
 __device__ __forceinline__ uint4 resized(const Byte* channels, FixedSample down, FixedSample along,

@@ -85,12 +85,12 @@ __device__ __forceinline__ uint4 load_four(const uint8_t* from, int64_t plane) {
     uint32_t planes[Channels][1];
 #pragma unroll
     for (int c = 0; c < Channels; ++c) load(from + c * plane, planes[c]);
-    const uint32_t low = permuted(planes[0][0], planes[1][0], 0x5140);
-    const uint32_t high = permuted(planes[0][0], planes[1][0], 0x7362);
-    const uint32_t lower = permuted(planes[2][0], 0, 0x4140);
-    const uint32_t higher = permuted(planes[2][0], 0, 0x4342);
-    return {permuted(low, lower, 0x5410), permuted(low, lower, 0x7632),
-            permuted(high, higher, 0x5410), permuted(high, higher, 0x7632)};
+    const uint32_t low = permuted<0x5140>(planes[0][0], planes[1][0]);
+    const uint32_t high = permuted<0x7362>(planes[0][0], planes[1][0]);
+    const uint32_t lower = permuted<0x4140>(planes[2][0], 0);
+    const uint32_t higher = permuted<0x4342>(planes[2][0], 0);
+    return {permuted<0x5410>(low, lower), permuted<0x7632>(low, lower),
+            permuted<0x5410>(high, higher), permuted<0x7632>(high, higher)};
   }
 }
 
@@ -195,15 +195,18 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int y = top + warp;
   if (y >= out_height) return;
   out += image * out_image + int64_t{y} * out_width * out_pixel + own_channel;
-  const Requantised<kTilesAcross / 2> requantised(multiplier + own_channel, *zero);
+  const Requantised<kTilesAcross / 2> requantised(multiplier + own_channel);
+  with_rounding(*zero, [&](const auto& rounding) {
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
+    for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int z = start + 16 * i + 8 * half + lane / 4;
-      if (z < out_width) requantised.store(out + int64_t{z} * out_pixel, total.v[i], half);
+      for (int half = 0; half < 2; ++half) {
+        const int z = start + 16 * i + 8 * half + lane / 4;
+        if (z >= out_width) continue;
+        requantised.store(out + int64_t{z} * out_pixel, total.v[i], half, rounding);
+      }
     }
-  }
+  });
 }
 
 template <class X, int Channels>

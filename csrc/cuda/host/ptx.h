@@ -197,6 +197,11 @@ inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t select) {
   return word;
 }
 
+template <uint32_t Select>
+uint32_t permuted(uint32_t a, uint32_t b) {
+  return permuted(a, b, Select);
+}
+
 inline uint32_t shifted(uint32_t low, uint32_t high, int bits) {
   return uint32_t((low | uint64_t{high} << 32) >> bits % 32);
 }
