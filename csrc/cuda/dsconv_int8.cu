@@ -61,7 +61,7 @@ struct Sizes {
 // across).
 template <int In, int Out, int Stride, bool Last>
 __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
-    const Byte* __restrict__ x, const uint32_t* __restrict__ depthwise_weight,
+    const Byte* x, const uint32_t* __restrict__ depthwise_weight,
     const int* __restrict__ depthwise_bias, const float* __restrict__ depthwise_multiplier,
     const int* __restrict__ depthwise_zero, const Byte* __restrict__ pointwise_weight,
     const int* __restrict__ pointwise_bias, const float* __restrict__ pointwise_multiplier,
@@ -121,6 +121,16 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
     });
   };
 
+  const auto queue_right = [&](int chunk, int o) {
+    constexpr int kRight = rounded_up(S::kColumns, 16);
+    const int first = chunk * S::kChunk;
+    copy_rows<kRight, S::kChunk, S::kChunkPitch, kThreads, S::kPairs>(
+        right, pointwise_weight + int64_t{o} * terms + first, terms, Out ? kRight : rows - o,
+        In ? S::kChunk : terms - first);
+  };
+  queue_right(0, first_column);
+  wait_for_launches_before();
+
   Sums<LastProduct::kRows, LastProduct::kColumns> result;
   if constexpr (Last) {
     const int k = first_class + LastProduct::column();
@@ -151,15 +161,12 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
         queue_halo(chunk);
         async_commit();
       }
-      const int first = chunk * S::kChunk;
-      copy_rows<rounded_up(S::kColumns, 16), S::kChunk, S::kChunkPitch, kThreads, S::kPairs>(
-          right, pointwise_weight + int64_t{o} * terms + first, terms,
-          Out ? rounded_up(S::kColumns, 16) : rows - o, In ? S::kChunk : terms - first);
+      if (chunk > 0 || o > first_column) queue_right(chunk, o);
       async_commit();
       if (S::kStages > 1 && chunk + 1 < chunks) queue_halo(chunk + 1);
       async_commit();
       // Of channels that do not exist the 1x1 has zeros.
-      const int c = first + unit_channel;
+      const int c = chunk * S::kChunk + unit_channel;
       const bool exists = In || c < terms;
       const ByFours own(depthwise_weight, depthwise_bias, depthwise_multiplier, terms,
                         exists ? c : 0);

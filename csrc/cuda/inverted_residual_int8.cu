@@ -82,18 +82,17 @@ struct Sizes {
 // and across), slice y % slices of the expanded channels, y / slices-th columns of the result.
 template <int In, int Mid, int Out, int Stride>
 __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
-    const Byte* __restrict__ x, const Byte* __restrict__ expand_weight,
-    const int* __restrict__ expand_bias, const float* __restrict__ expand_multiplier,
-    const int* __restrict__ expand_zero, const uint32_t* __restrict__ depthwise_weight,
-    const int* __restrict__ depthwise_bias, const float* __restrict__ depthwise_multiplier,
-    const int* __restrict__ depthwise_zero, const Byte* __restrict__ project_weight,
-    const int* __restrict__ project_bias, const float* __restrict__ project_multiplier,
-    const int* __restrict__ project_zero, const int* __restrict__ input_zero,
-    const float* __restrict__ residual_multiplier, int4* __restrict__ partials,
-    int* __restrict__ counters, Byte* __restrict__ out, int height, int width, int out_height,
-    int out_width, int tiles_down, int tiles_across, int terms, int mid_channels, int out_channels,
-    int slices, int slice_channels, int residual, int64_t x_image, int x_pixel, int64_t out_image,
-    int out_pixel) {
+    const Byte* x, const Byte* __restrict__ expand_weight, const int* __restrict__ expand_bias,
+    const float* __restrict__ expand_multiplier, const int* __restrict__ expand_zero,
+    const uint32_t* __restrict__ depthwise_weight, const int* __restrict__ depthwise_bias,
+    const float* __restrict__ depthwise_multiplier, const int* __restrict__ depthwise_zero,
+    const Byte* __restrict__ project_weight, const int* __restrict__ project_bias,
+    const float* __restrict__ project_multiplier, const int* __restrict__ project_zero,
+    const int* __restrict__ input_zero, const float* __restrict__ residual_multiplier,
+    int4* __restrict__ partials, int* __restrict__ counters, Byte* __restrict__ out, int height,
+    int width, int out_height, int out_width, int tiles_down, int tiles_across, int terms,
+    int mid_channels, int out_channels, int slices, int slice_channels, int residual,
+    int64_t x_image, int x_pixel, int64_t out_image, int out_pixel) {
   using S = Sizes<In, Mid, Out, Stride>;
   using Product = typename S::Product;
   if (In) terms = In;
@@ -183,8 +182,9 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
   } else {
     total.start();
   }
-  queue_input(0);
   queue_expand(0, begin);
+  wait_for_launches_before();
+  queue_input(0);
   async_commit();
   const int zero_of_expanded = *expand_zero, zero_of_depthwise = *depthwise_zero;
   const ByteSelect<3> select;

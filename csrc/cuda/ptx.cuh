@@ -35,6 +35,19 @@ __device__ __forceinline__ void async_copy_16(void* shared, const void* global, 
 #endif
 }
 
+// Lets the launch after this one begin, and waits until all launches before it have ended and what
+// they wrote is there: on sm_90 and later launches of a stream overlap (launch.h). Until it returns
+// a thread reads nothing but weights and writes nothing but shared memory, which other launches may
+// be using; every thread calls it, so that a launch's end says that all before it have ended too.
+// What a launch before may have written is reached by pointers that are not __restrict__: through
+// others the compiler might load early, or from what is cached as constant.
+__device__ __forceinline__ void wait_for_launches_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The same number, which the compiler keeps in a register and does not compute anew.
 __device__ __forceinline__ int kept(int v) {
   asm volatile("mov.b32 %0, %0;" : "+r"(v));

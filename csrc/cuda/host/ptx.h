@@ -22,6 +22,8 @@ void async_copy_16(void* shared, const void* global, bool exists) {
   emulation::copy_16({shared, exists ? global : nullptr});
 }
 
+inline void wait_for_launches_before() { emulation::wait_for_launches_before(); }
+
 inline int kept(int v) { return v; }
 
 inline float2 unpacked(__half2 v) { return __half22float2(v); }
