@@ -55,8 +55,8 @@ void bind_field(py::class_<Arguments>& bound, const char* name, Field Arguments:
   }
 }
 
-// Of an op the struct, with the names of its fields, and `op(arguments, stream)` and
-// `describe(arguments)`.
+// Of an op the struct, with the names of its fields, and `op(arguments, stream, follows)`, a
+// fastscnn_stream's two, and `describe(arguments)`.
 template <class Arguments>
 py::class_<Arguments> bind(py::module_& m, const char* op,
                            int (*call)(const Arguments*, fastscnn_stream)) {
@@ -65,16 +65,17 @@ py::class_<Arguments> bind(py::module_& m, const char* op,
   m.attr("arguments")[op] = bound;
   m.def(
       op,
-      [call, op](const Arguments& arguments, uintptr_t stream) {
-        const int status = call(&arguments, reinterpret_cast<fastscnn_stream>(stream));
+      [call, op](const Arguments& arguments, uintptr_t stream, bool follows) {
+        const int status = call(&arguments, {reinterpret_cast<void*>(stream), follows});
         if (status == 0) return;
         const std::string what = std::string(op) + ": " + fastscnn_cuda_message(status);
         if (status == FASTSCNN_REFUSED) throw std::invalid_argument(what);
         throw std::runtime_error(what);
       },
+      py::arg("arguments"), py::arg("stream"), py::arg("follows") = false,
       py::call_guard<py::gil_scoped_release>());
   m.def("describe", [call](const Arguments& arguments) {
-    return fc::describe([&] { return call(&arguments, nullptr); });
+    return fc::describe([&] { return call(&arguments, {}); });
   });
   return bound;
 }
@@ -98,6 +99,7 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
 #ifdef FASTSCNN_CUDA_ON_HOST
   m.attr("on_host") = true;
   m.def("set_warp_order", &fc::emulation::set_warp_order);
+  m.def("set_in_flight", &fc::emulation::set_in_flight);
 #else
   m.attr("on_host") = false;
 #endif
@@ -115,6 +117,7 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
           [](const fc::Described& d) { return py::make_tuple(d.grid[0], d.grid[1], d.grid[2]); })
       .def_readonly("threads", &fc::Described::threads)
       .def_readonly("shared", &fc::Described::shared)
+      .def_readonly("follows", &fc::Described::follows)
       .def_readonly("parameters", &fc::Described::parameters);
 
   m.attr("arguments") = py::dict();  // the structs by op; each knows its fields but addresses

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .arch.config import Size
+from .arch.config import Size, picture_size
 from .checkpoints import Weights, load_checkpoint
 from .data import remote
 from .data.jobs import Found, Job, find, result_names
-from .data.pictures import ENDINGS, PICTURE_SUFFIXES, VIDEO, no_picture, size_of
+from .data.pictures import ENDINGS, PICTURE_SUFFIXES, VIDEO, check_bits, no_picture, size_of
 from .data.results import encode
 from .extras import need
 from .runtime.flow import flow
@@ -71,7 +71,8 @@ class Segmenter:
         precision: see ``backend``.
 
     Raises:
-        ValueError: the weights cannot be read, or cannot run so.
+        TypeError: ``size`` or ``bits`` are no integers.
+        ValueError: the weights cannot be read, or cannot run so; ``size`` is below 32 a side, ``bits`` not 8 to 16.
         KeyError: a batch has no such column.
     """
 
@@ -85,6 +86,10 @@ class Segmenter:
         dtype: torch.dtype = torch.float32,
         precision: str = "highest",
     ) -> None:
+        if size is not None:  # told now, not with each picture
+            size = picture_size(size)
+        if bits is not None:
+            bits = check_bits(bits)
         if isinstance(weights, FastSCNN):
             model = copy.deepcopy(weights)  # it may move to a GPU
         else:

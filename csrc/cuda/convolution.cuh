@@ -70,12 +70,11 @@ struct Hats {
 // channels that are known only at run time.
 template <class T, int In, int Out>
 __global__ void __launch_bounds__(kConvolutionThreads, 2)
-    convolution_kernel(const T* __restrict__ x, const T* __restrict__ weight,
-                       const float* __restrict__ bias, const T* __restrict__ shares,
-                       T* __restrict__ out, int height, int width, int tiles, int in_channels,
-                       int out_channels, int kernel, int cells, int64_t bins, int align_corners,
-                       float low, float high, int64_t x_image, int x_pixel, int64_t out_image,
-                       int out_pixel) {
+    convolution_kernel(const T* x, const T* __restrict__ weight, const float* __restrict__ bias,
+                       const T* shares, T* __restrict__ out, int height, int width, int tiles,
+                       int in_channels, int out_channels, int kernel, int cells, int64_t bins,
+                       int align_corners, float low, float high, int64_t x_image, int x_pixel,
+                       int64_t out_image, int out_pixel) {
   using S = ConvolutionSizes<T>;
   using Product = Shares<kConvolutionPixels, kConvolutionColumns, kConvolutionThreads / 32>;
   constexpr int kChunk = S::kChunk, kStages = kConvolutionStages;
@@ -153,6 +152,7 @@ __global__ void __launch_bounds__(kConvolutionThreads, 2)
   const int own_column = first_column + Product::column();
   total.start(bias + own_column, row_pitch - own_column);
   const int steps = taps * chunks_of_tap;
+  wait_for_launches_before();
 #pragma unroll 1
   for (int step = 1 - kStages; step < steps; ++step) {
     if (step >= 0) {

@@ -61,10 +61,10 @@ struct IntegerConvolutionSizes {
 // tile of image block / (tiles down and across).
 template <int Side>
 __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
-    convolution_int8_kernel(const Byte* __restrict__ x, const Byte* __restrict__ weight,
+    convolution_int8_kernel(const Byte* x, const Byte* __restrict__ weight,
                             const int* __restrict__ bias, const float* __restrict__ multiplier,
                             const int* __restrict__ zero, const int* __restrict__ outside,
-                            const Byte* __restrict__ grids, const Byte* __restrict__ grid_weight,
+                            const Byte* grids, const Byte* __restrict__ grid_weight,
                             const int* __restrict__ floor, Byte* __restrict__ out, int height,
                             int width, int tiles_down, int tiles_across, int in_channels,
                             int grid_channels, int out_channels, int rows, int mid, int64_t bins,
@@ -108,6 +108,8 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
     grid.samples[position] = fixed_sample(at < 0 ? 0 : at, along ? cells_across : cells_down,
                                           along ? width : height, align_corners);
   }
+
+  wait_for_launches_before();
 
   // A thread has the same 16 bytes of a chunk of several pixels.
   const int within = threadIdx.x % kVectors * kVector;

@@ -96,8 +96,10 @@ struct InOrder {
 };
 
 // A tile's windows one tap after the other, each a tile of its own: of any stride and dilation.
-template <int Pixels, int Pitch>
+template <int Pixels, int Across, int Pitch>
 struct Windows {
+  __device__ static __forceinline__ int2 position(int at) { return {at / Across, at % Across}; }
+
   __device__ __forceinline__ int window(int pixel) const { return pixel * Pitch; }
   __host__ __device__ static constexpr int known(int tap) { return tap * Pixels * Pitch; }
   __device__ __forceinline__ int moved(int) const { return 0; }

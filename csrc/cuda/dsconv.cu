@@ -101,7 +101,7 @@ __device__ __forceinline__ void depthwise_from_global(const T* x, T* left, const
 // across).
 template <class T, class Y, int In, int Out, int Stride, bool Last>
 __global__ void __launch_bounds__(kThreads, 2)
-    dsconv_kernel(const T* __restrict__ x, const float* __restrict__ depthwise_weight,
+    dsconv_kernel(const T* x, const float* __restrict__ depthwise_weight,
                   const float* __restrict__ depthwise_bias, const T* __restrict__ pointwise_weight,
                   const float* __restrict__ pointwise_bias, const T* __restrict__ last_weight,
                   const float* __restrict__ last_bias, Y* __restrict__ out, int height, int width,
@@ -127,6 +127,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_class = blockIdx.y * kLastColumns;
   const int first_column = Last ? 0 : blockIdx.y * S::kColumns;
   const int end_column = Last ? out_channels : first_column + S::kColumns;
+
+  const auto queue_right = [&](int chunk, int o) {
+    copy_matrix<S::kChunk, S::kRow, S::kRowPitch, kThreads>(
+        right, pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
+        In && In % S::kChunk == 0 ? S::kChunk : in_channels - chunk * S::kChunk,
+        Out ? S::kRow : row_pitch - o);
+  };
+  queue_right(0, first_column);
+  wait_for_launches_before();
 
   // Four threads have a pixel of the halo, of which they copy a chunk's 64 bytes.
   constexpr int kSharers = 4, kPass = kThreads / kSharers;
@@ -170,18 +179,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int unit_pixel = threadIdx.x / 32 % kUnitsAcross * 16 * S::kUnit;
   const Clamp<T> clamp(mid_low, mid_high), end_clamp(low, high);
   for (int o = first_column; o < end_column; o += S::kColumns) {
+    queue_halo(0);
+    async_commit();
+    async_commit();  // of later chunks this group has the rows of the 1x1
     typename Product::Tile total;
     const int own = o + Product::column();
     total.start(pointwise_bias + own, Out ? S::kRow : row_pitch - own);
-    queue_halo(0);
-    async_commit();
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      copy_matrix<S::kChunk, S::kRow, S::kRowPitch, kThreads>(
-          right, pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
-          In && In % S::kChunk == 0 ? S::kChunk : in_channels - chunk * S::kChunk,
-          Out ? S::kRow : row_pitch - o);
-      async_commit();
       if (chunk + 1 < chunks) queue_halo(chunk + 1);
       async_commit();
       const int c = chunk * S::kChunk + unit_channel;
@@ -207,6 +212,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       multiply<S::kChunk, S::kChunkPitch, S::kRowPitch>(
           total, left + Product::row() * S::kChunkPitch, right + Product::column());
       __syncthreads();
+      if (chunk + 1 < chunks) queue_right(chunk + 1, o);
+      async_commit();
     }
 
     T* const tile = memory;
@@ -233,6 +240,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           out_channels - o);
     }
     __syncthreads();
+    if (o + S::kColumns < end_column) queue_right(0, o + S::kColumns);
   }
   if constexpr (Last) {
     result.for_each([&](int row, int column, float2& pair) {

@@ -22,7 +22,8 @@ constexpr int kLastColumns = 32;  // classes that a block computes
 template <int In, int Out, int Stride>
 struct Sizes {
   static constexpr int kAcross = 16;  // pixels of a tile's row
-  static constexpr int kRows = 4;
+  // Narrow channels leave registers and shared memory for twice as many.
+  static constexpr int kRows = In == 32 ? 8 : 4;
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kChunk = In ? padded_terms(In) : 64;  // input channels
   static constexpr int kChunkPitch = pitch<Byte>(kChunk);
@@ -35,7 +36,7 @@ struct Sizes {
   // A warp sums up 16 kUnit pixels of 16 channels.
   static constexpr int kUnit = kPixels * kChunk / (256 * kWarps);
   using Window = std::conditional_t<Stride != 0, Halo<Stride, kAcross, kChunkPitch>,
-                                    Windows<kPixels, kChunkPitch>>;
+                                    Windows<kPixels, kAcross, kChunkPitch>>;
   using Product = Shares<kPixels, kColumns, kWarps>;
   using Tile = Sums<Product::kRows, Product::kColumns>;
   static constexpr int kPairs = pairs_of(Product::kColumns, kThreads / (kChunk / kVector));
@@ -60,7 +61,7 @@ struct Sizes {
 // across).
 template <int In, int Out, int Stride, bool Last>
 __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
-    const Byte* __restrict__ x, const uint32_t* __restrict__ depthwise_weight,
+    const Byte* x, const uint32_t* __restrict__ depthwise_weight,
     const int* __restrict__ depthwise_bias, const float* __restrict__ depthwise_multiplier,
     const int* __restrict__ depthwise_zero, const Byte* __restrict__ pointwise_weight,
     const int* __restrict__ pointwise_bias, const float* __restrict__ pointwise_multiplier,
@@ -89,41 +90,46 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
   const int first_column = Last ? 0 : blockIdx.y * S::kColumns;
   const int end_column = Last ? out_channels : first_column + S::kColumns;
 
-  // So many threads have a pixel of the halo, of which they copy a chunk.
-  constexpr int kSharers = S::kChunk / kVector, kPass = kThreads / kSharers;
-  constexpr int kHaloPixels = S::kHaloRows * S::kHaloColumns;
-  constexpr int kPasses = divided_up(kHaloPixels, kPass);
-  const int within = threadIdx.x % kSharers * kVector;
-  const Byte* from[kPasses];
-  bool inside[kPasses];
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int slot = pass * kPass + threadIdx.x / kSharers;
-    int y, z;
-    if constexpr (Stride != 0) {
-      const int2 in_halo = S::Window::position(slot);
-      y = top * Stride + in_halo.x - 1, z = start * Stride + in_halo.y - 1;
-    } else {
-      const int tap = slot / S::kPixels, pixel = slot % S::kPixels;
-      y = (top + pixel / S::kAcross) * stride + (tap / 3 - 1) * dilation;
-      z = (start + pixel % S::kAcross) * stride + (tap % 3 - 1) * dilation;
-    }
-    inside[pass] = y >= 0 && y < height && z >= 0 && z < width;
-    from[pass] = (inside[pass] ? x + (int64_t{y} * width + z) * x_pixel : x) + within;
-  }
+  // So many threads have a pixel, of which they copy a chunk: of each group of the halo's rows the
+  // same one.
+  constexpr int kSharers = S::kChunk / kVector;
+  constexpr int kGroup = kThreads / kSharers / S::kHaloColumns;
+  static_assert(kGroup > 0);
+  const int within = threadIdx.x % kSharers * kVector, own_slot = threadIdx.x / kSharers;
+  const bool copies = own_slot < kGroup * S::kHaloColumns;
+  const int2 in_group = S::Window::position(own_slot);
   const auto halo = [&](int chunk) { return memory + chunk % S::kStages * S::kHalo; };
   const auto queue_halo = [&](int chunk) {
-    Byte* const to = halo(chunk) + threadIdx.x / kSharers * S::kChunkPitch + within;
-    const int c = chunk * S::kChunk;
-    const bool exists = In || c + within < terms;
-    unrolled<kPasses>([&](auto pass) {
-      if constexpr (pass + 1 == kPasses && kHaloPixels % kPass != 0) {
-        if (threadIdx.x >= kHaloPixels % kPass * kSharers) return;
+    if (!copies) return;
+    Byte* const to = halo(chunk) + own_slot * S::kChunkPitch + within;
+    const int c = chunk * S::kChunk + within;
+    const bool exists = In || c < terms;
+    int y = top * Stride + in_group.x - 1, z = start * Stride + in_group.y - 1;
+    const Byte* from = x + (int64_t{y} * width + z) * x_pixel + c;
+    const int64_t step = int64_t{kGroup} * width * x_pixel;
+    unrolled<divided_up(S::kHaloRows, kGroup)>([&](auto pass) {
+      constexpr int first = pass * kGroup;
+      if (first + kGroup > S::kHaloRows && in_group.x + first >= S::kHaloRows) return;
+      if constexpr (Stride == 0) {  // a group is a tap
+        y = (top + in_group.x) * stride + (pass / 3 - 1) * dilation;
+        z = (start + in_group.y) * stride + (pass % 3 - 1) * dilation;
+        from = x + (int64_t{y} * width + z) * x_pixel + c;
       }
-      async_copy_16<pass * kPass * S::kChunkPitch>(to, exists ? from[pass] + c : x,
-                                                   exists && inside[pass]);
+      async_copy_16<first * S::kHaloColumns * S::kChunkPitch>(
+          to, from, exists && y >= 0 && y < height && z >= 0 && z < width);
+      if constexpr (Stride != 0) y += kGroup, from += step;
     });
   };
+
+  const auto queue_right = [&](int chunk, int o) {
+    constexpr int kRight = rounded_up(S::kColumns, 16);
+    const int first = chunk * S::kChunk;
+    copy_rows<kRight, S::kChunk, S::kChunkPitch, kThreads, S::kPairs>(
+        right, pointwise_weight + int64_t{o} * terms + first, terms, Out ? kRight : rows - o,
+        In ? S::kChunk : terms - first);
+  };
+  queue_right(0, first_column);
+  wait_for_launches_before();
 
   Sums<LastProduct::kRows, LastProduct::kColumns> result;
   if constexpr (Last) {
@@ -155,15 +161,12 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
         queue_halo(chunk);
         async_commit();
       }
-      const int first = chunk * S::kChunk;
-      copy_rows<rounded_up(S::kColumns, 16), S::kChunk, S::kChunkPitch, kThreads, S::kPairs>(
-          right, pointwise_weight + int64_t{o} * terms + first, terms,
-          Out ? rounded_up(S::kColumns, 16) : rows - o, In ? S::kChunk : terms - first);
+      if (chunk > 0 || o > first_column) queue_right(chunk, o);
       async_commit();
       if (S::kStages > 1 && chunk + 1 < chunks) queue_halo(chunk + 1);
       async_commit();
       // Of channels that do not exist the 1x1 has zeros.
-      const int c = first + unit_channel;
+      const int c = chunk * S::kChunk + unit_channel;
       const bool exists = In || c < terms;
       const ByFours own(depthwise_weight, depthwise_bias, depthwise_multiplier, terms,
                         exists ? c : 0);

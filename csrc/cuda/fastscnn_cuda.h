@@ -184,7 +184,14 @@ typedef int fastscnn_bins[FASTSCNN_MOST_BINS];
   F(int64_t, x_column)                                                               \
   F(fastscnn_input, x) F(fastscnn_output, out)
 
-typedef void* fastscnn_stream; /* a cudaStream_t */
+/* Where a call queues its launches: a cudaStream_t; and whether (not 0) what was queued there last is
+ * another of these calls whose weights were written before it, as these were. Then, on GPUs of
+ * compute capability 9.0 and later, this call's first launch begins, and fetches weights, while that
+ * call's last still runs: programmatic dependent launch. */
+typedef struct {
+  void* queue;
+  int follows;
+} fastscnn_stream;
 
 #define FASTSCNN_OPS(OP)                                     \
   OP(stem_conv) OP(dsconv) OP(inverted_residual)             \

@@ -144,8 +144,7 @@ __device__ __forceinline__ void resize(const T* low, T* to, const typename S::Sa
 // image block / (tiles down and across).
 template <class T, int Low, int High, int Out, int Taps, int Across>
 __global__ void __launch_bounds__(kThreads, 2)
-    feature_fusion_kernel(const T* __restrict__ high, const T* __restrict__ low,
-                          const float* __restrict__ refine_weight,
+    feature_fusion_kernel(const T* high, const T* low, const float* __restrict__ refine_weight,
                           const float* __restrict__ refine_bias, const T* __restrict__ low_weight,
                           const T* __restrict__ high_weight, const float* __restrict__ bias,
                           T* __restrict__ out, int height, int width, int low_height, int low_width,
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int low_chunks = divided_up(low_channels, S::kChunk);
   const int chunks = low_chunks + divided_up(high_channels, S::kChunk);
-  const auto queue = [&](int chunk) {
+  const auto queue_right = [&](int chunk) {
     const bool of_low = chunk < low_chunks;
     const int first = (of_low ? chunk : chunk - low_chunks) * S::kChunk;
     copy_matrix<S::kChunk, S::kColumns, S::kRowPitch, kThreads>(
@@ -187,7 +186,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         (of_low ? low_weight : high_weight) + int64_t{first} * row_pitch + first_column, row_pitch,
         Low && High ? S::kChunk : (of_low ? low_channels : high_channels) - first,
         Out ? S::kColumns : row_pitch - first_column);
-    if (!of_low) {
+  };
+  const auto queue_left = [&](int chunk) {  // of low it is computed
+    if (const int first = (chunk - low_chunks) * S::kChunk; first >= 0) {
       constexpr int kVectors = S::kChunk / kPerVector<T>;
 #pragma unroll
       for (int i = 0; i < S::kPixels * kVectors; i += kThreads) {
@@ -201,10 +202,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                       exists);
       }
     }
-    async_commit();
   };
 
-  queue(0);
+  queue_right(0);
   typename Product::Tile total;
   const int own_column = first_column + Product::column();
   total.start(bias + own_column, Out ? S::kColumns : row_pitch - own_column);
@@ -227,6 +227,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const DilatedHalo<Across, S::kChunkPitch> halo{along_at.count, down_at.apart, along_at.apart};
   const Clamp<T> relu(0, INFINITY), clamp(least, most);
   __syncthreads();
+  wait_for_launches_before();
+  queue_left(0);
+  async_commit();
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
     if (chunk < low_chunks) {
@@ -252,7 +255,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     async_wait<0>();
     __syncthreads();  // after which nobody multiplies the chunk before
-    if (chunk + 1 < chunks) queue(chunk + 1);
+    if (chunk + 1 < chunks) {
+      queue_right(chunk + 1);
+      queue_left(chunk + 1);
+      async_commit();
+    }
     multiply<S::kChunk, S::kChunkPitch, S::kRowPitch>(
         total, left(chunk) + Product::row() * S::kChunkPitch, right(chunk) + Product::column());
   }
@@ -322,7 +329,7 @@ void run_dense(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
   rest.low = refine.out = op.refined;
   rest.low_image = refine.out_image = op.low_height * op.low_width * op.low_pixel;
   run<T, 0, 0, 0, 1>(refine, stream);
-  select<T, 1>(rest, stream);
+  select<T, 1>(rest, after(stream));
 }
 
 }  // namespace

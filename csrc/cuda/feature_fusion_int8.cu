@@ -87,16 +87,15 @@ __device__ __forceinline__ void resize(const Byte* low, Byte* halo, const Sample
 // down and across) of all such and all images.
 template <int Columns>
 __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
-    const Byte* __restrict__ high, const Byte* __restrict__ low,
-    const uint32_t* __restrict__ refine_weight, const int* __restrict__ refine_bias,
-    const float* __restrict__ refine_multiplier, const int* __restrict__ refine_zero,
-    const Byte* __restrict__ low_weight, const Byte* __restrict__ high_weight,
-    const int* __restrict__ bias, const float* __restrict__ multiplier,
-    const int* __restrict__ zero, Byte* __restrict__ out, int height, int width, int low_height,
-    int low_width, int phases_down, int phases_across, int tiles_down, int tiles_across,
-    int low_terms, int high_terms, int out_channels, int rows, int dilation, int align_corners,
-    int64_t high_image, int high_pixel, int64_t low_image, int low_pixel, int64_t out_image,
-    int out_pixel) {
+    const Byte* high, const Byte* low, const uint32_t* __restrict__ refine_weight,
+    const int* __restrict__ refine_bias, const float* __restrict__ refine_multiplier,
+    const int* __restrict__ refine_zero, const Byte* __restrict__ low_weight,
+    const Byte* __restrict__ high_weight, const int* __restrict__ bias,
+    const float* __restrict__ multiplier, const int* __restrict__ zero, Byte* __restrict__ out,
+    int height, int width, int low_height, int low_width, int phases_down, int phases_across,
+    int tiles_down, int tiles_across, int low_terms, int high_terms, int out_channels, int rows,
+    int dilation, int align_corners, int64_t high_image, int high_pixel, int64_t low_image,
+    int low_pixel, int64_t out_image, int out_pixel) {
   using S = Sizes<Columns>;
   using Product = Shares<kPixels, Columns, kWarps>;
   constexpr int kTiles = Product::kColumns;
@@ -117,6 +116,7 @@ __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
   const int first_across = next(phases_across), first_down = next(phases_down);
   const int64_t top = first_down + int64_t{down} * kRows * dilation;
   const int64_t start = first_across + int64_t{across} * kAcross * dilation;
+  wait_for_launches_before();
   if (top >= height || start >= width) return;
   high += block * high_image;
   low += block * low_image;
@@ -245,7 +245,7 @@ void run_dense(const fastscnn_feature_fusion_int8& op, fastscnn_stream stream) {
   both.grid_weight = op.low_weight;
   both.floor = op.refine_zero;
   both.align_corners = op.align_corners;
-  convolve(both, stream);
+  convolve(both, after(stream));
 }
 
 }  // namespace

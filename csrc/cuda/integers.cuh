@@ -347,7 +347,8 @@ class RowCopies {
   static constexpr int kVectors = Bytes / kVector, kLanes = kVectors & -kVectors;
   static constexpr int kSteps = kVectors / kLanes, kPass = Threads / kLanes;
   static_assert(Bytes % kVector == 0 && kLanes * kPass == Threads);
-  static_assert(Pairs == 0 || (kPass % (16 * Pairs) == 0 && Rows % (16 * Pairs) == 0));
+  static constexpr int kGroup = Pairs ? 16 * Pairs : 1;
+  static_assert(kPass % kGroup == 0 && Rows % kGroup == 0);
 
   __device__ static __forceinline__ int row() { return threadIdx.x / kLanes; }
   __device__ static __forceinline__ int byte() { return threadIdx.x % kLanes * kVector; }

@@ -87,18 +87,14 @@ struct Sizes {
 // x (H, W, in_channels) -> out (H', W', out_channels): tile block x of image block / (tiles down
 // and across), slice y % slices of the expanded channels, y / slices-th columns of the result.
 template <class T, int In, int Mid, int Out, int Stride>
-__global__ void __launch_bounds__(kThreads, 2)
-    inverted_residual_kernel(const T* __restrict__ x, const T* __restrict__ expand_weight,
-                             const float* __restrict__ expand_bias,
-                             const float* __restrict__ depthwise_weight,
-                             const float* __restrict__ depthwise_bias,
-                             const T* __restrict__ project_weight,
-                             const float* __restrict__ project_bias, float4* __restrict__ partials,
-                             int* __restrict__ counters, T* __restrict__ out, int height, int width,
-                             int out_height, int out_width, int tiles_down, int tiles_across,
-                             int in_channels, int mid_channels, int out_channels, int slices,
-                             int slice_channels, int residual, float low, float high,
-                             int64_t x_image, int x_pixel, int64_t out_image, int out_pixel) {
+__global__ void __launch_bounds__(kThreads, 2) inverted_residual_kernel(
+    const T* x, const T* __restrict__ expand_weight, const float* __restrict__ expand_bias,
+    const float* __restrict__ depthwise_weight, const float* __restrict__ depthwise_bias,
+    const T* __restrict__ project_weight, const float* __restrict__ project_bias,
+    float4* __restrict__ partials, int* __restrict__ counters, T* __restrict__ out, int height,
+    int width, int out_height, int out_width, int tiles_down, int tiles_across, int in_channels,
+    int mid_channels, int out_channels, int slices, int slice_channels, int residual, float low,
+    float high, int64_t x_image, int x_pixel, int64_t out_image, int out_pixel) {
   using S = Sizes<T, In, Mid, Out, Stride>;
   using Product = Shares<S::kPixels, S::kColumns, kWarps>;
   if (In) in_channels = In;
@@ -169,8 +165,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   } else {
     total.start();
   }
-  queue_input(0);
   queue_expand(0, begin);
+  wait_for_launches_before();
+  queue_input(0);
   async_commit();
   // What this warp expands: of the halo's slots, and of a chunk's channels.
   const int first_slot = warp / S::kAlong * S::kTiles * 16;

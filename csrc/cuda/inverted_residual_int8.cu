@@ -20,7 +20,8 @@ constexpr int kWarps = kThreads / 32;
 // before is multiplied.
 template <int In, int Mid, int Out, int Stride>
 struct Sizes {
-  static constexpr int kAcross = 8, kRows = 4;  // of a tile
+  // Of a tile; what is known only at run time takes registers, too.
+  static constexpr int kAcross = 8, kRows = In == 0 && Stride == 2 ? 2 : 4;
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kHaloRows = (kRows - 1) * Stride + 3;
   static constexpr int kHaloColumns = (kAcross - 1) * Stride + 3;
@@ -81,18 +82,17 @@ struct Sizes {
 // and across), slice y % slices of the expanded channels, y / slices-th columns of the result.
 template <int In, int Mid, int Out, int Stride>
 __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
-    const Byte* __restrict__ x, const Byte* __restrict__ expand_weight,
-    const int* __restrict__ expand_bias, const float* __restrict__ expand_multiplier,
-    const int* __restrict__ expand_zero, const uint32_t* __restrict__ depthwise_weight,
-    const int* __restrict__ depthwise_bias, const float* __restrict__ depthwise_multiplier,
-    const int* __restrict__ depthwise_zero, const Byte* __restrict__ project_weight,
-    const int* __restrict__ project_bias, const float* __restrict__ project_multiplier,
-    const int* __restrict__ project_zero, const int* __restrict__ input_zero,
-    const float* __restrict__ residual_multiplier, float4* __restrict__ partials,
-    int* __restrict__ counters, Byte* __restrict__ out, int height, int width, int out_height,
-    int out_width, int tiles_down, int tiles_across, int terms, int mid_channels, int out_channels,
-    int slices, int slice_channels, int residual, int64_t x_image, int x_pixel, int64_t out_image,
-    int out_pixel) {
+    const Byte* x, const Byte* __restrict__ expand_weight, const int* __restrict__ expand_bias,
+    const float* __restrict__ expand_multiplier, const int* __restrict__ expand_zero,
+    const uint32_t* __restrict__ depthwise_weight, const int* __restrict__ depthwise_bias,
+    const float* __restrict__ depthwise_multiplier, const int* __restrict__ depthwise_zero,
+    const Byte* __restrict__ project_weight, const int* __restrict__ project_bias,
+    const float* __restrict__ project_multiplier, const int* __restrict__ project_zero,
+    const int* __restrict__ input_zero, const float* __restrict__ residual_multiplier,
+    int4* __restrict__ partials, int* __restrict__ counters, Byte* __restrict__ out, int height,
+    int width, int out_height, int out_width, int tiles_down, int tiles_across, int terms,
+    int mid_channels, int out_channels, int slices, int slice_channels, int residual,
+    int64_t x_image, int x_pixel, int64_t out_image, int out_pixel) {
   using S = Sizes<In, Mid, Out, Stride>;
   using Product = typename S::Product;
   if (In) terms = In;
@@ -117,42 +117,51 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
   const int begin = slice * slice_channels, end = min(begin + slice_channels, mid_channels);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // Four threads have a slot, of which they copy 64 adjacent bytes at a time, and make factors of
-  // what they copied.
-  constexpr int kSharers = 4, kPass = kThreads / kSharers;
-  const int within = threadIdx.x % kSharers * kVector;
+  // Four threads have a slot of each group of the halo's rows, of which they copy 64 adjacent bytes
+  // at a time, and make factors of what they copied. Slots beyond the halo are outside of the
+  // image.
+  constexpr int kSharers = 4, kGroup = kThreads / kSharers / S::kHaloColumns;
+  static_assert(kGroup > 0 && S::kSlots - S::kHaloPixels <= kThreads);
+  const int within = threadIdx.x % kSharers * kVector, own_slot = threadIdx.x / kSharers;
+  const bool copies = own_slot < kGroup * S::kHaloColumns;
+  const int2 in_group = S::Window::position(own_slot);
+  if (S::kHaloPixels + threadIdx.x < S::kSlots) inside[S::kHaloPixels + threadIdx.x] = 0;
   int stage = 0;
+  // Calls `f` with the number of slots before each group that the thread has a slot of.
+  const auto for_each_group = [&](auto f) {
+    if (!copies) return;
+    unrolled<divided_up(S::kHaloRows, kGroup)>([&](auto pass) {
+      constexpr int first = pass * kGroup;
+      if (first + kGroup > S::kHaloRows && in_group.x + first >= S::kHaloRows) return;
+      f(Constant<first * S::kHaloColumns>{});
+    });
+  };
   const auto queue_input = [&](int first) {
-#pragma unroll
-    for (int pass = 0; pass < S::kSlots; pass += kPass) {
-      const int at = pass + threadIdx.x / kSharers;
-      if (pass + kPass > S::kSlots && at >= S::kSlots) break;
-      const int2 in_halo = S::Window::position(at);
-      const int row = top * Stride + in_halo.x - 1, column = start * Stride + in_halo.y - 1;
-      const bool exists =
-          at < S::kHaloPixels && row >= 0 && row < height && column >= 0 && column < width;
-      if (first == 0 && within == 0) inside[at] = exists ? ~0u : 0u;
-      Byte* to = input + stage * sizes.stage() + at * sizes.pixel_pitch() + within;
-      const Byte* from =
-          exists ? x + (int64_t{row} * width + column) * x_pixel + first + within : x;
-      const int step = exists ? kSharers * kVector : 0;
-#pragma unroll
-      for (int c = within; c < sizes.step; c += kSharers * kVector) {
-        async_copy_16(to, from, exists && (In || first + c < terms));
-        to += kSharers * kVector;
-        from += step;
+    int y = top * Stride + in_group.x - 1;
+    const int z = start * Stride + in_group.y - 1;
+    const Byte* from = x + (int64_t{y} * width + z) * x_pixel + first + within;
+    Byte* const to = input + stage * sizes.stage() + own_slot * sizes.pixel_pitch() + within;
+    for_each_group([&](auto before) {
+      const bool exists = y >= 0 && y < height && z >= 0 && z < width;
+      if (first == 0 && within == 0) inside[before + own_slot] = exists ? ~0u : 0u;
+      constexpr int kUnrolled = In ? divided_up(In, kSharers * kVector) : 1;
+#pragma unroll kUnrolled
+      for (int c = 0; c + within < sizes.step; c += kSharers * kVector) {
+        async_copy_16(to + before * sizes.pixel_pitch() + c, from + c,
+                      exists && (In || first + within + c < terms));
       }
-    }
+      y += kGroup;
+      from += int64_t{kGroup} * width * x_pixel;
+    });
   };
   const auto input_to_factors = [&] {
+    Byte* const own = input + stage * sizes.stage() + own_slot * sizes.pixel_pitch();
+    for_each_group([&](auto before) {
 #pragma unroll
-    for (int pass = 0; pass < S::kSlots; pass += kPass) {
-      const int at = pass + threadIdx.x / kSharers;
-      if (pass + kPass > S::kSlots && at >= S::kSlots) break;
-      Byte* const own = input + stage * sizes.stage() + at * sizes.pixel_pitch();
-#pragma unroll
-      for (int c = within; c < sizes.step; c += kSharers * kVector) to_factors(own + c);
-    }
+      for (int c = within; c < sizes.step; c += kSharers * kVector) {
+        to_factors(own + before * sizes.pixel_pitch() + c);
+      }
+    });
   };
   constexpr int kBytes = In ? In : kTerms, kXPitch = In ? pitch<Byte>(In) : 0;
   const int x_pitch = sizes.pixel_pitch();
@@ -173,8 +182,9 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
   } else {
     total.start();
   }
-  queue_input(0);
   queue_expand(0, begin);
+  wait_for_launches_before();
+  queue_input(0);
   async_commit();
   const int zero_of_expanded = *expand_zero, zero_of_depthwise = *depthwise_zero;
   const ByteSelect<3> select;

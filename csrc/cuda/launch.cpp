@@ -37,6 +37,21 @@ namespace detail {
 
 std::vector<Described>* recording() { return list; }
 
+#ifndef FASTSCNN_CUDA_ON_HOST
+bool Overlap::possible(const void* kernel) {
+  int device = 0;
+  checked(cudaGetDevice(&device));
+  if (device >= kDevices) return false;
+  std::atomic<signed char>& known = known_[device];
+  if (known == 0) {
+    cudaFuncAttributes attributes;
+    checked(cudaFuncGetAttributes(&attributes, kernel));
+    known = attributes.ptxVersion >= 90 ? 1 : -1;
+  }
+  return known > 0;
+}
+#endif
+
 void check(const Shape& shape) {
   require(shape.blocks >= 0 && shape.blocks < int64_t{1} << 31,
           "a grid must have from 0 to 2^31 - 1 blocks", shape.blocks);

@@ -2,6 +2,7 @@
 // statuses.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -31,6 +32,7 @@ struct Described {
   unsigned grid[3];
   unsigned threads;
   size_t shared;
+  bool follows;  // fastscnn_stream's
   std::vector<Parameter> parameters;
 };
 
@@ -62,6 +64,9 @@ struct Shape {
   int64_t rows = 1;
 };
 
+// The stream after a launch of the same call.
+inline fastscnn_stream after(fastscnn_stream stream) { return {stream.queue, 1}; }
+
 namespace detail {
 
 // Where launches are written down, if they are, by this thread.
@@ -70,6 +75,23 @@ std::vector<Described>* recording();
 std::string template_id(const char* pretty_function);
 void check(const Shape& shape);
 std::vector<std::string> split(const char* names);
+
+#ifndef FASTSCNN_CUDA_ON_HOST
+inline void checked(cudaError_t code) {
+  if (code != cudaSuccess) throw CudaError(code);
+}
+
+// Whether a kernel waits for the launches before it (ptx.cuh): the code that the current device
+// runs was compiled for 9.0 or later. On such a device it may be of less, from PTX. Asked once.
+class Overlap {
+ public:
+  bool possible(const void* kernel);
+
+ private:
+  static constexpr int kDevices = 64;  // beyond them launches do not overlap
+  std::atomic<signed char> known_[kDevices] = {};
+};
+#endif
 
 template <class P, class A>
 P converted(A argument) {
@@ -111,6 +133,7 @@ void launch(void (*)(P...), std::index_sequence<I...>, const char* names, const 
                      {unsigned(shape.blocks), unsigned(shape.rows), 1},
                      unsigned(shape.threads),
                      shape.shared,
+                     stream.follows != 0,
                      {parameter(named[I], std::get<I>(arguments))...}});
     return;
   }
@@ -120,18 +143,24 @@ void launch(void (*)(P...), std::index_sequence<I...>, const char* names, const 
   emulation::launch(unsigned(shape.blocks), unsigned(shape.rows), unsigned(shape.threads),
                     shape.shared, [&] { Kernel(std::get<I>(arguments)...); });
 #else
-  const auto checked = [](cudaError_t code) {
-    if (code != cudaSuccess) throw CudaError(code);
-  };
   const void* kernel = reinterpret_cast<const void*>(Kernel);
   if (shape.shared > 48 * 1024) {  // more is given only where it is asked for
     checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  int(shape.shared)));
   }
   void* pointers[] = {&std::get<I>(arguments)...};
-  checked(cudaLaunchKernel(kernel, dim3(unsigned(shape.blocks), unsigned(shape.rows)),
-                           dim3(unsigned(shape.threads)), pointers, shape.shared,
-                           static_cast<cudaStream_t>(stream)));
+  static Overlap overlap;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(unsigned(shape.blocks), unsigned(shape.rows));
+  how.blockDim = dim3(unsigned(shape.threads));
+  how.dynamicSmemBytes = shape.shared;
+  how.stream = static_cast<cudaStream_t>(stream.queue);
+  how.attrs = &attribute;
+  how.numAttrs = stream.follows && overlap.possible(kernel) ? 1 : 0;
+  checked(cudaLaunchKernelExC(&how, kernel, pointers));
 #endif
 }
 

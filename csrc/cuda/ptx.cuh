@@ -35,6 +35,19 @@ __device__ __forceinline__ void async_copy_16(void* shared, const void* global, 
 #endif
 }
 
+// Lets the launch after this one begin, and waits until all launches before it have ended and what
+// they wrote is there: on sm_90 and later launches of a stream overlap (launch.h). Until it returns
+// a thread reads nothing but weights and writes nothing but shared memory, which other launches may
+// be using; every thread calls it, so that a launch's end says that all before it have ended too.
+// What a launch before may have written is reached by pointers that are not __restrict__: through
+// others the compiler might load early, or from what is cached as constant.
+__device__ __forceinline__ void wait_for_launches_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The same number, which the compiler keeps in a register and does not compute anew.
 __device__ __forceinline__ int kept(int v) {
   asm volatile("mov.b32 %0, %0;" : "+r"(v));
@@ -301,8 +314,14 @@ __device__ __forceinline__ bool any_of_warp(bool holds) { return __any_sync(~0u,
 // is there for the block that arrives after them, if each of them publishes it, one of them
 // arrives after a barrier, and those of the other block publish (which orders their loads too)
 // after another.
-__device__ __forceinline__ void store_for_others(float4* to, float4 v) { __stcg(to, v); }
-__device__ __forceinline__ float4 load_from_others(const float4* from) { return __ldcg(from); }
+template <class Four>
+__device__ __forceinline__ void store_for_others(Four* to, Four v) {
+  __stcg(to, v);
+}
+template <class Four>
+__device__ __forceinline__ Four load_from_others(const Four* from) {
+  return __ldcg(from);
+}
 __device__ __forceinline__ void publish() { __threadfence(); }
 
 // How many have arrived before.

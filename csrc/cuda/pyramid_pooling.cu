@@ -21,8 +21,9 @@ constexpr int kThreads = 128;
 // row block % H of image block / H.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    row_sums_kernel(const T* __restrict__ x, float* __restrict__ sums, int height, int width,
-                    int channels, int row_cells, int64_t bins, int64_t x_image, int x_pixel) {
+    row_sums_kernel(const T* x, float* __restrict__ sums, int height, int width, int channels,
+                    int row_cells, int64_t bins, int64_t x_image, int x_pixel) {
+  wait_for_launches_before();
   const int vectors = channels / kPerVector<T>;
   const int item = blockIdx.y * kThreads + threadIdx.x;
   if (item >= row_cells * vectors) return;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
 // block / cells, one tap.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    grids_kernel(const float* __restrict__ sums, const T* __restrict__ branch_weight,
+    grids_kernel(const float* sums, const T* __restrict__ branch_weight,
                  const float* __restrict__ branch_bias, const T* __restrict__ grid_weight,
                  T* __restrict__ shares, int height, int width, int channels, int mid, int columns,
                  int taps, int cells, int row_cells, int64_t bins) {
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(kThreads)
       end_of(cell.column, cell.bins, width) - begin_of(cell.column, cell.bins, width);
   const float area = float(rows) * float(across);
 
+  wait_for_launches_before();
 #pragma unroll 1
   for (int c = threadIdx.x; c < channels; c += kThreads) {
     const float* from = sums + ((image * height + top) * row_cells + cell.row_cell) * channels + c;
@@ -127,6 +129,7 @@ void run(const fastscnn_pyramid_pooling& op, fastscnn_stream stream) {
                     channels, grids.row_cells, grids.bins, op.x_image, op.x_pixel);
     const size_t floats = channels + (mid < kThreads ? kThreads : mid) + mid;
     const Shape blocks{op.images * grids.cells, kThreads, floats * sizeof(float), grids.taps};
+    stream = after(stream);
     FASTSCNN_LAUNCH((grids_kernel<T>), blocks, stream, op.sums, op.branch_weight, op.branch_bias,
                     op.grid_weight, op.shares, op.height, op.width, channels, mid, columns,
                     grids.taps, grids.cells, grids.row_cells, grids.bins);

@@ -19,8 +19,9 @@ constexpr int kThreads = 128;
 // x (H, W, terms) -> sums (H, cells of one row of all grids, terms) over each cell's columns, row
 // block % H of image block / H.
 __global__ void __launch_bounds__(kThreads)
-    row_sums_int8_kernel(const Byte* __restrict__ x, int* __restrict__ sums, int height, int width,
-                         int terms, int row_cells, int64_t bins, int64_t x_image, int x_pixel) {
+    row_sums_int8_kernel(const Byte* x, int* __restrict__ sums, int height, int width, int terms,
+                         int row_cells, int64_t bins, int64_t x_image, int x_pixel) {
+  wait_for_launches_before();
   const int vectors = terms / kVector;
   const int item = blockIdx.y * kThreads + threadIdx.x;
   if (item >= row_cells * vectors) return;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // sums (H, row_cells, terms) -> grids (cells, mid) of cell block % cells of image block / cells.
 __global__ void __launch_bounds__(kThreads)
-    grids_int8_kernel(const int* __restrict__ sums, const Byte* __restrict__ branch_weight,
+    grids_int8_kernel(const int* sums, const Byte* __restrict__ branch_weight,
                       const int* __restrict__ branch_bias,
                       const float* __restrict__ branch_multiplier,
                       const int* __restrict__ branch_zero, Byte* __restrict__ grids, int height,
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kThreads)
       end_of(cell.column, cell.bins, width) - begin_of(cell.column, cell.bins, width);
   const float share = 1.0f / float(int64_t{rows} * across);
 
+  wait_for_launches_before();
   const Rounding unmoved(0);
 #pragma unroll 1
   for (int c = 4 * threadIdx.x; c < terms; c += 4 * kThreads) {
@@ -127,11 +129,13 @@ void run(const fastscnn_pyramid_pooling_int8& op, fastscnn_stream stream) {
     const Shape rows{op.images * op.height, kThreads, 0, divided_up(items, kThreads)};
     FASTSCNN_LAUNCH((row_sums_int8_kernel), rows, stream, op.x, op.sums, op.height, op.width, terms,
                     grids.row_cells, grids.bins, op.x_image, op.x_pixel);
+    stream = after(stream);
     const size_t shared = terms + (mid < kThreads ? kThreads : mid) * sizeof(int);
     const Shape blocks{op.images * grids.cells, kThreads, shared};
     FASTSCNN_LAUNCH((grids_int8_kernel), blocks, stream, op.sums, op.branch_weight, op.branch_bias,
                     op.branch_multiplier, op.branch_zero, op.grids, op.height, op.width, terms, mid,
                     grids.cells, grids.row_cells, grids.bins);
+    stream = after(stream);
   }
   IntegerConvolution out{
       op.in_channels, op.out_channels,   op.kernel,    op.images,     op.height, op.width,

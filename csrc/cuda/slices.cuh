@@ -6,8 +6,6 @@
 // says who is last. Counters are zero before a launch, and after it.
 #pragma once
 
-#include <type_traits>
-
 #include "product.cuh"
 
 namespace fastscnn::cuda {
@@ -34,21 +32,25 @@ inline int fewest_instructions(int64_t tiles, int chunks, int processors, const 
   return best;
 }
 
+// Four sums of a lane in memory.
+__device__ __forceinline__ float4 four_of(const float* v) {
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+__device__ __forceinline__ int4 four_of(const int* v) { return make_int4(v[0], v[1], v[2], v[3]); }
+
 // The 16 bytes that each of a block's Threads keeps, and the tile's counter, are its share of
 // `partials`, (tiles, slices, Rows Columns, Threads), and of `counters`, (tiles). Returns whether
 // the block is the last: then `total` is the tile's. `word` is shared memory.
-template <int Threads, template <int, int> class Tile, int Rows, int Columns>
-__device__ __forceinline__ bool sum_slices(Tile<Rows, Columns>& total, float4* partials,
+template <int Threads, template <int, int> class Tile, int Rows, int Columns, class Four>
+__device__ __forceinline__ bool sum_slices(Tile<Rows, Columns>& total, Four* partials,
                                            int* counters, int64_t tile, int slice, int slices,
                                            int* word) {
   constexpr int kVectors = Rows * Columns;
-  float4* const first = partials + tile * slices * (kVectors * Threads) + threadIdx.x;
-  float4* const own = first + slice * (kVectors * Threads);
+  Four* const first = partials + tile * slices * (kVectors * Threads) + threadIdx.x;
+  Four* const own = first + slice * (kVectors * Threads);
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
-    float4 four;
-    std::memcpy(&four, total.v[n / Columns][n % Columns], sizeof four);
-    store_for_others(own + n * Threads, four);
+    store_for_others(own + n * Threads, four_of(total.v[n / Columns][n % Columns]));
   }
   publish();
   __syncthreads();
@@ -59,15 +61,15 @@ __device__ __forceinline__ bool sum_slices(Tile<Rows, Columns>& total, float4* p
   if (threadIdx.x == 0) counters[tile] = 0;
 #pragma unroll 4
   for (int from = 0; from < slices; ++from) {
-    const float4* const theirs = first + from * (kVectors * Threads);
+    const Four* const theirs = first + from * (kVectors * Threads);
 #pragma unroll
     for (int n = 0; n < kVectors; ++n) {
-      auto& v = total.v[n / Columns][n % Columns];
-      std::remove_reference_t<decltype(v)> more;
-      const float4 four = load_from_others(theirs + n * Threads);
-      std::memcpy(more, &four, sizeof more);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) v[k] = from ? v[k] + more[k] : more[k];
+      const Four more = load_from_others(theirs + n * Threads);
+      auto* const v = total.v[n / Columns][n % Columns];
+      v[0] = from ? v[0] + more.x : more.x;
+      v[1] = from ? v[1] + more.y : more.y;
+      v[2] = from ? v[2] + more.z : more.z;
+      v[3] = from ? v[3] + more.w : more.w;
     }
   }
   return true;

@@ -162,13 +162,12 @@ __device__ __forceinline__ void join_terms(T* left, const T* halo) {
 // down and across).
 template <class T, class X, int Channels, int Stride>
 __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
-    stem_conv_kernel(const X* __restrict__ x, const T* __restrict__ weight,
-                     const float* __restrict__ bias, const float* __restrict__ scale,
-                     const float* __restrict__ shift, T* __restrict__ out, int height, int width,
-                     int out_height, int out_width, int tiles_down, int tiles_across, int channels,
-                     int out_channels, int stride, int padding, float low, float high,
-                     int64_t x_image, int64_t x_channel, int64_t x_row, int64_t x_column,
-                     int64_t out_image, int out_pixel) {
+    stem_conv_kernel(const X* x, const T* __restrict__ weight, const float* __restrict__ bias,
+                     const float* __restrict__ scale, const float* __restrict__ shift,
+                     T* __restrict__ out, int height, int width, int out_height, int out_width,
+                     int tiles_down, int tiles_across, int channels, int out_channels, int stride,
+                     int padding, float low, float high, int64_t x_image, int64_t x_channel,
+                     int64_t x_row, int64_t x_column, int64_t out_image, int out_pixel) {
   using S = Sizes<T, Channels, Stride>;
   using Product = Shares<kPixels, kColumns, kWarps>;
   if (Channels) channels = Channels;
@@ -206,6 +205,7 @@ __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
   if constexpr (S::kStaged) {
     T* const halo = right + S::kRight + S::kPadding;
     queue(0);
+    wait_for_launches_before();
     load_halo<T, X, Channels, Stride>(halo, picture, top * Stride - padding,
                                       start * Stride - padding);
     start_total();
@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(kThreads, Channels ? 3 : 2)
     const int y = (top + row) * stride - padding, z = (start + column) * stride - padding;
     int c = 0, tap = 0;
     start_total();
+    wait_for_launches_before();
 #pragma unroll 1
     for (int chunk = 0; chunk * kChunk < 9 * channels; ++chunk) {
       queue(chunk);

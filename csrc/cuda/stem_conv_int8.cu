@@ -139,14 +139,14 @@ __host__ __device__ constexpr int stem_terms(int channels) {
 // down and across).
 template <class X, int Channels>
 __global__ void __launch_bounds__(kThreads, 3)
-    stem_conv_int8_kernel(const X* __restrict__ x, const Byte* __restrict__ weight,
-                          const int* __restrict__ bias, const float* __restrict__ multiplier,
-                          const int* __restrict__ zero, const int* __restrict__ pad,
-                          const float* __restrict__ scale, const float* __restrict__ shift,
-                          uint8_t* __restrict__ out, int height, int width, int out_height,
-                          int out_width, int tiles_down, int tiles_across, int channels,
-                          int padding, int64_t x_image, int64_t x_channel, int64_t x_row,
-                          int64_t x_column, int64_t out_image, int out_pixel) {
+    stem_conv_int8_kernel(const X* x, const Byte* __restrict__ weight, const int* __restrict__ bias,
+                          const float* __restrict__ multiplier, const int* __restrict__ zero,
+                          const int* __restrict__ pad, const float* __restrict__ scale,
+                          const float* __restrict__ shift, uint8_t* __restrict__ out, int height,
+                          int width, int out_height, int out_width, int tiles_down,
+                          int tiles_across, int channels, int padding, int64_t x_image,
+                          int64_t x_channel, int64_t x_row, int64_t x_column, int64_t out_image,
+                          int out_pixel) {
   if (Channels) channels = Channels;
   uint32_t* const halo = reinterpret_cast<uint32_t*>(shared_memory());
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const uint32_t around = saturated(pad[0], pad[1], pad[2], pad[3]);
   const Picture<X, Channels> picture{x + image * x_image, scale, shift,    channels, height, width,
                                      x_channel,           x_row, x_column, around};
+  wait_for_launches_before();
   load_halo<X, Channels>(halo, picture, top * kStride - padding, start * kStride - padding);
 
   // Of each column the lane's taps: own, own + 4, and 8, of which only the first lanes multiply

@@ -168,8 +168,8 @@ __device__ __forceinline__ void store_labels(uint8_t* out, int64_t width, const 
 // of block / (low rows and tiles across).
 template <class T, class Y, int Output>
 __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlocks)
-    upsample_classify_kernel(const T* __restrict__ x, Y* __restrict__ out, int classes,
-                             int low_height, int low_width, int height, int width, int tiles_across,
+    upsample_classify_kernel(const T* x, Y* __restrict__ out, int classes, int low_height,
+                             int low_width, int height, int width, int tiles_across,
                              int64_t y_scale, int64_t y_shift, int64_t y_divisor, int64_t x_scale,
                              int64_t x_shift, int64_t x_divisor, int64_t x_image, int64_t x_class,
                              int64_t x_row, int64_t x_column) {
@@ -224,6 +224,7 @@ __global__ void __launch_bounds__(Sizes<Output>::kThreads, Sizes<Output>::kBlock
     }
   };
 
+  wait_for_launches_before();
   Around around{};
   if constexpr (S::kLabels) {
     around = look_around(static_cast<Labels&>(shared), at, above, above + step_down, classes,

@@ -309,7 +309,7 @@ def _of_one(path: Path) -> Iterator[None]:
 
 
 def _cut(args: argparse.Namespace) -> Tiling:
-    return tiling(args.tile, OVERLAP if args.overlap is None else args.overlap)
+    return tiling(args.tile, args.overlap)
 
 
 def _tiled(args: argparse.Namespace, fast: FusedFastSCNN, jobs: list[Job]) -> int:

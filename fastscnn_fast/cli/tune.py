@@ -16,8 +16,8 @@ from . import options
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Time each layer's Triton kernel in several tiles, its CUDA kernel, and plain torch with batch"
-        " norm folded, on the GPU in use, after parity. What is fastest is kept in"
+        "Time each layer's Triton kernel in several tiles, its CUDA kernel (a bottleneck's in several"
+        " slices), and plain torch with batch norm folded, on the GPU in use, after parity. What is fastest is kept in"
         " ~/.cache/fastscnn_fast/tune.json, or where FASTSCNN_TUNE_CACHE says, by GPU, versions of torch and"
         " triton and what the CUDA extension was built for; both GPU backends follow it at these sizes from"
         " then on. Not measured on a GPU yet."

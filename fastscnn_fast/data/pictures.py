@@ -169,7 +169,7 @@ def pixels_of(
     tell: Callable[[Guess], None] = Guess.tell,
 ) -> NDArray[np.uint8]:
     """As :func:`read_picture`; errors call what has no name of its own ``name``, and ``tell`` hears of guesses."""
-    to_eight = Bits(None if bits is None else _depth(bits), name, tell)
+    to_eight = Bits(None if bits is None else check_bits(bits), name, tell)
     if isinstance(picture, Tensor):
         return _array_pixels(tensor_array(picture, name), channels, to_eight)
     if isinstance(picture, np.ndarray):
@@ -198,7 +198,7 @@ def pixels_of(
     raise TypeError(f"{name} must be {_TAKEN}, got {type(picture).__name__}")
 
 
-def _depth(bits: Any) -> int:
+def check_bits(bits: Any) -> int:
     """The number of ``bits``, as an int of Python: numpy's of 8 bits would shift beyond themselves."""
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
         raise TypeError(f"bits must be an integer from 8 to 16, got {bits!r}")

@@ -270,8 +270,8 @@ class Overlay:
         self._colours = np.zeros((256, 3), np.uint8)
         colours = label_colours(palette)
         self._colours[: len(colours)] = colours
-        tinted = [first <= label < first + len(classes) for label in range(256)]
-        self._strengths = [round(255 * strength) if one else 0 for one in tinted]
+        self._tinted = range(first, first + len(classes))
+        self._strength = round(256 * strength)
         self._made: dict[tuple[int, tuple[int, int], str], _Tint] = {}
 
     def __call__(
@@ -283,48 +283,70 @@ class Overlay:
         options: dict[str, Any] = {"width": width, "height": height, "dst_color_range": _MPEG}
         if frame.format.is_rgb:
             options["dst_colorspace"] = _BT709
-        plain = converted(frame, pixel_format, **options)
+        plain = frame
+        if (frame.format.name, frame.height, frame.width) != (pixel_format, height, width) or (
+            frame.color_range == _FULL
+        ):
+            plain = converted(frame, pixel_format, **options)
         of = (plain.colorspace, size, pixel_format)
         if of not in self._made:
             self._made[of] = self._tint(*of)
         tint = self._made[of]
-        planes = []
-        for plane, colours, strip in zip(_planes(plain), tint.colours, tint.strips):
-            image = Image.fromarray(upright(frame, plane))
-            seen = Image.fromarray(labels if plane.size == labels.size else labels[::2, ::2].copy())
-            image.paste(seen.point(colours), mask=seen.point(self._strengths))
+        made: av.VideoFrame = _av().VideoFrame(size[1], size[0], pixel_format)
+        seen = labels
+        for own, plane, table, strip in zip(
+            _planes(plain), _planes(made), tint.tables, tint.strips
+        ):
+            if plane.shape != seen.shape:  # of colour differences, both of one shape
+                seen = labels[::2, ::2].copy()
+            self._blend(upright(frame, own), seen, table, plane)
             if strip is not None:
-                image.paste(strip, (0, image.height - strip.height))
-            planes.append(np.asarray(image).reshape(-1))
-        rows = (3, *size) if pixel_format == "yuv444p" else (size[0] * 3 // 2, size[1])
-        made = _av().VideoFrame.from_ndarray(np.concatenate(planes).reshape(rows), pixel_format)
+                plane[-strip.shape[0] :, : strip.shape[1]] = strip
         made.colorspace, made.color_range = plain.colorspace, _MPEG
         for name in _GAMUT if not frame.format.is_rgb else ():
             if hasattr(plain, name):
                 setattr(made, name, getattr(plain, name))
         return made
 
+    def _blend(
+        self,
+        plane: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        table: bytes,
+        out: NDArray[np.uint8],
+    ) -> None:
+        """Brings ``plane`` (h, w) towards what ``table``, times the strength already, has for ``labels`` (h, w)."""
+        kept = plane * np.uint16(256 - self._strength)
+        kept += 128
+        kept >>= 8
+        tints = np.frombuffer(labels.tobytes().translate(table), np.uint8).reshape(labels.shape)
+        np.add(kept, tints, out=out, casting="unsafe")
+        if labels.min() < self._tinted.start or labels.max() >= self._tinted.stop:
+            untinted = (labels < self._tinted.start) | (labels >= self._tinted.stop)
+            np.copyto(out, plane, where=untinted)
+
     def _tint(self, colorspace: int, size: tuple[int, int], pixel_format: str) -> _Tint:
         options = {"dst_color_range": _MPEG}
         if colorspace != _UNSPECIFIED:
             options["dst_colorspace"] = colorspace
         colours = converted(_frame(self._colours[None].repeat(2, 0)), "yuv444p", **options)
-        strips: list[Image.Image | None] = [None] * 3
+        strips: list[NDArray[np.uint8] | None] = [None] * 3
         entries = legend(self._entries, 0, max(11, size[1] // 80), size[1])
         height, width = -(-entries.height // 2) * 2, entries.width // 2 * 2
         if 4 * height <= size[0] and 2 <= width <= size[1]:
             padded = Image.new("RGB", (width, height), (255, 255, 255))
             padded.paste(entries)
             stored = converted(_frame(np.asarray(padded)), pixel_format, **options)
-            strips = [Image.fromarray(plane) for plane in _planes(stored)]
-        return _Tint([plane[0].tolist() for plane in _planes(colours)], strips)
+            strips = [plane.copy() for plane in _planes(stored)]
+        shares = [(plane[0] * np.uint32(self._strength) + 128) >> 8 for plane in _planes(colours)]
+        return _Tint([share.astype(np.uint8).tobytes() for share in shares], strips)
 
 
 class _Tint(NamedTuple):
-    """The 256 labels' values in each plane, and the legend in each plane, where it fits."""
+    """What each of the 256 labels adds to each plane, and the legend in each plane, where it fits."""
 
-    colours: list[list[int]]
-    strips: list[Image.Image | None]
+    tables: list[bytes]
+    strips: list[NDArray[np.uint8] | None]
 
 
 def label_frame(labels: NDArray[np.uint8]) -> av.VideoFrame:
@@ -340,12 +362,11 @@ def _frame(pixels: NDArray[np.uint8]) -> av.VideoFrame:
 
 
 def _planes(frame: av.VideoFrame) -> list[NDArray[np.uint8]]:
-    """Luminance and colour differences of a frame in yuv420p or yuv444p."""
-    values: Any = frame.to_ndarray().reshape(-1)
+    """Luminance and colour differences (h, w) of a frame in yuv420p or yuv444p: its own memory."""
     planes = []
     for plane in frame.planes:
-        here, values = np.split(values, [plane.height * plane.width])
-        planes.append(here.reshape(plane.height, plane.width))
+        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)
+        planes.append(rows[: plane.height, : plane.width])
     return planes
 
 

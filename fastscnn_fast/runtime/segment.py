@@ -21,7 +21,7 @@ from .forked import serial
 from .fused import FusedFastSCNN
 from .model import FastSCNN
 from .network import check_model, fused_for
-from .tiles import OVERLAP, Tiling, bands, tiling
+from .tiles import Tiling, bands, tiling
 
 Labels = NDArray[np.uint8]
 Confidence = NDArray[np.float32]
@@ -41,7 +41,7 @@ def segment(
     bits: int | None = None,
     confidence: Literal[False] = False,
     tile: Size | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
     out: Labels | None = None,
 ) -> Labels: ...
 
@@ -55,7 +55,7 @@ def segment(
     *,
     confidence: Literal[True],
     tile: Size | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
     out: Labels | None = None,
 ) -> tuple[Labels, Confidence]: ...
 
@@ -68,7 +68,7 @@ def segment(
     bits: int | None = None,
     confidence: Literal[False] = False,
     tile: Size | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
 ) -> list[Labels]: ...
 
 
@@ -81,7 +81,7 @@ def segment(
     *,
     confidence: Literal[True],
     tile: Size | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
 ) -> list[tuple[Labels, Confidence]]: ...
 
 
@@ -92,7 +92,7 @@ def segment(
     bits: int | None = None,
     confidence: bool = False,
     tile: Size | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
     out: Labels | None = None,
 ) -> Any:
     """The class of every pixel of a picture, uint8 (H, W) at the picture's own size; of several, a list of these.
@@ -120,7 +120,8 @@ def segment(
             blended where they overlap (:func:`~fastscnn_fast.runtime.tiles.bands` says how, and what is in
             memory). A tile is all that the network sees at a time, in its pooled features too. TIFFs are read by
             rows, with the extra ``tiff``.
-        overlap: of neighbouring tiles, in pixels, at most about half a tile.
+        overlap: of neighbouring tiles, in pixels, at most about half a tile; by default
+            :data:`~fastscnn_fast.runtime.tiles.OVERLAP`.
         out: uint8 (H, W), to be filled and returned instead of a new array: ``np.memmap``, for one picture that is
             larger than memory.
 
@@ -128,7 +129,8 @@ def segment(
         TypeError: ``fast`` is no such network, a picture is nothing of these, ``size``, ``bits``, ``tile`` or
             ``overlap`` no integers, ``out`` no array.
         ValueError: a picture cannot be read or has no pixels, ``size`` is below 32 a side or has more than 2^30
-            pixels, ``tile`` is below 64 a side or given with ``size``, ``overlap`` is too large, ``out`` is not as the labels
+            pixels, ``tile`` is below 64 a side or given with ``size``, ``overlap`` is too large or
+            given without ``tile``, ``out`` is not as the labels
             are or given for several pictures, the model is in training mode or has more than 256 classes.
         RuntimeError: a tensor has lost its memory.
     """
@@ -148,6 +150,8 @@ def segment(
         cut = tiling(tile, overlap)
         tiled = [_tiled(fast, *one, bits, confidence, cut, out) for one in zip(pictures, names)]
         return tiled if several else tiled[0]
+    if overlap is not None:
+        raise ValueError(f"overlap must be None without tile, got {overlap!r}")
     results: list[Any] = [None] * len(pictures)
     read = (prepare(one, fast.config, size, bits, name) for one, name in zip(pictures, names))
     waiting = (_Waiting(index, one.pixels.shape, one.x) for index, one in enumerate(read))

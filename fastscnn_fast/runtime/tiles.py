@@ -33,7 +33,7 @@ class Tiling(NamedTuple):
     overlap: int
 
 
-def tiling(tile: Size, overlap: int) -> Tiling:
+def tiling(tile: Size, overlap: int | None = None) -> Tiling:
     """The tiling that is asked for.
 
     Raises:
@@ -46,6 +46,7 @@ def tiling(tile: Size, overlap: int) -> Tiling:
         raise ValueError(
             f"tile must be at least {SMALLEST_TILE}x{SMALLEST_TILE}, got {height}x{width}"
         )
+    overlap = OVERLAP if overlap is None else overlap
     if isinstance(overlap, bool) or not hasattr(overlap, "__index__"):
         raise TypeError(f"overlap must be an integer, got {overlap!r}")
     overlap = operator.index(overlap)

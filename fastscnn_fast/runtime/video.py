@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
@@ -158,7 +158,7 @@ def _is_iterable(video: object) -> bool:
     """Whether it is many frames and not one thing to open."""
     if isinstance(video, (str, bytes, bytearray, memoryview)) or hasattr(video, "read"):
         return False
-    return isinstance(video, Iterable)
+    return isinstance(video, Iterable) and not isinstance(video, Mapping)
 
 
 def _filled(

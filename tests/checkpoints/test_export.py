@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from helpers import assert_labels, assert_parity, lifelike, noise, randomise, small_network
+from helpers import assert_labels, assert_parity, drawn_once, lifelike, noise, randomise
 from layouts import free_widths
 from torch import Tensor
 from torch.nn import functional as F
@@ -257,13 +258,16 @@ def test_labels_of_one_class(tmp_path):
     session = onnx_session(tmp_path / "net.onnx")
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["road"]
+    seen = set()  # the smallest picture may be of one label
     for n, height, width in SIZES[:3]:
         x = noise(n, 3, height, width)
         labels = run(session, x)
         with torch.no_grad():
             logits = model.double().reference(x.double())
-        assert labels.dtype == torch.uint8 and 0 < labels.sum() < labels.numel()
+        assert labels.dtype == torch.uint8
         assert_labels(labels, logits, 1e-4)
+        seen |= set(labels.unique().tolist())
+    assert seen == {0, 1}
     x[0, 0, 20, 20] = float("nan")  # reaches every pixel
     assert (run(session, x)[0] == 0).all()
 
@@ -297,11 +301,18 @@ def test_int8_as_qdq_labels_streets_as_our_int8_does(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["mmseg", "segmentron"])
 def test_int8_as_qdq_of_other_networks(preset, tmp_path):
-    """3x3 pyramids, dense fusions: nearer to the integers than the plain network is, at sizes it was not traced at."""
+    """3x3 pyramids, dense fusions: far nearer to the integers than the plain network is, at sizes it was not traced at.
+
+    A network that has seen the pictures which its ranges are of, drawn once: 8 bits cost others so little that as much is
+    lost by resizing floats. Of 48 draws 0.47 was the most.
+    """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    model = small_network(preset=preset)
-    calibrate(model, [street(seed, 128, 192)[0] for seed in range(3)])
+    pictures = [street(seed, 128, 192)[0] for seed in range(3)]
+    config = config_preset(preset, num_classes=5, bottleneck_repeats=(1, 2, 1))
+    with drawn_once():
+        model = lifelike(config, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+    calibrate(model, pictures)
     export.export_onnx(model, tmp_path / "net.onnx", size=(64, 96), dtype=torch.int8)
     session, fast = onnx_session(tmp_path / "net.onnx"), fuse(model, "reference", torch.int8)
     for n, height, width in ((1, 160, 224), (2, 129, 191)):
@@ -313,7 +324,7 @@ def test_int8_as_qdq_of_other_networks(preset, tmp_path):
             plain = model.reference(pixels)
         y = run(session, model._normalised(pixels))
         assert y.shape == exact.shape
-        assert (y - exact).norm() < (plain - exact).norm()
+        assert (y - exact).norm() < (plain - exact).norm() / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

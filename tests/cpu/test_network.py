@@ -25,6 +25,7 @@ from helpers import (
     Kernels,
     assert_labels,
     assert_parity,
+    drawn_once,
     in_layout,
     lifelike,
     noise,
@@ -36,7 +37,6 @@ from layouts import free_widths
 from networks import Network, assert_chain
 from PIL import Image
 from torch import Tensor
-from torch.random import fork_rng
 
 from fastscnn_fast import load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS, preset
@@ -53,8 +53,7 @@ pytestmark = pytest.mark.skipif(not registry.isas(), reason="the C++ extension i
 
 @cache
 def lifelike_model(name: str) -> FastSCNN:
-    # A test draws the same numbers whether it is the first to ask or not.
-    with fork_rng(devices=()):
+    with drawn_once():
         return lifelike(PRESETS[name])
 
 
@@ -110,8 +109,7 @@ def test_parity(name: str, batch: int, size: Size, best_kernels: Kernels) -> Non
 
 @lru_cache(maxsize=len(registry.CPU_ARITHMETICS))
 def network_of_one_class(arithmetic: str) -> Network:
-    with fork_rng(devices=()):
-        torch.manual_seed(1)
+    with drawn_once():
         return Network.of(lifelike(preset("paper", num_classes=1)), arithmetic)
 
 
@@ -123,8 +121,7 @@ def test_one_class(batch: int, size: Size, raw: bool, kernels: Kernels) -> None:
     Drawn once: the error of a single channel's few logits in bfloat16 is not 1.5 times torch's for every draw.
     """
     net = network_of_one_class(kernels.arithmetic)
-    with fork_rng(devices=()):
-        torch.manual_seed(1)
+    with drawn_once():
         x = net.noise(batch, *size)
         if raw:
             x = torch.randint(256, x.shape, dtype=torch.uint8)
@@ -168,7 +165,7 @@ def scene(seed: int, height: int, width: int) -> Tensor:
 @lru_cache(maxsize=1)
 def model_of_streets(name: str) -> FastSCNN:
     """A network that has seen street scenes."""
-    with fork_rng(devices=()):
+    with drawn_once():
         return lifelike(PRESETS[name], torch.cat([scene(seed, 120, 200) for seed in range(4)]))
 
 

@@ -21,18 +21,20 @@ from typing import Any, NoReturn
 import cuda_host
 import pytest
 import torch
-from helpers import ROOT, small_network
+from helpers import ROOT, randomise, small_network
 
-from fastscnn_fast import fuse, ops
+from fastscnn_fast import FastSCNN, fuse, ops
 from fastscnn_fast.arch.config import PRESETS, Config
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import choices, cuda, dump, nvcc, runner, tune
 from fastscnn_fast.backends.gpu.cuda import CudaStep
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.backends.gpus import MULTIPROCESSORS
+from fastscnn_fast.bench import exact_logits
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program.layers import ACTIVATIONS, OPS, OUTPUTS, Layer
 from fastscnn_fast.program.memory import Buffer
+from fastscnn_fast.program.parity import relative_error
 from fastscnn_fast.program.program import fast_scnn, layer_sizes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -148,7 +150,8 @@ def test_the_extension_knows_what_it_is_for() -> None:
 
 @built
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_launch_without_a_driver_says_what_cuda_says(follows: bool) -> None:
     """The extension loads, and the launch itself is refused, with CUDA's own text."""
     module = registry.cuda_module()
     arguments = module.arguments["upsample_classify"]()
@@ -166,7 +169,7 @@ def test_a_launch_without_a_driver_says_what_cuda_says() -> None:
     with pytest.raises(
         RuntimeError, match=r"upsample_classify: .*(driver|device).*\(CUDA error \d+\)"
     ):
-        module.upsample_classify(arguments, 0)
+        module.upsample_classify(arguments, 0, follows)
 
 
 def test_architectures_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +233,28 @@ def test_a_plan_is_a_step_a_layer_and_at_most_twenty_launches(name: str, host: A
     launches = [one for step in steps for one in cuda.described(step)]
     assert len(launches) <= 20
     assert all(one.threads % 32 == 0 and one.grid[2] == 1 for one in launches)
+
+
+@emulated
+@pytest.mark.parametrize("name", ["tramac", "segmentron"])
+def test_what_follows_what(name: str, host: Any) -> None:
+    """All CUDA steps but a plan's first, and one after another backend's; all launches of a call but its first."""
+    steps = plan_of(name).steps
+    assert [step.follows for step in steps] == [False] + [True] * (len(steps) - 1)
+
+    class Mixed(choices.Choices):
+        def get(self, key: str) -> choices.Choice:
+            return choices.TORCH if key.startswith("feature_fusion") else choices.CUDA
+
+    at = [step.op for step in steps].index("feature_fusion")
+    mixed = plan_of(name, Mixed({})).steps
+    assert isinstance(mixed[at], TorchStep) and not mixed[at + 1].follows
+    assert all(step.follows for step in (*mixed[1:at], *mixed[at + 2 :]))
+    several = {step.op: host.describe(valid(step)) for step in steps}
+    for launches in several.values():
+        assert [one.follows for one in launches] == [False] + [True] * (len(launches) - 1)
+    assert len(several["pyramid_pooling"]) == 3
+    assert len(several["feature_fusion"]) == (2 if name == "segmentron" else 1)
 
 
 @emulated
@@ -496,9 +521,17 @@ def test_a_buffer_moves_once() -> None:
     assert step.bytes == 512
 
 
+def unsliced(layer: tune.Found) -> list[choices.Choice]:
+    choice = [trial.choice for trial in layer.trials]
+    return [one for one in choice if not isinstance(one, choices.Sliced)]
+
+
 @emulated
-def test_tuning_tries_the_kernels_and_checks_them(host: Any) -> None:
+def test_tuning_tries_the_kernels_and_checks_them(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without Triton: every layer's candidate passes parity, and wins where it is the fastest."""
+    monkeypatch.setattr(tune, "_SLICES", (2,))
 
     def no_tiles(*_: Any) -> NoReturn:
         raise AssertionError("Triton cannot run")
@@ -515,9 +548,48 @@ def test_tuning_tries_the_kernels_and_checks_them(host: Any) -> None:
     )
     assert len(found) >= len(OPS)
     for layer in found:
-        assert [trial.choice for trial in layer.trials] == [choices.CUDA, choices.TORCH]
+        assert unsliced(layer) == [choices.CUDA, choices.TORCH]
         assert not any(trial.problem for trial in layer.trials), layer.name
         assert layer.best is not None and layer.best.choice == choices.CUDA
+
+
+@emulated
+def test_tuning_chooses_other_slices(
+    host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each cut of the expanded channels is tried once, in scratch of its own size; what was fastest is kept and followed."""
+    monkeypatch.setenv(choices.VARIABLE, str(tmp_path / "tune.json"))
+
+    def clock(runs: Any) -> list[float]:
+        """Two slices are the fastest, and the more the slower."""
+        (step,) = runs[0].args[1].steps
+        if step.buffers.get("partials") is None:
+            return [20.0]
+        scratch = [step.arguments[name].bytes for name in ("partials", "counters")]
+        assert tuple(scratch) == host.inverted_residual_scratch(step.struct())
+        return [float(step.sizes["slices"])]
+
+    model = randomise(FastSCNN()).eval()
+    layers = tune.tune(fold(model), [(32, 48)], 1, torch.float32, "highest", CPU, clock)
+    found = next(layer for layer in layers if layer.name == "bottleneck1.0")
+    sliced = [choices.Sliced(n) for n in (1, 2, 3, 4, 6)]  # untuned it has 12
+    tried = [choices.CUDA, *sliced, choices.TORCH]
+    assert [trial.choice for trial in found.trials] == tried
+    assert not any(trial.problem for trial in found.trials)
+    assert found.best is not None and found.best.choice == choices.Sliced(2)
+    choices.save({found.key: found.best.choice}, CPU)
+    assert choices.load(CPU).by_layer == {found.key: choices.Sliced(2)}
+
+    plans: list[Any] = []
+    made = runner.network_plan
+    monkeypatch.setattr(runner, "network_plan", lambda *a: plans.append(made(*a)) or plans[-1])
+    x = torch.randn(1, 3, 32, 48)
+    with torch.inference_mode():
+        y = fuse(model, "cuda", cuda_graph="off")(x)
+        assert relative_error(y, exact_logits(model, x)) < 1e-5
+    (plan,) = plans
+    slices = [step.sizes["slices"] for step in plan.steps if step.op == "inverted_residual"]
+    assert slices[:2] == [2, 12]
 
 
 @emulated
@@ -529,7 +601,7 @@ def test_tuning_in_high_precision_runs_what_a_call_would(
     arguments = (fold(small_network()), [(32, 48)], 1, torch.float32, "high", CPU)
     found = list(tune.tune(*arguments, lambda runs: [1.0 for run in runs]))
     for layer in found:
-        assert [trial.choice for trial in layer.trials] == [choices.CUDA, choices.TORCH]
+        assert unsliced(layer) == [choices.CUDA, choices.TORCH]
         assert not any(trial.problem for trial in layer.trials), layer.trials
 
 

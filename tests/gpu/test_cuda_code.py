@@ -22,6 +22,7 @@ from fastscnn_fast.backends.gpu.machine import PRODUCTS, count
 from fastscnn_fast.backends.gpus import MULTIPROCESSORS
 from fastscnn_fast.cli import main
 from fastscnn_fast.program.layers import OPS
+from fastscnn_fast.program.memory import Buffer
 from fastscnn_fast.program.program import layer_sizes
 
 pytestmark = [
@@ -32,8 +33,6 @@ pytestmark = [
 ]
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-NO_SPILLS = (80, 90)
-NO_SPILLS_INT8 = (75, 80, 89, 90, 100)
 HALF = ("__half", "__nv_bfloat16")
 #: Kernels without a product on tensor cores: sums, tiny grids, interpolation.
 NO_PRODUCT = ("row_sums_kernel", "grids_kernel", "upsample_classify_kernel")
@@ -59,9 +58,10 @@ def cases() -> Iterator[Any]:
 def test_every_instantiation(op: str, architecture: int) -> None:
     """What each kernel's machine code must have, and must not."""
     for name, code in nvcc.compiled(op, architecture).items():
-        if architecture in NO_SPILLS:
-            assert (code.spills, code.stack) == (0, 0), name
         kernel, half = name.partition("<")[0], any(f"<{type_}" in name for type_ in HALF)
+        if architecture >= 80 or half or kernel in NO_PRODUCT:  # what runs there
+            assert (code.spills, code.stack) == (0, 0), name
+        check_waiting(code)
         if not half or kernel in NO_PRODUCT:
             continue
         if architecture == 75 and "__nv_bfloat16" in name:
@@ -82,13 +82,61 @@ def cases_int8() -> Iterator[Any]:
 def test_every_instantiation_of_int8(op: str, architecture: int) -> None:
     """Products of integers wherever one multiplies, 16 bytes a load, no product and sum that are rounded at once."""
     for name, code in nvcc.compiled(op, architecture).items():
-        if architecture in NO_SPILLS_INT8:
-            assert (code.spills, code.stack) == (0, 0), name
+        assert (code.spills, code.stack) == (0, 0), name
+        check_waiting(code)
         assert code.wide_loads > 0, name
-        assert "fma" not in code.ptx and not re.search(r"(add|sub|mul)\.f32", code.ptx), name
+        # A product with a unit, whose sum is an integer (integers.cuh), ends in a register of integers.
+        assert not re.search(r"fma\S*\s+%f|(add|sub|mul)\.f32", code.ptx), name
         kernel = name.partition("<")[0]
         if kernel not in NO_PRODUCT_INT8:
             assert count(code.instructions, "IMMA") > 0, name
+
+
+#: Machine code of griddepcontrol.wait and .launch_dependents; accesses of global memory.
+WAITS, LETS_BEGIN, ACCESSES = "ACQBULK", "PREEXIT", r"(LD|ST)(G\b|GSTS|\b)|ATOM|RED\b|REDG"
+
+
+def check_waiting(code: nvcc.Code) -> None:
+    """Launches overlap from 9.0 on: a kernel waits once; what it does before only reads, as constants or in PTX's order."""
+    waits, lets = (code.sequence.count(one) for one in (WAITS, LETS_BEGIN))
+    if code.architecture < 90:
+        assert waits == lets == code.ptx.count("griddepcontrol") == 0, code.name
+        return
+    assert waits == lets == 1, code.name
+    before = code.sequence[: code.sequence.index(WAITS)]
+    assert LETS_BEGIN in before, code.name
+    copies = [one for one in before if one.startswith("LDGSTS")]
+    others = [one for one in before if re.match(ACCESSES, one) and one not in copies]
+    assert all(one.startswith("LDG.") and one.endswith(".CONSTANT") for one in others), code.name
+    assert len(copies) == before_waiting(code.ptx).count("cp.async.cg"), code.name
+
+
+def before_waiting(ptx: str) -> str:
+    return ptx[: ptx.index("griddepcontrol.wait")]
+
+
+def touched_before_waiting(ptx: str) -> set[int]:
+    """The parameters through which a kernel accesses global memory before it waits."""
+    origins: dict[str, set[int]] = {}
+    touched: set[int] = set()
+    for _ in range(2):  # what a loop's end makes, its beginning may use
+        for name, operands in re.findall(
+            r"^\s*(?:@!?%p\d+ )?([a-z]\w*\.[\w.:]+)\s+(.*?);", before_waiting(ptx), re.MULTILINE
+        ):
+            parameter = re.search(r"_param_(\d+)\]", operands)
+            registers = re.findall(r"%[a-z]+\d+", operands)
+            found = set().union(*(origins.get(one, set()) for one in registers))
+            if name.startswith("ld.param") and parameter:
+                origins[registers[0]] = {int(parameter[1])}
+            elif re.match(r"(ld|st|atom|red)\.(?!param|shared|local)|cp\.async\.cg", name):
+                touched |= found
+            elif registers:
+                origins[registers[0]] = origins.get(registers[0], set()) | found
+    return touched
+
+
+def source(op: str, dtype: torch.dtype) -> str:
+    return f"{op}_int8" if f"{op}_int8" in INT8 and dtype == torch.int8 else op
 
 
 def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Described]:
@@ -109,12 +157,27 @@ def test_resident_warps_of_the_network(op: str, architecture: int) -> None:
     dtypes = [torch.float16, torch.int8, *[torch.bfloat16] * (architecture > 75)]
     for name in PRESETS:
         for dtype in dtypes:
-            int8 = dtype == torch.int8 and op != "upsample_classify"
-            codes = nvcc.compiled(f"{op}_int8" if int8 else op, architecture)
+            codes = nvcc.compiled(source(op, dtype), architecture)
             for one in launched(name, dtype, op):
                 registers = codes[one.kernel].registers
                 warps = one.threads // 32
                 assert multiprocessor.resident_warps(warps, registers, one.shared) >= 8, one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_only_weights_are_touched_before_waiting(op: str) -> None:
+    """Of what the network launches; the larger kernels do fetch some."""
+    fetched = set()
+    for name, dtype in product(PRESETS, (torch.float32, torch.float16, torch.int8)):
+        codes = nvcc.compiled(source(op, dtype), 90)
+        for one in launched(name, dtype, op):
+            touched = touched_before_waiting(codes[one.kernel].ptx)
+            buffers = [value for at in touched for value in one.parameters[at][2:]]
+            memories = {buffer.memory for buffer in buffers if isinstance(buffer, Buffer)}
+            assert memories <= {"weights"}, one
+            fetched |= memories
+    assert bool(fetched) == (op != "upsample_classify")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

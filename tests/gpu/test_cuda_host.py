@@ -209,6 +209,7 @@ COUNTERS = r"AssertionError: a kernel left a counter"
 OTHERS = r"ValueError: \w+: (a thread must publish|all threads of a block must have published)"
 FINITE = r"AssertionError: Tensor-likes are not close"
 COPIES = r"ValueError: \w+: a thread must wait for its asynchronous copies before it ends"
+LAUNCHES = r"ValueError: \w+: (a thread must wait for|all threads of a block must wait for|what) (the )?launches before"
 
 
 @dataclass(frozen=True)
@@ -241,11 +242,26 @@ class Mutant:
 
 BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
 LATER_WAIT = r"async_wait<(1|kStages - 2)>\(\);"
+WAIT = r"wait_for_launches_before\(\);"
 KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, BARRIERS, OTHERS)),
     ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", (BARRIERS,)),
     ("copies not waited for", LAST_WAIT, ";", (NUMBERS, COPIES)),
     ("copies waited for too late", LATER_WAIT, r"async_wait<\1 + 1>();", (NUMBERS, COPIES)),
+    ("waits for no launch", WAIT, ";", (LAUNCHES,)),
+    ("some wait for launches", WAIT, r"if (threadIdx.x < 32) \g<0>", (LAUNCHES,)),
+    (
+        "waits for launches too late",
+        WAIT + r"((?:.|\n)*?)(?=__syncthreads)",
+        r"\1wait_for_launches_before(); ",
+        (NUMBERS, LABELS, LAUNCHES),
+    ),
+    (
+        "writes before the launches before end",
+        r"queue_right\(0\);",
+        r"*reinterpret_cast<char*>(out) = 0; \g<0>",
+        (LAUNCHES,),
+    ),
     ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", (NUMBERS,)),
     (
         "reads past the edge",
@@ -284,9 +300,12 @@ def mutants() -> Iterator[Any]:
         for kind in KINDS:
             for n in range(len(re.findall(kind[1], source_of(source)))):
                 mutant = Mutant(source, *kind, n=n)
-                # What kernels of bytes share with others is shown by those: of each source one.
-                rare = not first if HEADERS.get(source, source) in INT8 else n > 0
-                marks = [pytest.mark.mutants, *[pytest.mark.exhaustive] * rare]
+                # All ops wait for launches in the same way, and what kernels of bytes share with others is
+                # shown by those: of each source of bytes one.
+                quick = n == 0 and (source == "dsconv" or LAUNCHES not in kind[3])
+                if HEADERS.get(source, source) in INT8:
+                    quick = first
+                marks = [pytest.mark.mutants, *[pytest.mark.exhaustive] * (not quick)]
                 yield pytest.param(mutant, id=str(mutant), marks=marks)
                 first = False
 

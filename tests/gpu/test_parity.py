@@ -35,6 +35,7 @@ from helpers import (
     LAYOUTS,
     assert_labels,
     assert_parity,
+    drawn_once,
     err,
     in_layout,
     lifelike,
@@ -402,10 +403,13 @@ def check_network(
 @pytest.mark.parametrize("output", ["labels", slow_unless(False, "probabilities")])
 @torch.no_grad()
 def test_a_network_of_one_class(output: str, arithmetic: str, target: Target) -> None:
-    model = lifelike(preset("paper", **SMALL, num_classes=1))
+    """Drawn once, as in test_network.py."""
     asked = target.asked(arithmetic)
-    fast = FusedFastSCNN(fold(model), target.backend, *asked, cuda_graph="off").to(target.device)
-    check_network(model, fast, arithmetic, (49, 65), False, output, target)
+    with drawn_once():
+        model = lifelike(preset("paper", **SMALL, num_classes=1))
+        fast = FusedFastSCNN(fold(model), target.backend, *asked, cuda_graph="off")
+        fast = fast.to(target.device)
+        check_network(model, fast, arithmetic, (49, 65), False, output, target)
 
 
 def free_bottlenecks() -> tuple[tuple[tuple[int, int, int], ...], ...]:

@@ -102,6 +102,12 @@ class TestSegmenter:
         with pytest.raises(KeyError, match=r"column must be one of the batch's, \['bytes'\], got"):
             Segmenter(model)({"bytes": np.zeros(1)})
 
+    def test_arguments_that_no_picture_could_run_with(self, model: FastSCNN) -> None:
+        with pytest.raises(ValueError, match="size must be at least 32x32, got 3x3"):
+            Segmenter(model, size=3)
+        with pytest.raises(ValueError, match="bits must be 8 to 16, got 7"):
+            Segmenter(model, bits=7)
+
     def test_weights_by_name_and_arithmetic(self) -> None:
         assert Segmenter("camvid11", dtype=torch.int8).fast.dtype == torch.int8
 

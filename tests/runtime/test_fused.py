@@ -85,7 +85,9 @@ def test_the_three_results(backend, model, x):
         True,
     )
     assert err(logits, expected) < 1e-5
-    assert torch.allclose(probabilities.double(), expected.softmax(1), atol=1e-4)
+    # A probability follows by at most half of what two logits move apart.
+    moved = (logits - expected).abs().max().item()
+    assert (probabilities - expected.softmax(1)).abs().max() <= moved + 1e-6
     assert torch.allclose(probabilities.sum(1), torch.ones(2, 64, 80))
     assert labels.shape == (2, 64, 80)
     assert_labels(labels, expected, 1e-5 * expected.abs().max().item())

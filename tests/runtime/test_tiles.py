@@ -157,6 +157,7 @@ def test_what_is_no_tiling_is_refused(fast: FusedFastSCNN, pixels: np.ndarray) -
         ({"tile": (128, 100), "overlap": 50}, "overlap must be from 0 to 36, .*, got 50"),
         ({"tile": 128, "overlap": -1}, "overlap must be from 0 to 64, .*, got -1"),
         ({"tile": 256, "size": 256}, "size must be None with tile, .*, got 256"),
+        ({"overlap": 64}, "overlap must be None without tile, got 64"),
         ({"tile": 256, "out": np.zeros((9, 9), np.uint8)}, r"out must be \(203, 331\) like the"),
     ):
         with pytest.raises(ValueError, match=said):

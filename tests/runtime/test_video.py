@@ -98,7 +98,7 @@ def test_any_feed_is_the_same_video(fast: FusedFastSCNN, clip: Path) -> None:
 def test_what_is_no_video_is_named(fast: FusedFastSCNN, tmp_path: Path) -> None:
     frame = clips.drawn(1)[0]
     wrong: Any
-    for wrong in (None, 1.5, True, object(), Image.fromarray(frame)):
+    for wrong in (None, 1.5, True, object(), Image.fromarray(frame), {}, {1: frame}):
         with pytest.raises(TypeError, match="video must be a path, .*, got "):
             segment_video(fast, wrong)
     for wrong, said in (

@@ -349,6 +349,17 @@ def threads(count: int) -> Iterator[None]:
 # ---------------------------------------------------------------- weights
 
 
+@contextmanager
+def drawn_once(seed: int = 1) -> Iterator[None]:
+    """Within, torch draws the same random numbers in every run, whatever FASTSCNN_SEED is; around it nothing changes.
+
+    For what is said of one network or one picture, and does not hold for every draw.
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        yield
+
+
 def random_weights(layer: Layer, gain: float = 2.0) -> dict[str, Tensor]:
     """What ``layer.weights()`` names, in float32; a product with them multiplies the size by ``gain``.
 

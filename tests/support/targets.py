@@ -154,8 +154,25 @@ class GpuCase(Case):
         return run_poisoned(self.layer.op, *arguments, backend=self.target.backend).cpu()
 
 
+@contextmanager
+def in_flight(*tensors: Tensor) -> Iterator[None]:
+    """The emulation's launches must wait for those before them until they touch these tensors' memory."""
+    if not getattr(registry._cuda_module, "on_host", False):
+        yield
+        return
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    registry._cuda_module.set_in_flight(list(storages.items()))
+    try:
+        yield
+    finally:
+        registry._cuda_module.set_in_flight([])
+
+
 class PoisonedBound(arena.Bound):
-    """Its arena lies between guard zones and holds NaN before each run, but for the counters: zeros, before and after."""
+    """Its arena lies between guard zones and holds NaN before each run, but for the counters: zeros, before and after.
+
+    All memory but the weights is :func:`in_flight`.
+    """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         offsets = {name: at + GUARD for name, at in plan.offsets.items()}
@@ -165,7 +182,9 @@ class PoisonedBound(arena.Bound):
         counted = self._counters.clone()
         self._arena.fill_(255)
         self._counters.copy_(counted)
-        super().run(tensors)
+        others = [x for name, x in tensors.items() if name != "weights"]
+        with in_flight(self._arena, *others):
+            super().run(tensors)
         assert not self._counters.any(), "a kernel left a counter"
         for zone in (self._arena[:GUARD], self._arena[-GUARD:]):
             assert (zone == 255).all(), "a kernel wrote outside of its scratch memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
 import os
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import lifelike, noise, randomise
+from helpers import BOUNDS, assert_parity, drawn_once, lifelike, noise, randomise
 from torch import Tensor, nn
 
 from fastscnn_fast import FastSCNN, calibrate, fuse, load_checkpoint, prune
 from fastscnn_fast.arch.config import PRESETS, Config, preset
+from fastscnn_fast.arch.network import normalise
 from fastscnn_fast.arch.structure import check
 from fastscnn_fast.checkpoints import read_details, save_checkpoint
 from fastscnn_fast.cli import main, prune as command_line
@@ -267,7 +269,8 @@ def test_prune_tries_cuts_out_on_batches() -> None:
 
 def test_the_result_is_an_ordinary_network(tmp_path: Path) -> None:
     """In every way that the package has; parity of widths that nobody chose is tested where the backends are."""
-    model = narrow_network("tramac", aux=True, size=SIZE)
+    with drawn_once():  # one small picture may be unlucky in what bfloat16 rounds
+        model = narrow_network("tramac", aux=True, size=SIZE)
     model.classes = tuple(f"class {k}" for k in range(11))
     narrow = prune(model, 0.6, arithmetic="float32")
     assert type(narrow) is FastSCNN and not narrow.config.aux and narrow.config.size == SIZE
@@ -340,11 +343,14 @@ def test_what_its_config_does_not_describe_is_refused() -> None:
 
 
 def test_folded_is_the_network_in_eval_mode() -> None:
-    model = narrow_network("segmentron").double().float()
+    model = narrow_network("segmentron")
     x = (255 * torch.rand(2, 3, *SIZE)).to(torch.uint8)
     small = Folded(model)(x)
-    (wanted,) = low_logits(model, normalised(x, model.config))
-    assert torch.allclose(small, wanted, rtol=1e-4, atol=1e-4)
+    (unfolded,) = low_logits(model, normalised(x, model.config))
+    exact_input = normalise(x, model.config, torch.float64)
+    (exact,) = low_logits(copy.deepcopy(model).double(), exact_input)
+    parts = (one.detach() for one in (small, unfolded, exact))
+    assert_parity(*parts, *BOUNDS["float32"].network)
     small.sum().backward()
     assert model.learning_to_downsample.stem.conv.weight.grad is not None
 

@@ -27,7 +27,9 @@ constexpr size_t kLocals = 4 * 1024;     // bytes of a stack that a kernel's loc
 constexpr size_t kGuard = 1024;          // bytes before and after shared memory
 constexpr unsigned char kPoison = 0xff;  // NaN in every type
 
-enum class State { ready, at_barrier, in_collective, done };
+enum class State { ready, at_barrier, in_collective, waits_for_launches, done };
+
+using Memory = std::vector<std::pair<uintptr_t, size_t>>;  // addresses and bytes
 
 struct Fiber {
   ucontext_t first;  // where it begins
@@ -35,7 +37,8 @@ struct Fiber {
   bool begun;
   State state;
   unsigned id;
-  int line;  // of the barrier
+  int line;     // of the barrier
+  bool waited;  // for the launches before
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
   std::vector<std::pair<float4*, float4>> unpublished;  // what other blocks do not see yet
@@ -61,6 +64,8 @@ struct Block {
   uint3 index;
   dim3 size, grid;
   const std::function<void()>* kernel;
+  const Memory* in_flight;
+  std::function<void()> when_waited;  // of the block that began while the launches before ran
   jmp_buf scheduler;
   Fiber* current;
   std::string error;
@@ -70,6 +75,43 @@ struct Block {
 
 thread_local Block* block = nullptr;
 std::atomic<unsigned> warp_order{0};
+thread_local Memory in_flight;
+
+bool is_in_flight(const void* p, const Memory& memory) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  return std::any_of(memory.begin(), memory.end(), [at](const auto& one) {
+    return at >= one.first && at - one.first < one.second;
+  });
+}
+
+// The launches before, as those see it that begin before they end: the memory in flight is poison,
+// and must be when they end.
+class LaunchesBefore {
+ public:
+  LaunchesBefore() {
+    for (const auto& [at, bytes] : in_flight) {
+      auto* begin = reinterpret_cast<unsigned char*>(at);
+      values_.emplace_back(begin, begin + bytes);
+      std::memset(begin, kPoison, bytes);
+    }
+  }
+  ~LaunchesBefore() { end(); }
+  // Whether nobody wrote there.
+  bool end() {
+    bool untouched = true;
+    for (size_t i = 0; i < values_.size(); ++i) {
+      auto* begin = reinterpret_cast<unsigned char*>(in_flight[i].first);
+      const auto written = [](unsigned char byte) { return byte != kPoison; };
+      untouched &= std::none_of(begin, begin + values_[i].size(), written);
+      std::copy(values_[i].begin(), values_[i].end(), begin);
+    }
+    values_.clear();
+    return untouched;
+  }
+
+ private:
+  std::vector<std::vector<unsigned char>> values_;
+};
 
 // AddressSanitizer must know which stack is in use; `saved` is null where the one that is left will
 // not be entered again.
@@ -123,6 +165,7 @@ void body() {
     fail("a thread must wait for its asynchronous copies before it ends");
   }
   if (!fiber.unpublished.empty()) fail("a thread must publish what it stores for other blocks");
+  if (!fiber.waited) fail("a thread must wait for the launches before");
   fiber.state = State::done;
   to_scheduler(true);
 }
@@ -133,7 +176,7 @@ void begin(Fiber& fiber) {
   fiber.open.clear();
   fiber.groups.clear();
   fiber.unpublished.clear();
-  fiber.published = fiber.sees_others = false;
+  fiber.published = fiber.sees_others = fiber.waited = false;
   std::fill_n(stack_of(fiber) + kStack - kLocals, kLocals, kPoison);
   getcontext(&fiber.first);
   fiber.first.uc_stack.ss_sp = stack_of(fiber);
@@ -163,6 +206,22 @@ bool pass_barrier() {
     }
   }
   for (Fiber& fiber : block->fibers) fiber.state = State::ready;
+  return true;
+}
+
+// Lets the threads go on that wait for the launches before, if all do; whether they did.
+bool pass_launches_before() {
+  const unsigned waiting = count(State::waits_for_launches);
+  if (waiting == 0) return false;
+  if (waiting < block->fibers.size()) {
+    block->error = "all threads of a block must wait for the launches before where one does";
+  } else if (const auto act = std::exchange(block->when_waited, nullptr)) {
+    act();
+  }
+  for (Fiber& fiber : block->fibers) {
+    fiber.waited = true;
+    fiber.state = State::ready;
+  }
   return true;
 }
 
@@ -201,7 +260,7 @@ void run_block(unsigned order) {
         }
       }
     }
-    if (!ran && !pass_barrier()) {
+    if (!ran && !pass_launches_before() && !pass_barrier()) {
       block->error = "a barrier or a collective of the warp is not reached by all threads";
     }
   }
@@ -257,13 +316,21 @@ void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
     one.size = dim3(threads);
     one.grid = dim3(blocks, rows);
     one.kernel = &kernel;
+    one.in_flight = &in_flight;
   }
   std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};
   std::vector<std::thread> others;
-  for (unsigned i = 1; i < workers; ++i) {
-    others.emplace_back([&, i] { run_blocks(all[i], next, total, order, failed); });
-  }
+  LaunchesBefore before;
+  all[0].when_waited = [&] {
+    if (!before.end()) {
+      all[0].error = "what launches before use must not be written until they were waited for";
+      return;
+    }
+    for (unsigned i = 1; i < workers; ++i) {
+      others.emplace_back([&, i] { run_blocks(all[i], next, total, order, failed); });
+    }
+  };
   run_blocks(all[0], next, total, order, failed);
   for (std::thread& other : others) other.join();
   for (const Block& one : all) {
@@ -288,6 +355,12 @@ void barrier(int line) {
   pause(State::at_barrier);
 }
 
+void set_in_flight(const Memory& memory) { in_flight = memory; }
+
+void wait_for_launches_before() {
+  if (!block->current->waited) pause(State::waits_for_launches);
+}
+
 void arrive(const Copy& copy) {
   if (copy.from) {
     std::memcpy(copy.to, copy.from, 16);
@@ -300,6 +373,9 @@ void copy_16(const Copy& copy) {
   const auto* to = static_cast<unsigned char*>(copy.to);
   if (to < block->shared || to + 16 > block->shared + block->shared_bytes) {
     fail("an asynchronous copy must go to the block's shared memory");
+  }
+  if (copy.from && !block->current->waited && is_in_flight(copy.from, *block->in_flight)) {
+    fail("what launches before use must not be read until they were waited for");
   }
   if (block->early) arrive(copy);
   block->current->open.push_back(copy);

@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <utility>
+#include <vector>
 
 #undef __global__
 #undef __device__
@@ -47,6 +49,10 @@ void launch(unsigned blocks, unsigned rows, unsigned threads, size_t shared,
 // and from 2 on in other orders.
 void set_warp_order(unsigned order);
 
+// Memory, addresses and bytes, that launches before use until the launches which follow on this
+// thread have waited for them: the first block of each begins earlier and finds poison there.
+void set_in_flight(const std::vector<std::pair<uintptr_t, size_t>>& memory);
+
 // What follows is called by kernels.
 [[noreturn]] void fail(const char* rule);
 uint3 thread_index();
@@ -55,6 +61,7 @@ dim3 block_size();
 dim3 grid_size();
 unsigned char* shared_memory();
 void barrier(int line);
+void wait_for_launches_before();
 void copy_16(const Copy& copy);
 void commit();
 void wait(int pending);

@@ -22,6 +22,8 @@ void async_copy_16(void* shared, const void* global, bool exists) {
   emulation::copy_16({shared, exists ? global : nullptr});
 }
 
+inline void wait_for_launches_before() { emulation::wait_for_launches_before(); }
+
 inline int kept(int v) { return v; }
 
 inline float2 unpacked(__half2 v) { return __half22float2(v); }
@@ -258,8 +260,19 @@ inline bool any_of_warp(bool holds) {
   return holds;
 }
 
-inline void store_for_others(float4* to, float4 v) { emulation::store_for_others(to, v); }
-inline float4 load_from_others(const float4* from) { return emulation::load_from_others(from); }
+template <class Four>
+void store_for_others(Four* to, Four v) {
+  float4 bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  emulation::store_for_others(reinterpret_cast<float4*>(to), bits);
+}
+template <class Four>
+Four load_from_others(const Four* from) {
+  const float4 bits = emulation::load_from_others(reinterpret_cast<const float4*>(from));
+  Four v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
 inline void publish() { emulation::publish(); }
 inline int arrive(int* counter) { return emulation::arrive(counter); }
 

@@ -1,6 +1,6 @@
 """What ``fastscnn_fast tune`` found fastest on a GPU: one JSON file, read when a plan is made.
 
-    {"schema": 4, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, "torch" or "cuda"}}}
+    {"schema": 4, "choices": {ENVIRONMENT: {LAYER: {"tile": {"pixels": 64, ...}}, {"cuda": {"slices": 3}}, "torch" or "cuda"}}}
 
 ENVIRONMENT is what a time depends on but the layer (:func:`environment`), so that what was chosen with one Triton,
 or a CUDA extension for some architectures, is not looked for with another, or without; LAYER is the layer and its
@@ -36,7 +36,16 @@ VARIABLE = "FASTSCNN_TUNE_CACHE"
 #: The plain-torch op, or the CUDA C++ kernel, instead of Triton's in some tile.
 TORCH: Literal["torch"] = "torch"
 CUDA: Literal["cuda"] = "cuda"
-Choice = Tile | Literal["torch", "cuda"]
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The CUDA C++ kernel of inverted_residual, its work cut along the expanded channels into so many slices at most."""
+
+    slices: int
+
+
+Choice = Tile | Sliced | Literal["torch", "cuda"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +141,18 @@ def _read(file: Path) -> dict[str, dict[str, Choice]]:
         raise ValueError(f"it is damaged ({error!r})") from None
 
 
+_NAMES = {Tile: "tile", Sliced: "cuda"}
 _ANY = ("stages", "slices")  # of a tile: need not be a power of two
 
 
 def _decode(value: Any) -> Choice:
     if value in (TORCH, CUDA):
         return value
+    if "cuda" in value:
+        slices = value["cuda"]["slices"]
+        if type(slices) is not int or slices < 1:
+            raise ValueError(f"slices must be a number from 1 on, got {slices!r}")
+        return Sliced(slices)
     tile = value["tile"]
     known = {field.name for field in fields(Tile)}
 
@@ -168,7 +183,7 @@ def save(found: Mapping[str, Choice], device: torch.device) -> Path:
     known[where] = {**known.get(where, {}), **found}
     encoded = {
         place: {
-            key: {"tile": asdict(choice)} if isinstance(choice, Tile) else choice
+            key: choice if isinstance(choice, str) else {_NAMES[type(choice)]: asdict(choice)}
             for key, choice in layers.items()
         }
         for place, layers in known.items()

@@ -29,12 +29,14 @@ ALIGNMENT = 16
 class CudaStep:
     """One call of the C interface: ``sizes`` and the addresses of ``arguments`` fill the op's struct.
 
-    Of ``sizes`` the struct takes what it has; addresses that a layer has not stay null.
+    Of ``sizes`` the struct takes what it has; addresses that a layer has not stay null. ``follows``: nothing is
+    queued between the CUDA step before and this one, which may begin while that one ends (fastscnn_stream).
     """
 
     op: str
     sizes: Mapping[str, Any]
     arguments: Mapping[str, Buffer]
+    follows: bool = False
 
     @property
     def buffers(self) -> Mapping[str, Buffer]:
@@ -65,7 +67,7 @@ class CudaStep:
         """
         module = registry.cuda_module()
         stream = 0 if module.on_host else torch.cuda.current_stream().cuda_stream
-        getattr(module, self.op)(arguments, stream)
+        getattr(module, self.op)(arguments, stream, self.follows)
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,11 @@ def step(
     dtype: torch.dtype,
     output: str,
     processors: int,
+    slices: int | None = None,
 ) -> CudaStep:
     """``layer`` on ``inputs`` (feature_fusion: (high, low)), laid out as plan.placed() does.
 
-    Its work is cut for a GPU of so many multiprocessors.
+    Its work is cut for a GPU of so many multiprocessors, inverted_residual's into ``slices`` where they are given.
     """
     made = _STEPS[layer.op](layer, inputs, out, weights, output)
     sizes = {**_of_layer(layer), **made.sizes}
@@ -130,14 +133,15 @@ def step(
         made = replace(made, op=f"{layer.op}_int8", sizes=sizes)
     else:
         made = replace(made, sizes={"type": _TYPES[dtype], **sizes})
-    return _cut(made, processors) if layer.op == "inverted_residual" else made
+    return _cut(made, processors, slices) if layer.op == "inverted_residual" else made
 
 
-def _cut(made: CudaStep, processors: int) -> CudaStep:
-    """With the slices that fill the GPU, and the scratch in which their sums meet."""
+def _cut(made: CudaStep, processors: int, slices: int | None) -> CudaStep:
+    """With ``slices`` or those that fill the GPU, and the scratch in which their sums meet."""
     module = registry.cuda_module()
     made = replace(made, sizes={**made.sizes, "slices": 1})
-    slices = module.inverted_residual_slices(made.struct(), processors)
+    if slices is None:
+        slices = module.inverted_residual_slices(made.struct(), processors)
     made = replace(made, sizes={**made.sizes, "slices": slices})
     partials, counters = module.inverted_residual_scratch(made.struct())
     scratch = {

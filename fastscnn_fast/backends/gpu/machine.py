@@ -49,10 +49,15 @@ def listing(cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def sequence(text: str) -> list[str]:
+    """The instructions of a listing as they follow each other, with their modifiers."""
+    pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P[0-9T]+\s+)?([A-Z][\w.]*)"
+    return re.findall(pattern, text, re.MULTILINE)
+
+
 def instructions(text: str) -> Counter[str]:
     """How often each instruction, with its modifiers, stands in a listing."""
-    pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P[0-9T]+\s+)?([A-Z][\w.]*)"
-    return Counter(re.findall(pattern, text, re.MULTILINE))
+    return Counter(sequence(text))
 
 
 def count(found: Mapping[str, int], pattern: str) -> int:

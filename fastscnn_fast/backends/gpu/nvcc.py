@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from .machine import PRODUCTS, WIDE_LOADS, count, instructions, listing, nvidia_program
+from .machine import PRODUCTS, WIDE_LOADS, count, listing, nvidia_program, sequence
 
 SOURCES = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 # As setup.py's NVCC_FLAGS, so that what is inspected is what is built.
@@ -46,9 +46,14 @@ class Code:
         return assembled(self.ptx, self.architecture)
 
     @cached_property
+    def sequence(self) -> list[str]:
+        """The machine code's instructions as they follow each other, with their modifiers."""
+        return sequence(_functions(self.module)[self.entry])
+
+    @cached_property
     def instructions(self) -> Counter[str]:
-        """How often each instruction, with its modifiers, stands in the machine code."""
-        return instructions(_functions(self.module)[self.entry])
+        """How often each of them stands there."""
+        return Counter(self.sequence)
 
     @property
     def products(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod
 
@@ -17,7 +17,7 @@ from ...program.program import Program
 from .. import registry
 from ..gpus import Architecture
 from . import choices, cuda
-from .choices import Choice, Choices
+from .choices import Choice, Choices, Sliced
 from .cuda import CudaStep
 from .tiles import processors, tile
 from .torch_step import TorchStep
@@ -97,7 +97,17 @@ class Plan:
                 at = max(at, end)
             offsets[name] = at
         total = max((offsets[n] + size[n] for n in size), default=0)
-        return Plan(tuple(steps), offsets, total, size.get(COUNTERS, 0))
+        return Plan(tuple(_following(steps)), offsets, total, size.get(COUNTERS, 0))
+
+
+def _following(steps: Sequence[Step]) -> Iterator[Step]:
+    """Each CUDA step after another follows it. The first does not: what was queued before a plan may be its weights."""
+    before: Step | None = None
+    for step in steps:
+        if isinstance(step, CudaStep) and isinstance(before, CudaStep):
+            step = replace(step, follows=True)
+        yield step
+        before = step
 
 
 @dataclass(frozen=True)
@@ -148,9 +158,9 @@ def _steps(
     if dtype == torch.int8 and cut == choices.TORCH:
         registry.log_once(f"{cut} is not taken: int8 has kernels alone")
         cut = choices.CUDA if backend == "cuda" else place.tile(dtype, architecture)
-    if cut == choices.CUDA:
-        count = processors(architecture)
-        return [cuda.step(layer, place.inputs, out, weights, dtype, output, count)]
+    if cut == choices.CUDA or isinstance(cut, Sliced):
+        count, slices = processors(architecture), cut.slices if isinstance(cut, Sliced) else None
+        return [cuda.step(layer, place.inputs, out, weights, dtype, output, count, slices)]
     if cut == choices.TORCH:
         names = input_names(layer)
         arguments = {**dict(zip(names, place.inputs)), "out": out, **weights}

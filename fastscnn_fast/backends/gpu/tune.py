@@ -1,7 +1,7 @@
 """``fastscnn_fast tune``: the fastest way to run each layer of a network on this GPU, parity first.
 
 A layer's contestants are its Triton kernel in several tiles where Triton is installed, the CUDA C++ kernel where
-it was built, and plain torch with batch norm folded, in channels-last memory, each as the network's plan would run
+it was built (inverted_residual's in several slices), and plain torch with batch norm folded, in channels-last memory, each as the network's plan would run
 it (:mod:`.plan`). Not measured on a GPU.
 """
 
@@ -30,7 +30,7 @@ from .. import registry
 from ..gpus import Architecture
 from . import measure
 from .arena import Pool
-from .choices import CUDA, TORCH, Choice, Choices
+from .choices import CUDA, TORCH, Choice, Choices, Sliced
 from .plan import PlacedLayer, input_names, op_plan, placed
 from .runner import RUNNERS, products
 
@@ -51,6 +51,23 @@ def candidates(place: PlacedLayer, dtype: torch.dtype, architecture: Architectur
     return list(dict.fromkeys([place.tile(dtype, architecture), *tried]))
 
 
+def cuda_candidates(
+    place: PlacedLayer, dtype: torch.dtype, architecture: Architecture
+) -> list[Choice]:
+    """The CUDA kernel as it is cut without tuning, and with other slices: each cut once."""
+    if place.layer.op != "inverted_residual":
+        return [CUDA]
+    key = place.key(dtype, "ieee", "logits")
+    options: list[Choice] = [CUDA, *map(Sliced, _SLICES)]
+    tried: dict[int, Choice] = {}  # by the bytes in which slices meet
+    for choice in options:
+        plan = op_plan(place, dtype, architecture, chosen=Choices({key: choice}))
+        partials = plan.steps[0].buffers.get("partials")
+        tried.setdefault(0 if partials is None else partials.bytes, choice)
+    return list(tried.values())
+
+
+_SLICES = (1, 2, 3, 4, 6, 8, 12, 16)  # of CUDA's inverted_residual
 _ONE = ((1, 1),)
 # Pixels, blocks of channels, (rows, columns), warps, stages, slices.
 _CANDIDATES: dict[
@@ -179,7 +196,8 @@ def tune(
             done.add(key)
             options: list[Choice] = []
             for backend in able:
-                options += [CUDA] if backend == "cuda" else tiles(place, own, architecture)
+                of = cuda_candidates if backend == "cuda" else tiles
+                options += of(place, own, architecture)
             if own != torch.int8:
                 options.append(TORCH)
             name = place.layer.name

@@ -17,7 +17,7 @@ from targets import odd_network
 from fastscnn_fast import FastSCNN, bench, cli, fuse
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import choices, runner, tune
-from fastscnn_fast.backends.gpu.choices import TORCH, Choice
+from fastscnn_fast.backends.gpu.choices import TORCH, Choice, Sliced
 from fastscnn_fast.backends.gpu.plan import PlacedLayer, Plan
 from fastscnn_fast.backends.gpu.torch_step import TorchStep
 from fastscnn_fast.backends.gpus import INTERPRETER
@@ -96,13 +96,14 @@ def check(model: FastSCNN) -> None:
 
 
 def test_what_is_saved_is_loaded(model: FastSCNN, cache: Path, said: list[str]) -> None:
-    first, second, *_ = keys(model).values()
+    first, second, third, *_ = keys(model).values()
     found: dict[str, Choice] = {first: Tile(64, stages=3), second: TORCH}
     assert choices.load(CPU) is choices.NONE  # no file, no word
     assert choices.save(found, CPU) == cache
     assert dict(choices.load(CPU).by_layer) == found
-    choices.save({second: Tile(32)}, CPU)
-    assert dict(choices.load(CPU).by_layer) == {first: found[first], second: Tile(32)}
+    others: dict[str, Choice] = {second: Tile(32), third: Sliced(3)}
+    choices.save(others, CPU)
+    assert dict(choices.load(CPU).by_layer) == {first: found[first], **others}
     assert choices.load(CPU) is choices.load(CPU) and not said
     assert [path.name for path in cache.parent.iterdir()] == ["tune.json"]
     value = json.loads(cache.read_text())
@@ -134,6 +135,11 @@ def test_keys_tell_layers_and_all_their_shapes_apart(model: FastSCNN) -> None:
         ('{"schema": 0, "choices": {}}', "schema must be 4, got 0"),
         ('{"schema": 4}', "it is damaged"),
         ('{"schema": 4, "choices": {"HERE": {"a": "opencl"}}}', "it is damaged"),
+        (
+            '{"schema": 4, "choices": {"HERE": {"a": {"cuda": {"slices": 0}}}}}',
+            "a number from 1 on, got 0",
+        ),
+        ('{"schema": 4, "choices": {"HERE": {"a": {"cuda": {}}}}}', "it is damaged"),
         ('{"schema": 4, "choices": {"HERE": {"a": {"tile": {"pixels": 0}}}}}', "tile must have"),
         (
             '{"schema": 4, "choices": {"HERE": {"a": {"tile": {"pixels": 16, "block": 64, "rows": 3, "columns": 1,'
