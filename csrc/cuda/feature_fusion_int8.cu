@@ -116,8 +116,10 @@ __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
   const int first_across = next(phases_across), first_down = next(phases_down);
   const int64_t top = first_down + int64_t{down} * kRows * dilation;
   const int64_t start = first_across + int64_t{across} * kAcross * dilation;
-  wait_for_launches_before();
-  if (top >= height || start >= width) return;
+  if (top >= height || start >= width) {
+    wait_for_launches_before();
+    return;
+  }
   high += block * high_image;
   low += block * low_image;
   out += block * out_image;
@@ -166,6 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
   const int unit_channel = warp / kUnitsAcross * 16, unit_pixel = warp % kUnitsAcross * 16 * kUnit;
   const int zero_of_refined = *refine_zero;
   const ByteSelect<4> select;
+  wait_for_launches_before();
   __syncthreads();
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {

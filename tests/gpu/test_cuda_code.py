@@ -208,6 +208,9 @@ def dumps() -> Iterator[Any]:
         }.get(op, ())
         marks = [] if op == "dsconv" else [pytest.mark.slow]
         yield pytest.param(op, options, marks=marks, id=op)
+        if op != "upsample_classify":
+            int8 = (*options, "--dtype", "int8")
+            yield pytest.param(op, int8, marks=pytest.mark.slow, id=f"{op}-int8")
 
 
 @pytest.mark.parametrize(("op", "options"), list(dumps()))

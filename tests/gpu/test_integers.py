@@ -24,7 +24,7 @@ from layouts import free_widths
 from targets import Target, slow_unless, small_model
 from torch import Tensor
 
-from fastscnn_fast import ops
+from fastscnn_fast import load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends.gpu import plan
 from fastscnn_fast.lower.fold import fold
@@ -184,6 +184,11 @@ def test_free_widths(classes: int, target: Target) -> None:
     print(widths)
     model = FastSCNN.from_config(preset("paper", num_classes=classes, **widths)).eval()
     check_network(model, pixels(2, 3, (49, 65)), "labels", target)
+
+
+@pytest.mark.slow
+def test_the_slim_network(target: Target) -> None:
+    check_network(load_checkpoint("camvid11-slim"), pixels(1, 3, (72, 96)), "logits", target)
 
 
 @pytest.mark.slow
