@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
   // same one.
   constexpr int kSharers = S::kChunk / kVector;
   constexpr int kGroup = kThreads / kSharers / S::kHaloColumns;
-  static_assert(kGroup > 0);
+  static_assert(kGroup > 0 && (Stride != 0 || kGroup == S::kRows));
   const int within = threadIdx.x % kSharers * kVector, own_slot = threadIdx.x / kSharers;
   const bool copies = own_slot < kGroup * S::kHaloColumns;
   const int2 in_group = S::Window::position(own_slot);
@@ -104,21 +104,28 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
     Byte* const to = halo(chunk) + own_slot * S::kChunkPitch + within;
     const int c = chunk * S::kChunk + within;
     const bool exists = In || c < terms;
-    int y = top * Stride + in_group.x - 1, z = start * Stride + in_group.y - 1;
-    const Byte* from = x + (int64_t{y} * width + z) * x_pixel + c;
-    const int64_t step = int64_t{kGroup} * width * x_pixel;
-    unrolled<divided_up(S::kHaloRows, kGroup)>([&](auto pass) {
-      constexpr int first = pass * kGroup;
-      if (first + kGroup > S::kHaloRows && in_group.x + first >= S::kHaloRows) return;
-      if constexpr (Stride == 0) {  // a group is a tap
-        y = (top + in_group.x) * stride + (pass / 3 - 1) * dilation;
-        z = (start + in_group.y) * stride + (pass % 3 - 1) * dilation;
-        from = x + (int64_t{y} * width + z) * x_pixel + c;
+    if constexpr (Stride == 0) {  // a group is a tap
+#pragma unroll 1
+      for (int tap = 0; tap < 9; ++tap) {
+        const int y = (top + in_group.x) * stride + (tap / 3 - 1) * dilation;
+        const int z = (start + in_group.y) * stride + (tap % 3 - 1) * dilation;
+        async_copy_16(to + S::Window::known(tap), x + (int64_t{y} * width + z) * x_pixel + c,
+                      exists && y >= 0 && y < height && z >= 0 && z < width);
       }
-      async_copy_16<first * S::kHaloColumns * S::kChunkPitch>(
-          to, from, exists && y >= 0 && y < height && z >= 0 && z < width);
-      if constexpr (Stride != 0) y += kGroup, from += step;
-    });
+    } else {
+      int y = top * Stride + in_group.x - 1;
+      const int z = start * Stride + in_group.y - 1;
+      const Byte* from = x + (int64_t{y} * width + z) * x_pixel + c;
+      constexpr int kUnrolled = In ? divided_up(S::kHaloRows, kGroup) : 1;
+#pragma unroll kUnrolled
+      for (int first = 0; first < S::kHaloRows; first += kGroup) {
+        if (first + kGroup > S::kHaloRows && in_group.x + first >= S::kHaloRows) break;
+        async_copy_16(to + first * S::kHaloColumns * S::kChunkPitch, from,
+                      exists && y >= 0 && y < height && z >= 0 && z < width);
+        y += kGroup;
+        from += int64_t{kGroup} * width * x_pixel;
+      }
+    }
   };
 
   const auto queue_right = [&](int chunk, int o) {

@@ -16,6 +16,16 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
+// For how many blocks a multiprocessor must have registers. sm_75's shared memory has room for one
+// of the network's widths, and at stride 2 two would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <int In, int Stride>
+constexpr int kBlocks = In == 0 && Stride == 1 ? 2 : 1;
+#else
+template <int In, int Stride>
+constexpr int kBlocks = 2;
+#endif
+
 // Sizes for In channels expanded to Mid, of which a block computes Out, at Stride. In and Mid are 0
 // where all are known only at run time: then x's halo lies whole in shared memory where that has
 // room for it, and else arrives in steps of channels for each chunk anew, one step while the one
@@ -87,7 +97,7 @@ struct Sizes {
 // x (H, W, in_channels) -> out (H', W', out_channels): tile block x of image block / (tiles down
 // and across), slice y % slices of the expanded channels, y / slices-th columns of the result.
 template <class T, int In, int Mid, int Out, int Stride>
-__global__ void __launch_bounds__(kThreads, 2) inverted_residual_kernel(
+__global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residual_kernel(
     const T* x, const T* __restrict__ expand_weight, const float* __restrict__ expand_bias,
     const float* __restrict__ depthwise_weight, const float* __restrict__ depthwise_bias,
     const T* __restrict__ project_weight, const float* __restrict__ project_bias,

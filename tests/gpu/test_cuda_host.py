@@ -59,16 +59,21 @@ def real_layers() -> Iterator[Any]:
                 yield slow_unless(quick, replace(case, arithmetic=arithmetic), id=id)
 
 
+def check_case(case: GpuCase) -> None:
+    if case.arithmetic == "int8":
+        sizes = zip(case.layer.input_channels, case.sizes)
+        gpu_integers.check(case.layer, tuple(pixels(1, c, s) for c, s in sizes), case.target)
+    elif case.layer.op == "upsample_classify":
+        check_upsampling(case)
+    else:
+        check_odd(case)
+
+
 @pytest.mark.parametrize("case", list(real_layers()))
 def test_real_layers(case: Case, emulation: Target) -> None:
-    check = check_upsampling if case.layer.op == "upsample_classify" else check_odd
     for order in (0, 1, 2, 3):
         cuda_host.shared().set_warp_order(order)
-        if case.arithmetic == "int8":
-            sizes = zip(case.layer.input_channels, case.sizes)
-            gpu_integers.check(case.layer, tuple(pixels(1, c, s) for c, s in sizes), emulation)
-        else:
-            check(emulation.case(case))
+        check_case(emulation.case(case))
 
 
 #: More output channels than a block has, with all that follows them; more input channels than lie in shared
@@ -80,15 +85,16 @@ WIDE = [
     Layer("inverted_residual", "", 152, 48, mid_channels=72, stride=2),
     Layer("inverted_residual", "", 64, 64, mid_channels=128, residual=True),
     Layer("inverted_residual", "", 128, 128, mid_channels=64, residual=True),
+    Layer("inverted_residual", "", 416, 416, mid_channels=24, residual=True),
 ]
 
 
-@pytest.mark.parametrize("arithmetic", ["float32", "float16"])
+@pytest.mark.parametrize("arithmetic", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("layer", WIDE, ids=lambda layer: str(Case(layer, ())))
 def test_wide_layers(layer: Layer, arithmetic: str, emulation: Target) -> None:
     for order in (0, 1):
         cuda_host.shared().set_warp_order(order)
-        check_odd(emulation.case(Case(layer, ((9, 18),)), arithmetic))
+        check_case(emulation.case(Case(layer, ((9, 18),)), arithmetic))
 
 
 SLICED = Layer("inverted_residual", "", 64, 64, mid_channels=384, residual=True)

@@ -123,3 +123,7 @@ def test_a_branch_on_data_skips_what_it_can() -> None:
 $L1:
     ret;"""
     assert executed(body) == 2 * 4
+
+
+def test_waiting_for_other_launches_is_an_instruction() -> None:
+    assert executed("griddepcontrol.launch_dependents; griddepcontrol.wait; ret;") == 2 * 3
