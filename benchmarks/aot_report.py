@@ -3,7 +3,7 @@
 Nothing here was measured on a GPU: kernels are compiled without one, instructions are counted by following their PTX
 (ptx_counts.py), and every time is a lower bound.
 
-python benchmarks/aot_report.py [--preset paper] [--csv aot_report.csv] [--markdown aot_report.md]
+python benchmarks/aot_report.py [--preset paper] [--dtype int8] [--csv aot_report.csv] [--markdown aot_report.md]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import aot, dump
 from fastscnn_fast.backends.gpus import GPUS, ISSUED, MULTIPROCESSORS, Architecture, Gpu
+from fastscnn_fast.program import arithmetic
 from fastscnn_fast.program.memory import cdiv
 from fastscnn_fast.program.program import layer_sizes
 
@@ -36,7 +37,9 @@ SIZES = ((1024, 2048), (512, 1024), (256, 512))
 #: Whose kernels are listed one by one.
 REPORTED = (512, 1024)
 OUTPUTS = ("logits", "labels")
-DTYPE = torch.float16
+DTYPES = {"float16": torch.float16, "int8": torch.int8}
+#: Of eager torch, which has no int8 on GPUs.
+EAGER = torch.float16
 
 Row = dict[str, str]
 
@@ -98,14 +101,23 @@ def _bytes(about: Mapping[str, Any]) -> int:
 
 @cache
 def launches(
-    name: str, size: tuple[int, int], output: str, architecture: Architecture, backend: str
+    name: str,
+    size: tuple[int, int],
+    output: str,
+    architecture: Architecture,
+    backend: str,
+    dtype: torch.dtype,
 ) -> list[Counted]:
-    """Those of a forward from raw pixels, in order; none of CUDA C++ where that is not built."""
+    """Those of a forward from raw pixels, in order; none where the backend is not built, or not for that."""
     if backend == "cuda" and (registry._cuda_module is None or not isinstance(architecture, int)):
+        return []
+    how = arithmetic.choose(backend, dtype)
+    least = int(how.needs[backend])
+    if how.quantised and not (isinstance(architecture, int) and architecture >= least):
         return []
     found = []
     for step in layer_sizes(preset(name), *size):
-        plan = dump.launches(step, DTYPE, architecture, output, raw=True, backend=backend)
+        plan = dump.launches(step, dtype, architecture, output, raw=True, backend=backend)
         for about, code in dump.described(step, plan, architecture):
             if isinstance(code, aot.Code):
                 resident = code.resident_warps
@@ -149,8 +161,8 @@ class _Traffic(TorchDispatchMode):
 def eager(name: str, size: tuple[int, int], output: str) -> tuple[int, int]:
     """Launches and bytes of plain torch: each convolution, norm, activation, pool, resize, cat and sum."""
     with torch.device("meta"):
-        model = FastSCNN(preset=name).eval().to(DTYPE)
-        x = torch.empty(1, model.config.in_channels, *size, dtype=DTYPE)
+        model = FastSCNN(preset=name).eval().to(EAGER)
+        x = torch.empty(1, model.config.in_channels, *size, dtype=EAGER)
     with torch.no_grad(), _Traffic() as traffic:
         y = model.reference(x)
         if output == "labels":
@@ -158,12 +170,12 @@ def eager(name: str, size: tuple[int, int], output: str) -> tuple[int, int]:
     return traffic.launches, traffic.bytes
 
 
-def kernels(name: str, size: tuple[int, int], backend: str) -> Iterator[Row]:
+def kernels(name: str, size: tuple[int, int], backend: str, dtype: torch.dtype) -> Iterator[Row]:
     """A row a distinct launch and architecture."""
     for architecture in GPUS:
         gpu, seen = GPUS[architecture], set()
         for output in reversed(OUTPUTS):
-            for one in launches(name, size, output, architecture, backend):
+            for one in launches(name, size, output, architecture, backend, dtype):
                 about = one.about
                 kernel = about.get("kernel", about["entry"]).replace("_kernel", "")
                 scalars = [p["value"] for p in about["parameters"] if p["kind"] == "scalar"]
@@ -198,14 +210,14 @@ def kernels(name: str, size: tuple[int, int], backend: str) -> Iterator[Row]:
                 yield row
 
 
-def forwards(name: str, backend: str) -> Iterator[Row]:
+def forwards(name: str, backend: str, dtype: torch.dtype) -> Iterator[Row]:
     """A row a size and output: the whole network."""
     for size in SIZES:
         for output in OUTPUTS:
-            found = launches(name, size, output, 80, backend)
+            found = launches(name, size, output, 80, backend, dtype)
             if not found:
                 return
-            must = aot.necessary_bytes(preset(name), size, DTYPE, output)
+            must = aot.necessary_bytes(preset(name), size, dtype, output)
             eager_launches, eager_bytes = eager(name, size, output)
             row = {
                 "size": f"{size[0]}x{size[1]}",
@@ -218,7 +230,9 @@ def forwards(name: str, backend: str) -> Iterator[Row]:
             }
             for device, its in DEVICES.items():
                 gpu = GPUS[its]
-                mine = launches(name, size, output, its, backend)
+                mine = launches(name, size, output, its, backend, dtype)
+                if not mine:
+                    continue
                 executed = sum((one.instructions or 0.0) * one.blocks for one in mine)
                 row[f"{device}: M warp instructions"] = f"{executed / 1e6:.1f}"
                 row[f"{device}: at least us"] = f"{sum(o.seconds(gpu) for o in mine) * 1e6:.0f}"
@@ -237,7 +251,10 @@ BACKENDS = {"triton": "Triton", "cuda": "CUDA C++"}
 
 
 def markdown(
-    name: str, whole: Mapping[str, Sequence[Row]], each: Mapping[str, Sequence[Row]]
+    name: str,
+    dtype: str,
+    whole: Mapping[str, Sequence[Row]],
+    each: Mapping[str, Sequence[Row]],
 ) -> str:
     devices = ", ".join(
         f"{gpu.device} sm_{architecture} {gpu.processors} multiprocessors at {gpu.clock / 1e9:g} GHz"
@@ -246,7 +263,7 @@ def markdown(
         if gpu.bandwidth
     )
     parts = [
-        f"# The GPU kernels' machine code, preset {name}, {str(DTYPE)[6:]}, from uint8 pixels",
+        f"# The GPU kernels' machine code, preset {name}, {dtype}, from uint8 pixels",
         "Not measured on a GPU. Registers, spills, shared memory and instructions of the machine code are those of"
         " the compiled code; resident warps follow from NVIDIA's occupancy arithmetic. Instructions a warp are"
         " executed ones, counted by following the PTX (`ptx_counts.py`).",
@@ -255,7 +272,7 @@ def markdown(
         " of tensor cores and launches come on top, so few warps on few multiprocessors take longer.",
         f"Devices, as published: {devices}.",
         "MB moved: every buffer once a launch. MB necessary: each of the six ops' inputs, weights and outputs"
-        " once, a picture as floats. Eager torch reads a picture of floats too.",
+        " once, a picture as floats. Eager torch reads a picture of floats too, and computes in float16.",
     ]
     for backend, title in BACKENDS.items():
         parts.append(f"## A forward in {title}")
@@ -277,22 +294,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="paper")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "aot_report.csv")
-    parser.add_argument("--markdown", type=Path, default=RESULTS / "aot_report.md")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--csv", type=Path, help="in results/ by default, as the Markdown")
+    parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
-    whole = {backend: list(forwards(args.preset, backend)) for backend in BACKENDS}
-    each = {backend: list(kernels(args.preset, REPORTED, backend)) for backend in BACKENDS}
+    dtype, ending = DTYPES[args.dtype], "" if args.dtype == "float16" else f"_{args.dtype}"
+    csv_file = args.csv or RESULTS / f"aot_report{ending}.csv"
+    markdown_file = args.markdown or RESULTS / f"aot_report{ending}.md"
+    whole = {backend: list(forwards(args.preset, backend, dtype)) for backend in BACKENDS}
+    each = {backend: list(kernels(args.preset, REPORTED, backend, dtype)) for backend in BACKENDS}
     rows = [row for backend in BACKENDS for row in each[backend]]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with args.csv.open("w", newline="") as file:
+    with csv_file.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    args.markdown.write_text(markdown(args.preset, whole, each))
+    markdown_file.write_text(markdown(args.preset, args.dtype, whole, each))
     for backend in BACKENDS:
         if whole[backend]:
             print(f"{BACKENDS[backend]}\n{table(whole[backend])}")
-    print(f"wrote {args.csv} and {args.markdown}")
+    print(f"wrote {csv_file} and {markdown_file}")
 
 
 if __name__ == "__main__":

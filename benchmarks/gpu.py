@@ -29,7 +29,7 @@ from fastscnn_fast.cli.options import GPU_DTYPES, count, size
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.program import memory, reference
-from fastscnn_fast.program.arithmetic import ARITHMETICS
+from fastscnn_fast.program.arithmetic import ARITHMETICS, floats_of
 from fastscnn_fast.program.layers import PICTURE, Layer
 from fastscnn_fast.program.parity import Parity
 from fastscnn_fast.runtime import graphs
@@ -40,8 +40,9 @@ OURS, COMPILED, TENSORRT, GRAPHED = (
     "TensorRT",
     ", CUDA graph",
 )
-#: Those of floats: int8 is not compared with what torch has.
-DTYPES = {name: dtype for name, dtype in GPU_DTYPES.items() if dtype.is_floating_point}
+DTYPES = GPU_DTYPES
+#: What peers compute in where torch has no such arithmetic on GPUs: the fastest that it has.
+PEERS = {"int8": "float16"}
 TASKS = ("logits", "labels")
 PARTS = ("network", "layers")
 #: Of a layer, whose channels mean no classes.
@@ -190,7 +191,8 @@ def network_contestants(
     given: Given, task: str, arithmetic: str, ours: Sequence[str], compile_: bool
 ) -> Iterator[Contestant]:
     """Peers first. CUDA graphs, torch.compile and TensorRT on GPUs only."""
-    dtype = DTYPES[arithmetic]
+    peers = PEERS.get(arithmetic, arithmetic)
+    dtype = DTYPES[peers]
     x = given.x.to(dtype)
     last = x.contiguous(memory_format=torch.channels_last)
     plain, plain_last = (Plain(given.model, task, dtype, last) for last in (False, True))
@@ -210,15 +212,16 @@ def network_contestants(
     for backend in ours:
         kinds = {"": "off", GRAPHED: "on"} if x.is_cuda else {"": "off"}
         for ending, policy in kinds.items():
-            fast = fuse(given.model, backend, dtype, cuda_graph=policy)
+            fast = fuse(given.model, backend, DTYPES[arithmetic], cuda_graph=policy)
             run = fast.labels if task == "labels" else fast
             name = f"{OURS} {backend}{ending}"
-            functions[name] = (run, x)
+            functions[name] = (run, given.x.to(floats_of(DTYPES[arithmetic])))
             if task == "labels":
                 functions[f"{name}, uint8 pixels"] = (run, given.pixels)
     for name, (function, picture) in functions.items():
         if function is not None:
-            yield Contestant(name, Rotating(function, picture, as_it_is), arithmetic)
+            own = arithmetic if name.startswith(OURS) else peers
+            yield Contestant(name, Rotating(function, picture, as_it_is), own)
 
 
 @dataclass(frozen=True)
@@ -328,8 +331,9 @@ def measure(
     args: argparse.Namespace,
     timers: Timers = Timers(),
 ) -> Iterator[list[Result]]:
-    """The results of one race after the other."""
-    dtype = DTYPES[arithmetic]
+    """The results of one race after the other: of int8 the network's, whose layers tune measures."""
+    peers = PEERS.get(arithmetic, arithmetic)
+    dtype = DTYPES[peers]
     if "network" in args.parts:
         eager = Parity.of(Plain(given.model, "logits", dtype)(given.x.to(dtype)), given.exact)
         for task in args.tasks:
@@ -340,12 +344,12 @@ def measure(
                 given.where(f"network, {task}", arithmetic),
                 paired(contestants),
                 given.exact,
-                {arithmetic: eager},
+                {peers: eager, arithmetic: eager},
                 args.rounds,
                 args.calls,
                 timer=timers.network,
             )[0]
-    if "layers" in args.parts:
+    if "layers" in args.parts and peers == arithmetic:
         for place in places(given, dtype):
             exact = place.run(*(x.double() for x in place.inputs), dtype=torch.float64)
             own = place.run(*place.inputs, dtype=dtype)
@@ -421,7 +425,11 @@ def parser() -> argparse.ArgumentParser:
     )
     several = partial(made.add_argument, nargs="+")
     several("--size", type=size, default=[(512, 1024), (1024, 2048)], metavar="HxW")
-    several("--arithmetics", choices=DTYPES, default=list(DTYPES), help="all by default")
+    several(
+        "--arithmetics",
+        choices=DTYPES,
+        help="all by default; int8, whose peers compute in float16, with --weights",
+    )
     several("--tasks", choices=TASKS, default=TASKS, help="of the network; both by default")
     several("--parts", choices=PARTS, default=PARTS, help="both by default")
     made.add_argument("--batch", type=count, default=1, metavar="N")
@@ -457,6 +465,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = bench.untrained_model(args.preset)
     else:
         model = load_checkpoint(args.weights)
+    if args.arithmetics is None:
+        args.arithmetics = [n for n in DTYPES if n != "int8" or args.weights is not None]
+    if "int8" in args.arithmetics:
+        bench.calibrated(model)
     model = model.to(device)
     results: list[Result] = []
     about = _about(device, "python benchmarks/gpu.py " + shlex.join(argv))

@@ -80,6 +80,18 @@ py::class_<Arguments> bind(py::module_& m, const char* op,
   return bound;
 }
 
+// Of both arithmetics under the same names.
+template <class Arguments>
+void bind_slices(py::module_& m, int (*slices)(const Arguments*, int),
+                 void (*scratch)(const Arguments*, size_t*, size_t*)) {
+  m.def("inverted_residual_slices", slices);
+  m.def("inverted_residual_scratch", [scratch](const Arguments& arguments) {
+    size_t partials = 0, counters = 0;
+    scratch(&arguments, &partials, &counters);
+    return py::make_tuple(partials, counters);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
@@ -121,12 +133,9 @@ PYBIND11_MODULE(FASTSCNN_CUDA_MODULE, m) {
     bound.attr("sizes") = py::tuple(sizes);                       \
   }
   FASTSCNN_OPS(OP)
-  m.def("inverted_residual_slices", &fastscnn_cuda_inverted_residual_slices);
-  m.def("inverted_residual_scratch", [](const fastscnn_inverted_residual& arguments) {
-    size_t partials = 0, counters = 0;
-    fastscnn_cuda_inverted_residual_scratch(&arguments, &partials, &counters);
-    return py::make_tuple(partials, counters);
-  });
+  bind_slices(m, fastscnn_cuda_inverted_residual_slices, fastscnn_cuda_inverted_residual_scratch);
+  bind_slices(m, fastscnn_cuda_inverted_residual_int8_slices,
+              fastscnn_cuda_inverted_residual_int8_scratch);
   m.def("pyramid_pooling_scratch", [](const fastscnn_pyramid_pooling& arguments) {
     size_t sums = 0, shares = 0;
     fastscnn_cuda_pyramid_pooling_scratch(&arguments, &sums, &shares);

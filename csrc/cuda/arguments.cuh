@@ -14,15 +14,18 @@ inline int64_t bytes_of(int type) {
   return type == FASTSCNN_UINT8 ? 1 : type == FASTSCNN_FLOAT32 ? 4 : 2;
 }
 
-// The rules of a call for `images` in `type`.
+// The rules of a call for `images` in `type`, or of bytes.
 class Arguments {
  public:
   Arguments(int type, int64_t images, int activation = FASTSCNN_NONE)
-      : vector_(kVector / bytes_of(type)), images_(images) {
+      : vector_(kVector / bytes_of(type)), multiple_(computed_channels(1)), images_(images) {
     require(type >= FASTSCNN_FLOAT32 && type <= FASTSCNN_FLOAT16,
             "a type must be float32, bfloat16 or float16", type);
     at_least(0, "images", images);
     bounds_of(activation);
+  }
+  explicit Arguments(int64_t images) : vector_(kVector), multiple_(32), images_(images) {
+    at_least(0, "images", images);
   }
 
   static void at_least(int64_t least, const char* name, int64_t got) {
@@ -58,8 +61,8 @@ class Arguments {
     const auto distance = [&](const char* part, const char* rule, int64_t bound, int64_t got) {
       refuse(std::string(name) + part, rule + std::to_string(bound), got);
     };
-    if (pixel < computed_channels(channels))
-      distance("_pixel", "at least ", computed_channels(channels), pixel);
+    const int held = rounded_up(channels, multiple_);
+    if (pixel < held) distance("_pixel", "at least ", held, pixel);
     if (pixel > INT_MAX) distance("_pixel", "at most ", INT_MAX, pixel);
     if (pixel % vector_) distance("_pixel", "a multiple of ", vector_, pixel);
     if (image % vector_) distance("_image", "a multiple of ", vector_, image);
@@ -72,6 +75,54 @@ class Arguments {
     if (images_ > 1) holds("out_image", image, height, width, pixel);
   }
 
+  // Classes of `type` that are written, a plane each or, `interleaved`, as channels are.
+  template <class Op>
+  void classes(const Op& op, bool interleaved, int type) const {
+    present("out", op.out, type);
+    at_least(1, "out_pixel", op.out_pixel);
+    if (!interleaved) {
+      holds("out_channel", op.out_channel, op.out_height, op.out_width, op.out_pixel);
+    }
+    if (images_ <= 1) return;
+    if (interleaved) {
+      holds("out_image", op.out_image, op.out_height, op.out_width, op.out_pixel);
+    } else {
+      holds("out_image", op.out_image, op.last_channels, 1, op.out_channel);
+    }
+  }
+
+  // The sizes, activations and result of feature_fusion.
+  template <class Op>
+  void fusion(const Op& op) const {
+    channels("low_channels", op.low_channels);
+    channels("high_channels", op.high_channels);
+    channels("out_channels", op.out_channels);
+    at_least(1, "dilation", op.dilation);
+    at_least(1, "height", op.height);
+    at_least(1, "width", op.width);
+    at_least(1, "low_height", op.low_height);
+    at_least(1, "low_width", op.low_width);
+    plane("high", op.high, op.high_channels, op.high_image, op.high_pixel);
+    plane("low", op.low, op.low_channels, op.low_image, op.low_pixel);
+    if (op.dense) aligned("refined", op.refined);
+    result(op.out, op.out_channels, op.height, op.width, op.out_image, op.out_pixel);
+  }
+
+  // The same of pyramid_pooling.
+  template <class Op>
+  void pyramid(const Op& op) const {
+    require(op.kernel == 1 || op.kernel == 3, "kernel must be 1 or 3", op.kernel);
+    channels("in_channels", op.in_channels);
+    channels("out_channels", op.out_channels);
+    if (op.branches) channels("mid_channels", op.mid_channels);
+    // Twice a side times its bins is an int in the kernels.
+    const int64_t most = 1 << 21;
+    require(op.height >= 1 && op.height <= most, "height must be from 1 to 2^21", op.height);
+    require(op.width >= 1 && op.width <= most, "width must be from 1 to 2^21", op.width);
+    plane("x", op.x, op.in_channels, op.x_image, op.x_pixel);
+    result(op.out, op.out_channels, op.height, op.width, op.out_image, op.out_pixel);
+  }
+
   // A distance that is at least that of `height` rows of `width` pixels, each `pixel` elements.
   static void holds(const char* name, int64_t got, int64_t height, int64_t width, int64_t pixel) {
     if (got / pixel / width >= height) return;
@@ -80,8 +131,6 @@ class Arguments {
                std::to_string(pixel),
            got);
   }
-
-  bool several_images() const { return images_ > 1; }
 
  private:
   [[noreturn]] static void refuse(const std::string& name, const std::string& rule, int64_t got) {
@@ -94,7 +143,16 @@ class Arguments {
     if (at % bytes) refuse(name, "aligned to " + std::to_string(bytes) + " bytes", int64_t(at));
   }
 
-  int64_t vector_, images_;
+  int64_t vector_;  // elements
+  int multiple_;    // of channels, which a pixel has
+  int64_t images_;
 };
+
+// Whether the classes of a pixel lie next to each other, padded with zeros, as channels do. Planes
+// of one pixel have an out_channel of 1 too, but an out_pixel that holds no padding.
+template <class Op>
+bool is_interleaved(const Op& op) {
+  return op.out_channel == 1 && op.out_pixel >= computed_channels(op.last_channels);
+}
 
 }  // namespace fastscnn::cuda

@@ -8,6 +8,7 @@
 // vector of either a thread and step.
 #pragma once
 
+#include "bins.cuh"
 #include "product.cuh"
 
 namespace fastscnn::cuda {
@@ -23,31 +24,6 @@ struct Convolution {
   int64_t bins = 0, cells = 0;
   const void* shares = nullptr;
   bool align_corners = false;
-};
-
-// One of the cells of all branches' grids, which follow each other.
-struct Cell {
-  int branch, bins, row, column;
-  int row_cell;  // of those of one row of all grids, sum(bins)
-
-  __device__ Cell(int64_t all_bins, int cell) : branch(0), bins(int(all_bins & 255)), row_cell(0) {
-    while (cell >= bins * bins) {
-      cell -= bins * bins;
-      row_cell += bins;
-      bins = int(all_bins >> 8 * ++branch & 255);
-    }
-    row = cell / bins;
-    column = cell % bins;
-    row_cell += column;
-  }
-
-  __device__ __forceinline__ void advance(int64_t all_bins) {
-    if (++column < bins) return;
-    column = 0;
-    if (++row < bins) return;
-    row = 0;
-    if (++branch < FASTSCNN_MOST_BINS) bins = int(all_bins >> 8 * branch & 255);
-  }
 };
 
 namespace {

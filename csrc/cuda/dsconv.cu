@@ -255,12 +255,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Whether the classes of a pixel lie next to each other, padded with zeros, as channels do. Planes
-// of one pixel have an out_channel of 1 too, but an out_pixel that holds no padding.
-bool is_interleaved(const fastscnn_dsconv& op) {
-  return op.out_channel == 1 && op.out_pixel >= computed_channels(op.last_channels);
-}
-
 template <class T, class Y, int In, int Out, int Stride, bool Last>
 void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
   using S = Sizes<T, In, Out, Stride>;
@@ -338,15 +332,7 @@ int fastscnn_cuda_dsconv(const fastscnn_dsconv* op, fastscnn_stream stream) {
     if (!op->last_channels) {
       rules.result(op->out, op->out_channels, height, width, op->out_image, op->out_pixel);
     } else {
-      rules.present("out", op->out, op->out_type);
-      rules.at_least(1, "out_pixel", op->out_pixel);
-      const bool interleaved = fc::is_interleaved(*op);
-      if (!interleaved) rules.holds("out_channel", op->out_channel, height, width, op->out_pixel);
-      if (rules.several_images() && interleaved) {
-        rules.holds("out_image", op->out_image, height, width, op->out_pixel);
-      } else if (rules.several_images()) {
-        rules.holds("out_image", op->out_image, op->last_channels, 1, op->out_channel);
-      }
+      rules.classes(*op, fc::is_interleaved(*op), op->out_type);
     }
     fc::with_type(op->type, [&](auto element) { fc::select<decltype(element)>(*op, stream); });
   });

@@ -103,6 +103,77 @@ typedef int fastscnn_bins[FASTSCNN_MOST_BINS];
   F(fastscnn_input, refine_bias) F(fastscnn_input, low_weight) F(fastscnn_input, high_weight) \
   F(fastscnn_input, bias) F(fastscnn_output, refined) F(fastscnn_output, out)
 
+/* In int8 (the ops whose names end so) activations are uint8, `pixel` a multiple of 32 channels,
+ * whatever pads them; packed weights are fastscnn_fast/lower/gpu_int8.py's. What the ops compute is
+ * specified by fastscnn_fast/program/integers.py. */
+
+/* As dsconv; with last_channels `out` is float32. */
+#define FASTSCNN_FIELDS_dsconv_int8(F)                                                         \
+  F(int, in_channels) F(int, out_channels) F(int, last_channels) F(int, stride)                \
+  F(int, dilation)                                                                             \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)               \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_pixel) F(int64_t, out_image)          \
+  F(int64_t, out_pixel) F(int64_t, out_channel)                                                \
+  F(fastscnn_input, x) F(fastscnn_input, depthwise_weight) F(fastscnn_input, depthwise_bias)   \
+  F(fastscnn_input, depthwise_multiplier) F(fastscnn_input, depthwise_zero)                    \
+  F(fastscnn_input, pointwise_weight) F(fastscnn_input, pointwise_bias)                        \
+  F(fastscnn_input, pointwise_multiplier) F(fastscnn_input, pointwise_zero)                    \
+  F(fastscnn_input, last_weight) F(fastscnn_input, last_bias)                                  \
+  F(fastscnn_input, last_multiplier) F(fastscnn_output, out)
+
+/* As inverted_residual. */
+#define FASTSCNN_FIELDS_inverted_residual_int8(F)                                             \
+  F(int, in_channels) F(int, mid_channels) F(int, out_channels) F(int, stride)                \
+  F(int, residual) F(int, slices)                                                             \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)              \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_pixel) F(int64_t, out_image)         \
+  F(int64_t, out_pixel)                                                                       \
+  F(fastscnn_input, x) F(fastscnn_input, expand_weight) F(fastscnn_input, expand_bias)        \
+  F(fastscnn_input, expand_multiplier) F(fastscnn_input, expand_zero)                         \
+  F(fastscnn_input, depthwise_weight) F(fastscnn_input, depthwise_bias)                       \
+  F(fastscnn_input, depthwise_multiplier) F(fastscnn_input, depthwise_zero)                   \
+  F(fastscnn_input, project_weight) F(fastscnn_input, project_bias)                           \
+  F(fastscnn_input, project_multiplier) F(fastscnn_input, project_zero)                       \
+  F(fastscnn_input, input_zero) F(fastscnn_input, residual_multiplier)                        \
+  F(fastscnn_output, partials) F(fastscnn_output, counters) F(fastscnn_output, out)
+
+/* As stem_conv; x is uint8 or float32, stride 2, at most 4 channels. */
+#define FASTSCNN_FIELDS_stem_conv_int8(F)                                           \
+  F(int, x_type) F(int, channels) F(int, out_channels) F(int, stride) F(int, padding) \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, out_height)    \
+  F(int64_t, out_width) F(int64_t, x_image) F(int64_t, x_channel) F(int64_t, x_row) \
+  F(int64_t, x_column) F(int64_t, out_image) F(int64_t, out_pixel)                  \
+  F(fastscnn_input, x) F(fastscnn_input, weight) F(fastscnn_input, bias)            \
+  F(fastscnn_input, multiplier) F(fastscnn_input, zero) F(fastscnn_input, pad)      \
+  F(fastscnn_input, scale) F(fastscnn_input, shift) F(fastscnn_output, out)
+
+/* As pyramid_pooling; the scratch `sums` is int32, (images, height, sum of bins, channels), and
+ * `grids` bytes, (images, cells, mid_channels), both padded as a matrix's terms and branches are. */
+#define FASTSCNN_FIELDS_pyramid_pooling_int8(F)                                             \
+  F(int, in_channels) F(int, mid_channels) F(int, out_channels) F(int, kernel)              \
+  F(int, align_corners) F(int, branches) F(fastscnn_bins, bins)                             \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, x_image)               \
+  F(int64_t, x_pixel) F(int64_t, out_image) F(int64_t, out_pixel)                           \
+  F(fastscnn_input, x) F(fastscnn_input, branch_weight) F(fastscnn_input, branch_bias)      \
+  F(fastscnn_input, branch_multiplier) F(fastscnn_input, branch_zero)                       \
+  F(fastscnn_input, grid_weight) F(fastscnn_input, out_weight) F(fastscnn_input, out_bias)  \
+  F(fastscnn_input, out_multiplier) F(fastscnn_input, out_zero)                             \
+  F(fastscnn_input, input_zero)                                                             \
+  F(fastscnn_output, sums) F(fastscnn_output, grids) F(fastscnn_output, out)
+
+/* As feature_fusion; `refined` is of bytes. */
+#define FASTSCNN_FIELDS_feature_fusion_int8(F)                                                \
+  F(int, low_channels) F(int, high_channels) F(int, out_channels) F(int, dilation)            \
+  F(int, dense) F(int, align_corners)                                                         \
+  F(int64_t, images) F(int64_t, height) F(int64_t, width) F(int64_t, low_height)              \
+  F(int64_t, low_width) F(int64_t, high_image) F(int64_t, high_pixel) F(int64_t, low_image)   \
+  F(int64_t, low_pixel) F(int64_t, out_image) F(int64_t, out_pixel)                           \
+  F(fastscnn_input, high) F(fastscnn_input, low) F(fastscnn_input, refine_weight)             \
+  F(fastscnn_input, refine_bias) F(fastscnn_input, refine_multiplier)                         \
+  F(fastscnn_input, refine_zero) F(fastscnn_input, low_weight) F(fastscnn_input, high_weight) \
+  F(fastscnn_input, bias) F(fastscnn_input, multiplier) F(fastscnn_input, zero)               \
+  F(fastscnn_output, refined) F(fastscnn_output, out)
+
 /* Bilinear resize of logits (any strides, `type`) -> `output` of every pixel: logits or
  * probabilities of `out_type` (images, classes, height, width), or uint8 labels (images, height,
  * width), contiguous. */
@@ -124,7 +195,9 @@ typedef struct {
 
 #define FASTSCNN_OPS(OP)                                     \
   OP(stem_conv) OP(dsconv) OP(inverted_residual)             \
-  OP(pyramid_pooling) OP(feature_fusion) OP(upsample_classify)
+  OP(pyramid_pooling) OP(feature_fusion) OP(upsample_classify) \
+  OP(stem_conv_int8) OP(dsconv_int8) OP(inverted_residual_int8) \
+  OP(pyramid_pooling_int8) OP(feature_fusion_int8)
 /* clang-format on */
 
 #define FASTSCNN_MEMBER(TYPE, NAME) TYPE NAME;
@@ -141,9 +214,14 @@ FASTSCNN_OPS(FASTSCNN_DECLARE)
  * its busiest executes; 0 for sizes that the op refuses. */
 int fastscnn_cuda_inverted_residual_slices(const fastscnn_inverted_residual* op, int processors);
 
+int fastscnn_cuda_inverted_residual_int8_slices(const fastscnn_inverted_residual_int8* op,
+                                                int processors);
+
 /* Bytes of `partials` and `counters` for these sizes and slices. */
 void fastscnn_cuda_inverted_residual_scratch(const fastscnn_inverted_residual* op, size_t* partials,
                                              size_t* counters);
+void fastscnn_cuda_inverted_residual_int8_scratch(const fastscnn_inverted_residual_int8* op,
+                                                  size_t* partials, size_t* counters);
 
 /* Bytes of `sums` and `shares` for these sizes. */
 void fastscnn_cuda_pyramid_pooling_scratch(const fastscnn_pyramid_pooling* op, size_t* sums,

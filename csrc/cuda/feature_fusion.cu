@@ -339,23 +339,12 @@ int fastscnn_cuda_feature_fusion(const fastscnn_feature_fusion* op, fastscnn_str
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
     const fc::Arguments rules(op->type, op->images, op->activation);
-    rules.channels("low_channels", op->low_channels);
-    rules.channels("high_channels", op->high_channels);
-    rules.channels("out_channels", op->out_channels);
-    rules.at_least(1, "dilation", op->dilation);
-    rules.at_least(1, "height", op->height);
-    rules.at_least(1, "width", op->width);
-    rules.at_least(1, "low_height", op->low_height);
-    rules.at_least(1, "low_width", op->low_width);
-    rules.plane("high", op->high, op->high_channels, op->high_image, op->high_pixel);
-    rules.plane("low", op->low, op->low_channels, op->low_image, op->low_pixel);
+    rules.fusion(*op);
     rules.aligned("refine_weight", op->refine_weight);
     rules.aligned("refine_bias", op->refine_bias);
     rules.aligned("low_weight", op->low_weight);
     rules.aligned("high_weight", op->high_weight);
     rules.aligned("bias", op->bias);
-    if (op->dense) rules.aligned("refined", op->refined);
-    rules.result(op->out, op->out_channels, op->height, op->width, op->out_image, op->out_pixel);
     fc::with_type(op->type, [&](auto element) {
       using T = decltype(element);
       op->dense ? fc::run_dense<T>(*op, stream) : fc::select<T, 9>(*op, stream);

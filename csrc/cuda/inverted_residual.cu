@@ -7,9 +7,8 @@
 // weights, the next chunk's expanding columns arrive during the depthwise and the projection, the
 // chunk's projecting rows during the expansion and the depthwise, so that one buffer of each is
 // enough. Where there are several slices their sums meet in slices.cuh.
-#include "arguments.cuh"
+#include "cut.cuh"
 #include "depthwise.cuh"
-#include "slices.cuh"
 
 namespace fastscnn::cuda {
 namespace {
@@ -63,6 +62,7 @@ struct Sizes {
   static constexpr int kHalo = kSlots * kChunkPitch;
   static constexpr int kLeft = kUnitsAcross > 1 ? kPixels * kChunkPitch : 0;
   static constexpr int kProject = kChunk * kRowPitch;
+  static constexpr Counted kCounted{240, 260, 30, 30};
   // In the end the result takes the place of all but x.
   static constexpr int kResult = kPixels * kRowPitch;
 
@@ -313,23 +313,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
       stored - first_column);
 }
 
-// How a call's work is cut, for the Sizes that it runs with.
-struct Cut {
-  int64_t tiles_down, tiles_across, column_blocks;
-  int chunks, slice_chunks, slices;
-
-  template <class S>
-  Cut(S, const fastscnn_inverted_residual& op, int wanted)
-      : tiles_down(divided_up(op.out_height, S::kRows)),
-        tiles_across(divided_up(op.out_width, S::kAcross)),
-        column_blocks(divided_up(op.out_channels, S::kColumns)),
-        chunks(divided_up(op.mid_channels, S::kChunk)),
-        slice_chunks(divided_up(chunks, wanted)),
-        slices(divided_up(chunks, slice_chunks)) {}
-
-  int64_t tiles(int64_t images) const { return images * tiles_down * tiles_across * column_blocks; }
-};
-
 // Calls `f` with the Sizes for these channels and stride, the general ones for others: those know
 // expanded and output channels which exist only in memory.
 template <class F>
@@ -371,15 +354,9 @@ void run(Sizes<T, In, Mid, Out, Stride> sizes, const fastscnn_inverted_residual&
                   op.x_pixel, op.out_image, op.out_pixel);
 }
 
-// Refuses arguments that do not say how large the result is, or how it is computed.
 Arguments check_sizes(const fastscnn_inverted_residual& op) {
-  require(op.stride == 1 || op.stride == 2, "stride must be 1 or 2", op.stride);
   const Arguments rules(op.type, op.images, op.activation);
-  rules.channels("in_channels", op.in_channels);
-  rules.channels("mid_channels", op.mid_channels);
-  rules.channels("out_channels", op.out_channels);
-  rules.side("height", op.height, op.out_height, op.stride, 1, 1);
-  rules.side("width", op.width, op.out_width, op.stride, 1, 1);
+  require_sizes(rules, op);
   return rules;
 }
 
@@ -397,47 +374,26 @@ int fastscnn_cuda_inverted_residual(const fastscnn_inverted_residual* op, fastsc
     rules.aligned("depthwise_bias", op->depthwise_bias);
     rules.aligned("project_weight", op->project_weight);
     rules.aligned("project_bias", op->project_bias);
-    rules.at_least(1, "slices", op->slices);
-    if (op->slices > 1) {
-      rules.aligned("partials", op->partials);
-      rules.aligned("counters", op->counters);
-    }
+    fc::check_slices(rules, *op);
     rules.result(op->out, op->out_channels, op->out_height, op->out_width, op->out_image,
                  op->out_pixel);
-    fc::require(!op->residual || op->stride == 1, "stride must be 1 with residual", op->stride);
-    fc::require(!op->residual || op->in_channels == op->out_channels,
-                "out_channels must be in_channels with residual", op->out_channels);
     fc::with_sizes(*op, [&](auto sizes) { fc::run(sizes, *op, stream); });
   });
 }
 
 int fastscnn_cuda_inverted_residual_slices(const fastscnn_inverted_residual* op, int processors) {
   namespace fc = fastscnn::cuda;
-  int best = 0;
-  fc::status_of([&] {  // the op says what is wrong
+  return fc::slices_of(*op, processors, [&](auto f) {
     fc::check_sizes(*op);
-    fc::require(processors >= 1, "processors must be at least 1", processors);
-    fc::with_sizes(*op, [&](auto sizes) {
-      const fc::Cut whole(sizes, *op, 1);
-      best = fc::fewest_instructions(whole.tiles(op->images), whole.chunks, processors);
-    });
+    fc::with_sizes(*op, f);
   });
-  return best;
 }
 
 void fastscnn_cuda_inverted_residual_scratch(const fastscnn_inverted_residual* op, size_t* partials,
                                              size_t* counters) {
   namespace fc = fastscnn::cuda;
-  *partials = *counters = 0;
-  fc::status_of([&] {
+  fc::scratch_of(*op, partials, counters, [&](auto f) {
     fc::check_sizes(*op);
-    if (op->slices < 2) return;
-    fc::with_sizes(*op, [&](auto sizes) {
-      const fc::Cut cut(sizes, *op, op->slices);
-      const size_t tiles = cut.tiles(op->images);
-      if (cut.slices < 2) return;
-      *partials = tiles * cut.slices * sizes.kPixels * sizes.kColumns * sizeof(float);
-      *counters = tiles * sizeof(int32_t);
-    });
+    fc::with_sizes(*op, f);
   });
 }

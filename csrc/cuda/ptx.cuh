@@ -89,6 +89,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                : "r"(shared_address(row)), "n"(Offset));
 }
 
+// Two, whose rows lanes 0-15 point to.
+template <int Offset = 0>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2+%3];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row)), "n"(Offset));
+}
+
 template <int Offset = 0>
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
@@ -96,7 +104,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
                : "r"(shared_address(row)), "n"(Offset));
 }
 
-// Two, whose rows lanes 0-15 point to.
 template <int Offset = 0>
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2+%3];"
@@ -172,6 +179,132 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], uint3
 #endif
 }
 
+// d (16x8, int) += a (16x32 bytes) b (32x8, int8); a's are int8, or uint8.
+template <bool Unsigned = false>
+__device__ __forceinline__ void multiply_add_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                   uint32_t b1);
+// The same of half the depth.
+template <bool Unsigned = false>
+__device__ __forceinline__ void multiply_add_bytes(int (&d)[4], uint32_t a0, uint32_t a1,
+                                                   uint32_t b);
+
+#if __CUDA_ARCH__ >= 800
+#define FASTSCNN_MULTIPLY_BYTES(UNSIGNED, TYPE)                                             \
+  template <>                                                                               \
+  __device__ __forceinline__ void multiply_add_bytes<UNSIGNED>(                             \
+      int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                      \
+    int r[4];                                                                               \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." TYPE                              \
+                 ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"        \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(d[0]), \
+                   "r"(d[1]), "r"(d[2]), "r"(d[3]));                                        \
+    memcpy(d, r, sizeof r);                                                                 \
+  }                                                                                         \
+  template <>                                                                               \
+  __device__ __forceinline__ void multiply_add_bytes<UNSIGNED>(int (&d)[4], uint32_t a0,    \
+                                                               uint32_t a1, uint32_t b) {   \
+    int r[4];                                                                               \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32." TYPE                              \
+                 ".s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                    \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
+                 : "r"(a0), "r"(a1), "r"(b), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]));   \
+    memcpy(d, r, sizeof r);                                                                 \
+  }
+#else
+// sm_75 has eight rows of half the depth.
+#define FASTSCNN_MULTIPLY_BYTES(UNSIGNED, TYPE)                                           \
+  template <>                                                                             \
+  __device__ __forceinline__ void multiply_add_bytes<UNSIGNED>(int (&d)[4], uint32_t a0,  \
+                                                               uint32_t a1, uint32_t b) { \
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." TYPE                             \
+                 ".s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"                                  \
+                 : "+r"(d[0]), "+r"(d[1])                                                 \
+                 : "r"(a0), "r"(b));                                                      \
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." TYPE                             \
+                 ".s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"                                  \
+                 : "+r"(d[2]), "+r"(d[3])                                                 \
+                 : "r"(a1), "r"(b));                                                      \
+  }                                                                                       \
+  template <>                                                                             \
+  __device__ __forceinline__ void multiply_add_bytes<UNSIGNED>(                           \
+      int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                    \
+    multiply_add_bytes<UNSIGNED>(d, a[0], a[1], b0);                                      \
+    multiply_add_bytes<UNSIGNED>(d, a[2], a[3], b1);                                      \
+  }
+#endif
+FASTSCNN_MULTIPLY_BYTES(false, "s8")
+FASTSCNN_MULTIPLY_BYTES(true, "u8")
+#undef FASTSCNN_MULTIPLY_BYTES
+
+// Four integers as bytes of a word, the first the lowest, each the nearest to it from 0 to 255.
+__device__ __forceinline__ uint32_t saturated(int a, int b, int c, int d) {
+  uint32_t word;
+  asm("{.reg .b32 high; cvt.pack.sat.u8.s32.b32 high, %4, %3, 0; "
+      "cvt.pack.sat.u8.s32.b32 %0, %2, %1, high;}"
+      : "=r"(word)
+      : "r"(a), "r"(b), "r"(c), "r"(d));
+  return word;
+}
+// Two, in the lower half.
+__device__ __forceinline__ uint32_t saturated(int a, int b) {
+  uint32_t word;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %2, %1, 0;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+
+// The word whose byte i is byte `select` >> 4 i of the words a, then b; all of those are below 8.
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b, uint32_t select) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(select));
+  return word;
+}
+template <uint32_t Select>
+__device__ __forceinline__ uint32_t permuted(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "n"(Select));
+  return word;
+}
+
+// The bits of a b + c, rounded once, and of a + b.
+__device__ __forceinline__ int bits_of_multiply_add(float a, float b, float c) {
+  int bits;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=r"(bits) : "f"(a), "f"(b), "f"(c));
+  return bits;
+}
+__device__ __forceinline__ int bits_of_sum(float a, float b) {
+  int bits;
+  asm("add.rn.f32 %0, %1, %2;" : "=r"(bits) : "f"(a), "f"(b));
+  return bits;
+}
+
+// The word that is `bits` % 32 further on in the words low, then high.
+__device__ __forceinline__ uint32_t shifted(uint32_t low, uint32_t high, int bits) {
+  return __funnelshift_r(low, high, bits);
+}
+
+// a b + c, which compilers would reorder to an instruction more.
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// The larger of each byte.
+__device__ __forceinline__ uint32_t larger_bytes(uint32_t a, uint32_t b) { return __vmaxu4(a, b); }
+
+// total + the products of the four bytes of a and b, each int8 or uint8.
+__device__ __forceinline__ int add_dot4(int a, int b, int total) { return __dp4a(a, b, total); }
+__device__ __forceinline__ uint32_t add_dot4(uint32_t a, uint32_t b, uint32_t total) {
+  return __dp4a(a, b, total);
+}
+
+// total + the products of two halves of a word and the Half-th two bytes of another.
+template <int Half>
+__device__ __forceinline__ uint32_t add_dot2(uint32_t halves, uint32_t bytes, uint32_t total) {
+  return Half ? __dp2a_hi(halves, bytes, total) : __dp2a_lo(halves, bytes, total);
+}
+
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 // Whether it holds for a lane of the warp.
@@ -181,8 +314,14 @@ __device__ __forceinline__ bool any_of_warp(bool holds) { return __any_sync(~0u,
 // is there for the block that arrives after them, if each of them publishes it, one of them
 // arrives after a barrier, and those of the other block publish (which orders their loads too)
 // after another.
-__device__ __forceinline__ void store_for_others(float4* to, float4 v) { __stcg(to, v); }
-__device__ __forceinline__ float4 load_from_others(const float4* from) { return __ldcg(from); }
+template <class Four>
+__device__ __forceinline__ void store_for_others(Four* to, Four v) {
+  __stcg(to, v);
+}
+template <class Four>
+__device__ __forceinline__ Four load_from_others(const Four* from) {
+  return __ldcg(from);
+}
 __device__ __forceinline__ void publish() { __threadfence(); }
 
 // How many have arrived before.

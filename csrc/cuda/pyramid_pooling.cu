@@ -9,20 +9,13 @@
 // 3. a block has a tile of pixels: out-convolution of x and of the grids.
 // The first two are small, and short of threads rather than of arithmetic: no tensor cores.
 #include "arguments.cuh"
+#include "bins.cuh"
 #include "convolution.cuh"
 
 namespace fastscnn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-
-// Where bin `at` of `bins` begins; it ends where the next would, rounded up.
-__device__ __forceinline__ int begin_of(int at, int bins, int size) {
-  return int(int64_t{at} * size / bins);
-}
-__device__ __forceinline__ int end_of(int at, int bins, int size) {
-  return int(divided_up((int64_t{at} + 1) * size, bins));
-}
 
 // x (H, W, channels) -> sums (H, cells of one row of all grids, channels) over each cell's columns,
 // row block % H of image block / H.
@@ -35,17 +28,13 @@ __global__ void __launch_bounds__(kThreads)
   const int item = blockIdx.y * kThreads + threadIdx.x;
   if (item >= row_cells * vectors) return;
   const int c = item % vectors * kPerVector<T>;
-  int column = item / vectors, branch = 0, all = int(bins & 255);
-  while (column >= all) {
-    column -= all;
-    all = int(bins >> 8 * ++branch & 255);
-  }
+  const RowCell cell(bins, item / vectors);
   x += int64_t{blockIdx.x / height} * x_image + int64_t{blockIdx.x % height} * width * x_pixel + c;
   sums += (int64_t{blockIdx.x} * row_cells + item / vectors) * channels + c;
   float2 total[kPerVector<T> / 2] = {};
-  const int end = end_of(column, all, width);
+  const int end = end_of(cell.column, cell.bins, width);
 #pragma unroll 8
-  for (int z = begin_of(column, all, width); z < end; ++z) {
+  for (int z = begin_of(cell.column, cell.bins, width); z < end; ++z) {
     const uint4 vector = *reinterpret_cast<const uint4*>(x + int64_t{z} * x_pixel);
     T values[kPerVector<T>];
     std::memcpy(static_cast<void*>(values), &vector, sizeof vector);
@@ -128,25 +117,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Grids {
-  int64_t bins = 0;  // a byte each
-  int row_cells = 0, cells = 0, taps;
-
-  explicit Grids(const fastscnn_pyramid_pooling& op) : taps(op.kernel * op.kernel) {
-    require(op.branches >= 0 && op.branches <= FASTSCNN_MOST_BINS,
-            "there must be at most 8 branches", op.branches);
-    uint64_t packed = 0;
-    for (int branch = 0; branch < op.branches; ++branch) {
-      const int b = op.bins[branch];
-      require(b >= 1 && b <= 255, "bins must be from 1 to 255", b);
-      packed |= uint64_t(b) << 8 * branch;
-      row_cells += b;
-      cells += b * b;
-    }
-    bins = int64_t(packed);
-  }
-};
-
 template <class T>
 void run(const fastscnn_pyramid_pooling& op, fastscnn_stream stream) {
   const Grids grids(op);
@@ -182,16 +152,8 @@ int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_s
   namespace fc = fastscnn::cuda;
   return fc::status_of([&] {
     const fc::Arguments rules(op->type, op->images, op->activation);
-    fc::require(op->kernel == 1 || op->kernel == 3, "kernel must be 1 or 3", op->kernel);
-    rules.channels("in_channels", op->in_channels);
-    rules.channels("out_channels", op->out_channels);
-    // Twice a side times its bins is an int in the kernels.
-    const int64_t most = 1 << 21;
-    fc::require(op->height >= 1 && op->height <= most, "height must be from 1 to 2^21", op->height);
-    fc::require(op->width >= 1 && op->width <= most, "width must be from 1 to 2^21", op->width);
-    rules.plane("x", op->x, op->in_channels, op->x_image, op->x_pixel);
+    rules.pyramid(*op);
     if (op->branches) {
-      rules.channels("mid_channels", op->mid_channels);
       rules.aligned("branch_weight", op->branch_weight);
       rules.aligned("branch_bias", op->branch_bias);
       rules.aligned("grid_weight", op->grid_weight);
@@ -200,7 +162,6 @@ int fastscnn_cuda_pyramid_pooling(const fastscnn_pyramid_pooling* op, fastscnn_s
     }
     rules.aligned("out_weight", op->out_weight);
     rules.aligned("out_bias", op->out_bias);
-    rules.result(op->out, op->out_channels, op->height, op->width, op->out_image, op->out_pixel);
     fc::with_type(op->type, [&](auto element) { fc::run<decltype(element)>(*op, stream); });
   });
 }

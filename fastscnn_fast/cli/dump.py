@@ -10,7 +10,7 @@ import torch
 from ..arch.config import preset
 from ..backends import registry
 from ..backends.gpu import dump
-from ..program.arithmetic import dtype_rule, dtypes
+from ..program.arithmetic import choose, dtype_rule, dtypes
 from ..program.layers import OPS
 from . import options
 
@@ -76,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     dtype = options.DTYPES[args.dtype]
     if dtype not in dtypes(args.backend):
         raise ValueError(f"{dtype_rule(args.backend)} for backend {args.backend}, got {dtype}")
-    if args.arch < 80 and dtype == torch.int8:
-        raise ValueError(f"arch must be at least 80 for int8, got {args.arch}")
+    least = int(choose(args.backend, dtype).needs[args.backend])
+    if args.arch < least and dtype == torch.int8:
+        raise ValueError(f"arch must be at least {least} for int8, got {args.arch}")
     if args.arch < 80 and dtype == torch.bfloat16:
         raise ValueError(
             f"dtype must be float16 or float32 for sm_{args.arch}, which has no bfloat16"

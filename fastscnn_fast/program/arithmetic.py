@@ -107,7 +107,7 @@ ARITHMETICS: dict[str, Arithmetic] = {
             3,
             torch.int8,
             torch.int8,
-            {"cpu": "portable", "triton": 80, "reference": ""},
+            {"cpu": "portable", "triton": 80, "cuda": 75, "reference": ""},
             Bounds(0.05, 0.01, 1.0),
             Bounds(0.25, 0.01, 1.0),
             layers={"upsample_classify": "float32"},

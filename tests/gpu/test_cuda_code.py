@@ -36,6 +36,8 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 HALF = ("__half", "__nv_bfloat16")
 #: Kernels without a product on tensor cores: sums, tiny grids, interpolation.
 NO_PRODUCT = ("row_sums_kernel", "grids_kernel", "upsample_classify_kernel")
+NO_PRODUCT_INT8 = ("row_sums_int8_kernel", "grids_int8_kernel")
+INT8 = tuple(f"{op}_int8" for op in OPS if op != "upsample_classify")
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,26 @@ def test_every_instantiation(op: str, architecture: int) -> None:
         assert count(code.instructions, "LDSM") > 0, name
         if architecture >= 80:
             assert count(code.instructions, "LDGSTS") > 0, name
+
+
+def cases_int8() -> Iterator[Any]:
+    for op, architecture in product(INT8, ARCHITECTURES):
+        quick = (op, architecture) == ("dsconv_int8", 90)
+        yield pytest.param(op, architecture, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("op", "architecture"), list(cases_int8()))
+def test_every_instantiation_of_int8(op: str, architecture: int) -> None:
+    """Products of integers wherever one multiplies, 16 bytes a load, no product and sum that are rounded at once."""
+    for name, code in nvcc.compiled(op, architecture).items():
+        assert (code.spills, code.stack) == (0, 0), name
+        check_waiting(code)
+        assert code.wide_loads > 0, name
+        # A product with a unit, whose sum is an integer (integers.cuh), ends in a register of integers.
+        assert not re.search(r"fma\S*\s+%f|(add|sub|mul)\.f32", code.ptx), name
+        kernel = name.partition("<")[0]
+        if kernel not in NO_PRODUCT_INT8:
+            assert count(code.instructions, "IMMA") > 0, name
 
 
 #: Machine code of griddepcontrol.wait and .launch_dependents; accesses of global memory.
@@ -113,6 +135,10 @@ def touched_before_waiting(ptx: str) -> set[int]:
     return touched
 
 
+def source(op: str, dtype: torch.dtype) -> str:
+    return f"{op}_int8" if f"{op}_int8" in INT8 and dtype == torch.int8 else op
+
+
 def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Described]:
     """The launches of the preset's layers of ``op`` at full size, in every output."""
     for index, step in enumerate(layer_sizes(PRESETS[name], 1024, 2048)):
@@ -127,10 +153,11 @@ def launched(name: str, dtype: torch.dtype, op: str) -> Iterator[Described]:
 @pytest.mark.parametrize(("op", "architecture"), list(cases()))
 def test_resident_warps_of_the_network(op: str, architecture: int) -> None:
     """At least 8 a multiprocessor by NVIDIA's occupancy arithmetic."""
-    codes, multiprocessor = nvcc.compiled(op, architecture), MULTIPROCESSORS[architecture]
-    dtypes = [torch.float16] if architecture == 75 else [torch.float16, torch.bfloat16]
+    multiprocessor = MULTIPROCESSORS[architecture]
+    dtypes = [torch.float16, torch.int8, *[torch.bfloat16] * (architecture > 75)]
     for name in PRESETS:
         for dtype in dtypes:
+            codes = nvcc.compiled(source(op, dtype), architecture)
             for one in launched(name, dtype, op):
                 registers = codes[one.kernel].registers
                 warps = one.threads // 32
@@ -141,9 +168,9 @@ def test_resident_warps_of_the_network(op: str, architecture: int) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_only_weights_are_touched_before_waiting(op: str) -> None:
     """Of what the network launches; the larger kernels do fetch some."""
-    codes = nvcc.compiled(op, 90)
     fetched = set()
-    for name, dtype in product(PRESETS, (torch.float32, torch.float16)):
+    for name, dtype in product(PRESETS, (torch.float32, torch.float16, torch.int8)):
+        codes = nvcc.compiled(source(op, dtype), 90)
         for one in launched(name, dtype, op):
             touched = touched_before_waiting(codes[one.kernel].ptx)
             buffers = [value for at in touched for value in one.parameters[at][2:]]
@@ -157,8 +184,8 @@ def test_only_weights_are_touched_before_waiting(op: str) -> None:
 def test_shared_memory_of_the_network(architecture: int) -> None:
     """No more than a block may have, in every dtype that runs there; nothing is compiled."""
     most = MULTIPROCESSORS[architecture].shared_of_block
-    every = (torch.float16, torch.bfloat16, torch.float32)
-    for name, dtype, op in product(PRESETS, every[: 1 if architecture < 80 else 3], OPS):
+    every = (torch.float16, torch.int8, torch.bfloat16, torch.float32)
+    for name, dtype, op in product(PRESETS, every[: 2 if architecture < 80 else 4], OPS):
         for one in launched(name, dtype, op):
             assert one.shared <= most, one
 
@@ -181,6 +208,9 @@ def dumps() -> Iterator[Any]:
         }.get(op, ())
         marks = [] if op == "dsconv" else [pytest.mark.slow]
         yield pytest.param(op, options, marks=marks, id=op)
+        if op != "upsample_classify":
+            int8 = (*options, "--dtype", "int8")
+            yield pytest.param(op, int8, marks=pytest.mark.slow, id=f"{op}-int8")
 
 
 @pytest.mark.parametrize(("op", "options"), list(dumps()))

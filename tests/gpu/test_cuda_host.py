@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import cuda_host
+import gpu_integers
 import pytest
 import torch
 from cases import Case
+from gpu_integers import pixels
 from helpers import ROOT
 from targets import ONE_OF_EACH, GpuCase, Target, check_odd, check_upsampling, slow_unless
 
@@ -29,7 +31,7 @@ from fastscnn_fast.program.program import layer_sizes
 
 pytestmark = pytest.mark.skipif(bool(cuda_host.why_not()), reason=cuda_host.why_not())
 
-DTYPES = ("float32", "float16", "bfloat16")
+ARITHMETICS = ("float32", "float16", "bfloat16", "int8")
 
 
 # ---------------------------------------------------------------- the network's own instantiations
@@ -48,18 +50,30 @@ def real_layers() -> Iterator[Any]:
             if case in seen:
                 continue
             seen.add(case)
-            for arithmetic in DTYPES:
+            for arithmetic in ARITHMETICS:
+                if arithmetic == "int8" and step.layer.op == "upsample_classify":
+                    continue  # that of float32
                 quick = arithmetic == "float16" and name in ("tramac", "paper")
+                quick |= arithmetic == "int8" and name == "paper"
                 id = f"{step.layer.op}-{name}-{step.layer.name}-{arithmetic}"
                 yield slow_unless(quick, replace(case, arithmetic=arithmetic), id=id)
 
 
+def check_case(case: GpuCase) -> None:
+    if case.arithmetic == "int8":
+        sizes = zip(case.layer.input_channels, case.sizes)
+        gpu_integers.check(case.layer, tuple(pixels(1, c, s) for c, s in sizes), case.target)
+    elif case.layer.op == "upsample_classify":
+        check_upsampling(case)
+    else:
+        check_odd(case)
+
+
 @pytest.mark.parametrize("case", list(real_layers()))
 def test_real_layers(case: Case, emulation: Target) -> None:
-    check = check_upsampling if case.layer.op == "upsample_classify" else check_odd
     for order in (0, 1, 2, 3):
         cuda_host.shared().set_warp_order(order)
-        check(emulation.case(case))
+        check_case(emulation.case(case))
 
 
 #: More output channels than a block has, with all that follows them; more input channels than lie in shared
@@ -71,15 +85,16 @@ WIDE = [
     Layer("inverted_residual", "", 152, 48, mid_channels=72, stride=2),
     Layer("inverted_residual", "", 64, 64, mid_channels=128, residual=True),
     Layer("inverted_residual", "", 128, 128, mid_channels=64, residual=True),
+    Layer("inverted_residual", "", 416, 416, mid_channels=24, residual=True),
 ]
 
 
-@pytest.mark.parametrize("arithmetic", ["float32", "float16"])
+@pytest.mark.parametrize("arithmetic", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("layer", WIDE, ids=lambda layer: str(Case(layer, ())))
 def test_wide_layers(layer: Layer, arithmetic: str, emulation: Target) -> None:
     for order in (0, 1):
         cuda_host.shared().set_warp_order(order)
-        check_odd(emulation.case(Case(layer, ((9, 18),)), arithmetic))
+        check_case(emulation.case(Case(layer, ((9, 18),)), arithmetic))
 
 
 SLICED = Layer("inverted_residual", "", 64, 64, mid_channels=384, residual=True)
@@ -156,7 +171,13 @@ HEADERS = {
     "depthwise": "inverted_residual",
     "product": "dsconv",
     "slices": "inverted_residual",
+    "convolution_int8": "pyramid_pooling_int8",
+    "depthwise_int8": "dsconv_int8",
+    "integers": "dsconv_int8",
+    "resize_int8": "feature_fusion_int8",
 }
+#: Those of bytes.
+INT8 = tuple(f"{op}_int8" for op in OPS if op != "upsample_classify")
 
 
 def source_of(name: str) -> str:
@@ -183,7 +204,7 @@ def source_of_header(name: str) -> str:
 
 #: What a failing check says: numbers that are wrong (or were never written, and stayed NaN), labels that are, memory
 #: that was not the kernel's to write, and rules of a block that the emulation watches.
-NUMBERS = r"AssertionError: error (everywhere|on the border) \S+, bound"
+NUMBERS = r"AssertionError: (error (everywhere|on the border) \S+, bound|\(Layer)"
 LABELS = r"AssertionError: (\d+ of \d+ labels are wrong|label \d+ is none|\w+ left part of its result unwritten)"
 WRITTEN = (
     r"AssertionError: \w+ (wrote outside of its result|left something in the padding channels)"
@@ -274,26 +295,32 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("a write past the end", r"p >= pixels\b", "p > pixels", (NUMBERS, LABELS, WRITTEN)),
     ("labels past the edge", r"if \(column < width\) to", "to", (LABELS, WRITTEN)),
     ("a local that is not written", r"(terms\[.*\])\{\}", r"\1", (NUMBERS,)),
+    ("bytes that are no factors", r"to_factors\((?!Byte).*\);", ";", (NUMBERS,)),
+    ("a half left out", r"(kHalf|kHalves) = .*;", r"\1 = 0;", (NUMBERS,)),
 )
 
 
 def mutants() -> Iterator[Any]:
-    for source in (*OPS, *HEADERS):
+    for source in (*OPS, *INT8, *HEADERS):
+        first = True
         for kind in KINDS:
             for n in range(len(re.findall(kind[1], source_of(source)))):
                 mutant = Mutant(source, *kind, n=n)
-                # All ops wait for launches in the same way.
+                # All ops wait for launches in the same way, and what kernels of bytes share with others is
+                # shown by those: of each source of bytes one.
                 quick = n == 0 and (source == "dsconv" or LAUNCHES not in kind[3])
+                if HEADERS.get(source, source) in INT8:
+                    quick = first
                 marks = [pytest.mark.mutants, *[pytest.mark.exhaustive] * (not quick)]
                 yield pytest.param(mutant, id=str(mutant), marks=marks)
+                first = False
 
 
 def run_emulated(module: Path, selected: str, timeout: int, **environment: str) -> Any:
     """The first selection of the emulation's tests on ``module``, in a process of their own, to the first failure."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    tests = [
-        str(Path(__file__).with_name(name)) for name in ("test_parity.py", "test_cuda_host.py")
-    ]
+    names = ("test_parity.py", "test_cuda_host.py", "test_integers.py")
+    tests = [str(Path(__file__).with_name(name)) for name in names]
     return subprocess.run(
         [*command, "-m", "emulated and not slow", "-k", selected, *tests],
         env={**os.environ, cuda_host.VARIABLE: str(module), **environment},
@@ -309,7 +336,8 @@ def test_mutants_are_found(mutant: Mutant) -> None:
     """By a check that is there to find them; a crash, or another error, is no such thing."""
     built = cuda_host.build(changed={f"{mutant.op}.cu": mutant.text()})
     cases = "real_layers or small_size or upsampling or wide_layers or infinity"
-    selected = f"{mutant.op} and ({cases})"
+    own = "(int8 or test_integers)" if mutant.op in INT8 else "not int8 and not test_integers"
+    selected = f"{mutant.op.removesuffix('_int8')} and {own} and ({cases})"
     done = run_emulated(built, selected, 300)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
     (said,) = re.findall(r"^E +(\w*(?:Error|Exception): .*)", done.stdout, re.MULTILINE)

@@ -116,10 +116,6 @@ def test_any_layer(options: tuple[str, ...], tmp_path: Path) -> None:
             ("--op", "dsconv", "--arch", "75", "--dtype", "int8"),
             "arch must be at least 80 for int8",
         ),
-        (
-            ("--op", "dsconv", "--arch", "80", "--dtype", "int8", "--backend", "cuda"),
-            "for backend cuda, got torch.int8",
-        ),
         (("--op", "dsconv", "--arch", "80", "--layer", "stem"), "must be of op dsconv"),
         (("--op", "dsconv", "--arch", "80", "--layer", "99"), "layer must be below"),
         (("--op", "dsconv", "--arch", "80", "--layer", "nought"), "got nought"),

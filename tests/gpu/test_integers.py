@@ -24,7 +24,7 @@ from layouts import free_widths
 from targets import Target, slow_unless, small_model
 from torch import Tensor
 
-from fastscnn_fast import ops
+from fastscnn_fast import load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends.gpu import plan
 from fastscnn_fast.lower.fold import fold
@@ -55,40 +55,40 @@ def named(layer: Layer) -> str:
 
 
 @pytest.mark.parametrize("layer", FIRST, ids=named)
-def test_a_small_size(layer: Layer, triton: Target) -> None:
-    check(layer, inputs_of(layer, (3, 7)), triton)
+def test_a_small_size(layer: Layer, target: Target) -> None:
+    check(layer, inputs_of(layer, (3, 7)), target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ALL, ids=named)
-def test_odd_sizes(layer: Layer, triton: Target) -> None:
+def test_odd_sizes(layer: Layer, target: Target) -> None:
     for size in SIZES:
         if layer.op != "stem_conv" or layer.padding or min(size) >= 3:
-            check(layer, inputs_of(layer, size, 3 if size == (6, 5) else 1), triton)
+            check(layer, inputs_of(layer, size, 3 if size == (6, 5) else 1), target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "mmseg", "segmentron"])
-def test_real_layers(name: str, triton: Target) -> None:
+def test_real_layers(name: str, target: Target) -> None:
     for step in layer_sizes(PRESETS[name], 64, 96):
         if step.layer.op != "upsample_classify":
-            check(step.layer.alone, tuple(pixels(1, s[0], s[1:]) for s in step.inputs), triton)
+            check(step.layer.alone, tuple(pixels(1, s[0], s[1:]) for s in step.inputs), target)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pictures_of_any_strides(layout: str, triton: Target) -> None:
+def test_pictures_of_any_strides(layout: str, target: Target) -> None:
     raw = pixels(2, 3, (7, 18))
     for x in (raw, 2 * torch.randn(raw.shape)):
-        check(STEM_CONV[4], (in_layout(x, layout),), triton)
+        check(STEM_CONV[4], (in_layout(x, layout),), target)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_activations_of_any_strides(layout: str, triton: Target) -> None:
+def test_activations_of_any_strides(layout: str, target: Target) -> None:
     layer = FEATURE_FUSION[2]
-    check(layer, tuple(in_layout(x, layout) for x in inputs_of(layer, (6, 9))), triton)
+    check(layer, tuple(in_layout(x, layout) for x in inputs_of(layer, (6, 9))), target)
 
 
-def test_pixels_of_floats(triton: Target) -> None:
+def test_pixels_of_floats(target: Target) -> None:
     """NaN is 0, what lies outside of a picture is clamped, ties go to even."""
     layer = Layer("stem_conv", "", 1, 16, stride=2)
     weights = random_integers(layer)
@@ -96,14 +96,14 @@ def test_pixels_of_floats(triton: Target) -> None:
     values = [float("nan"), float("inf"), -float("inf"), -1e30, 1e30, 0.5, 1.5, 2.5, 254.5, -0.5]
     wanted = torch.tensor([0, 255, 0, 0, 255, 0, 2, 2, 254, 0], dtype=torch.uint8)
     results = [
-        run(layer, (x.repeat(7, 3)[None, None],), weights, triton)
+        run(layer, (x.repeat(7, 3)[None, None],), weights, target)
         for x in (torch.tensor(values), wanted)
     ]
     assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_extremes_saturate(sign: int, triton: Target) -> None:
+def test_extremes_saturate(sign: int, target: Target) -> None:
     """The largest sums that weights may ask for: nothing wraps around, in no part of a sum."""
     layer = Layer("dsconv", "", 64, 40, last_channels=19)
     weights = random_integers(layer)
@@ -116,7 +116,7 @@ def test_extremes_saturate(sign: int, triton: Target) -> None:
         elif name.endswith("multiplier"):
             value.fill_(0.49)
     inputs = (torch.full((1, 64, 5, 6), 255, dtype=torch.uint8),)
-    y, exact = run(layer, inputs, weights, triton), specified(layer, inputs, weights)
+    y, exact = run(layer, inputs, weights, target), specified(layer, inputs, weights)
     assert torch.equal(y, exact)
 
 
@@ -172,27 +172,32 @@ def networks() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "raw", "output"), list(networks()))
-def test_networks(name: str, raw: bool, output: str, triton: Target) -> None:
+def test_networks(name: str, raw: bool, output: str, target: Target) -> None:
     x = pixels(2, 3, (49, 65)) if raw else noise(1, 3, 64, 96)
-    check_network(small_model(name), x, output, triton)
+    check_network(small_model(name), x, output, target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 33])
-def test_free_widths(classes: int, triton: Target) -> None:
+def test_free_widths(classes: int, target: Target) -> None:
     widths = free_widths(least=9, most=60)
     print(widths)
     model = FastSCNN.from_config(preset("paper", num_classes=classes, **widths)).eval()
-    check_network(model, pixels(2, 3, (49, 65)), "labels", triton)
+    check_network(model, pixels(2, 3, (49, 65)), "labels", target)
 
 
 @pytest.mark.slow
-def test_calls_of_a_network(triton: Target) -> None:
+def test_the_slim_network(target: Target) -> None:
+    check_network(load_checkpoint("camvid11-slim"), pixels(1, 3, (72, 96)), "logits", target)
+
+
+@pytest.mark.slow
+def test_calls_of_a_network(target: Target) -> None:
     """Compiled, and in a batch: the same bits."""
     model = with_ranges(small_model("paper"))
-    fast = FusedFastSCNN(fold(model), triton.backend, torch.int8, cuda_graph="off")
-    fast = fast.to(triton.device)
-    x = pixels(2, 3, (16, 24)).to(triton.device)
+    fast = FusedFastSCNN(fold(model), target.backend, torch.int8, cuda_graph="off")
+    fast = fast.to(target.device)
+    x = pixels(2, 3, (16, 24)).to(target.device)
     y = fast(x)
     assert y.dtype == torch.float32 and torch.equal(fast(x[1:]), y[1:])
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)

@@ -18,7 +18,7 @@ import torch
 from helpers import ROOT, small_network
 from PIL import Image
 
-from fastscnn_fast import bench, cli, fuse, ops
+from fastscnn_fast import bench, cli, fuse, load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.backends.gpu import choices
@@ -278,7 +278,7 @@ def test_the_gpu_benchmark_reads_its_options(capsys: pytest.CaptureFixture[str])
     assert args.batch == 2 and args.preset == "paper" and args.weights is None
     for wrong in (
         ["--size", "64x"],
-        ["--arithmetics", "int8"],
+        ["--arithmetics", "int4"],
         ["--rounds", "0"],
         ["--parts", "x"],
     ):
@@ -330,6 +330,23 @@ def test_the_gpu_benchmark_measures_and_writes_with_a_clock_of_ours(tmp_path: Pa
     assert len(rows) == len(results) + 1 and rows[0]["size"] == "2 of 64x96"
     assert float(rows[0]["median"]) == 2 and rows[0]["GPU"] == "a GPU"
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gpu_benchmark_races_int8_against_half_precision() -> None:
+    gpu = runpy.run_path(str(GPU))
+    given = gpu["Given"].draw(load_checkpoint(), 1, (256, 384), torch.device("cpu"))
+    args = gpu["parser"]().parse_args(["--rounds", "1", "--calls", "1", "--tasks", "labels"])
+    timers = gpu["Timers"](*[lambda call, pictures, calls: lambda: [1.0]] * 2)
+    with torch.inference_mode():
+        (race,) = gpu["measure"](given, "int8", ["reference"], args, timers)
+    arithmetics = {r.name: r.arithmetic for r in race}
+    ours = {name: "int8" for name in arithmetics if name.startswith("fastscnn_fast")}
+    assert len(ours) == 2 and arithmetics == {
+        "eager": "float16",
+        "eager, channels-last": "float16",
+        **ours,
+    }
+    assert all(r.passed for r in race)
 
 
 def test_the_gpu_benchmark_times_nothing_that_is_wrong() -> None:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "emulation.h"
 
@@ -107,10 +108,47 @@ void multiply_add(void* const* lanes) {
   }
 }
 
+// Of bytes, fragments in registers of 16 rows or columns and 8 columns.
+struct ByteProduct {
+  int* d;
+  uint32_t a[4], b[2];
+};
+
+template <class A>
+int byte_of(uint32_t word, int which) {
+  return static_cast<A>(word >> 8 * which & 255);
+}
+
+template <class A, int Depth>
+void multiply_add_bytes(void* const* lanes) {
+  int a[16][Depth], b[Depth][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& p = *static_cast<const ByteProduct*>(lanes[lane]);
+    const int group = lane / 4, within = lane % 4 * 4;
+    for (int i = 0; i < 4; ++i) {
+      for (int half = 0; half < Depth / 16; ++half) {
+        const int k = 16 * half + within + i;
+        a[group][k] = byte_of<A>(p.a[2 * half], i);
+        a[group + 8][k] = byte_of<A>(p.a[2 * half + 1], i);
+        b[k][group] = byte_of<int8_t>(p.b[half], i);
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& p = *static_cast<ByteProduct*>(lanes[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      uint32_t sum = p.d[i];
+      for (int k = 0; k < Depth; ++k) sum += a[row][k] * b[k][column];
+      p.d[i] = static_cast<int>(sum);
+    }
+  }
+}
+
 }  // namespace detail
 
-template <int Offset = 0>
-void load_matrices(uint32_t (&r)[4], const void* row) {
+template <int Offset = 0, int Matrices>
+void load_matrices(uint32_t (&r)[Matrices], const void* row) {
   detail::load_matrices<false>(r, row, Offset);
 }
 
@@ -131,6 +169,84 @@ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   emulation::collective(&argument, detail::multiply_add<T, 8>);
 }
 
+template <bool Unsigned = false>
+void multiply_add_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using A = std::conditional_t<Unsigned, uint8_t, int8_t>;
+  detail::ByteProduct argument{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulation::collective(&argument, detail::multiply_add_bytes<A, 32>);
+}
+
+template <bool Unsigned = false>
+void multiply_add_bytes(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  using A = std::conditional_t<Unsigned, uint8_t, int8_t>;
+  detail::ByteProduct argument{d, {a0, a1, 0, 0}, {b, 0}};
+  emulation::collective(&argument, detail::multiply_add_bytes<A, 16>);
+}
+
+inline uint32_t saturated(int a, int b, int c = 0, int d = 0) {
+  const int all[4]{a, b, c, d};
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) word |= uint32_t(std::clamp(all[i], 0, 255)) << 8 * i;
+  return word;
+}
+
+inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t select) {
+  const uint64_t both = a | uint64_t{b} << 32;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) {
+    word |= uint32_t(both >> 8 * (select >> 4 * i & 7) & 255) << 8 * i;
+  }
+  return word;
+}
+
+template <uint32_t Select>
+uint32_t permuted(uint32_t a, uint32_t b) {
+  return permuted(a, b, Select);
+}
+
+inline uint32_t shifted(uint32_t low, uint32_t high, int bits) {
+  return uint32_t((low | uint64_t{high} << 32) >> bits % 32);
+}
+
+inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
+
+inline uint32_t larger_bytes(uint32_t a, uint32_t b) {
+  uint32_t word = 0;
+  for (int i = 0; i < 32; i += 8) word |= std::max(a >> i & 255, b >> i & 255) << i;
+  return word;
+}
+
+inline int add_dot4(int a, int b, int total) {
+  uint32_t sum = total;
+  for (int i = 0; i < 4; ++i) {
+    sum += detail::byte_of<int8_t>(a, i) * detail::byte_of<int8_t>(b, i);
+  }
+  return int(sum);
+}
+inline uint32_t add_dot4(uint32_t a, uint32_t b, uint32_t total) {
+  for (int i = 0; i < 32; i += 8) total += (a >> i & 255) * (b >> i & 255);
+  return total;
+}
+
+template <int Half>
+uint32_t add_dot2(uint32_t halves, uint32_t bytes, uint32_t total) {
+  bytes >>= 16 * Half;
+  return total + (halves & 0xffff) * (bytes & 255) + (halves >> 16) * (bytes >> 8 & 255);
+}
+
+// As CUDA's: each rounded by itself.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __int2float_rn(int v) { return static_cast<float>(v); }
+
+inline int bits_of(float v) {
+  int bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+inline int bits_of_multiply_add(float a, float b, float c) { return bits_of(fmaf(a, b, c)); }
+inline int bits_of_sum(float a, float b) { return bits_of(a + b); }
+
 inline void sync_warp() {
   emulation::collective(nullptr, [](void* const*) {});
 }
@@ -144,8 +260,19 @@ inline bool any_of_warp(bool holds) {
   return holds;
 }
 
-inline void store_for_others(float4* to, float4 v) { emulation::store_for_others(to, v); }
-inline float4 load_from_others(const float4* from) { return emulation::load_from_others(from); }
+template <class Four>
+void store_for_others(Four* to, Four v) {
+  float4 bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  emulation::store_for_others(reinterpret_cast<float4*>(to), bits);
+}
+template <class Four>
+Four load_from_others(const Four* from) {
+  const float4 bits = emulation::load_from_others(reinterpret_cast<const float4*>(from));
+  Four v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
 inline void publish() { emulation::publish(); }
 inline int arrive(int* counter) { return emulation::arrive(counter); }
 

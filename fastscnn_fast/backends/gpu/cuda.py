@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from ...lower.gpu import computed_channels
-from ...program.arithmetic import dtypes
+from ...lower.gpu_int8 import terms
 from ...program.layers import ACTIVATIONS, OUTPUTS, Layer
 from ...program.memory import COUNTERS, PARTIALS, Buffer
 from .. import registry
 from . import nvcc
 
 # As csrc/cuda/fastscnn_cuda.h numbers them.
-_TYPES = {dtype: number for number, dtype in enumerate((*dtypes("cuda"), torch.uint8))}
+_TYPES = {
+    dtype: number
+    for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.uint8))
+}
 #: Bytes of which the address of every plane and piece of weights is a multiple.
 ALIGNMENT = 16
 
@@ -125,7 +128,11 @@ def step(
     Its work is cut for a GPU of so many multiprocessors, inverted_residual's into ``slices`` where they are given.
     """
     made = _STEPS[layer.op](layer, inputs, out, weights, output)
-    made = replace(made, sizes={"type": _TYPES[dtype], **_of_layer(layer), **made.sizes})
+    sizes = {**_of_layer(layer), **made.sizes}
+    if dtype == torch.int8:
+        made = replace(made, op=f"{layer.op}_int8", sizes=sizes)
+    else:
+        made = replace(made, sizes={"type": _TYPES[dtype], **sizes})
     return _cut(made, processors, slices) if layer.op == "inverted_residual" else made
 
 
@@ -231,13 +238,21 @@ def _pyramid_pooling(
     (x,) = inputs
     images, height, width, channels = x.shape
     cells = sum(bins**2 for bins in layer.bins)
-    # Sums over the columns of each bin of a row; of each cell of all grids, its share of each tap.
-    sums = (images, height, sum(layer.bins), computed_channels(channels))
-    shares = (images, layer.kernel**2, cells, weights["grid_weight"].shape[-1])
-    scratch = {
-        "sums": Buffer.dense("pyramid_sums", torch.float32, sums),
-        "shares": Buffer.dense("pyramid_shares", x.dtype, shares),
-    }
+    # Sums over the columns of each bin of a row; of each cell of all grids the channels, or its share of each tap.
+    rows = (images, height, sum(layer.bins))
+    if x.dtype == torch.uint8:
+        grids = (images, cells, weights["branch_bias"].shape[-1])
+        scratch = {
+            "sums": Buffer.dense("pyramid_sums", torch.int32, (*rows, terms(channels))),
+            "grids": Buffer.dense("pyramid_grids", x.dtype, grids),
+        }
+    else:
+        sums = (*rows, computed_channels(channels))
+        shares = (images, layer.kernel**2, cells, weights["grid_weight"].shape[-1])
+        scratch = {
+            "sums": Buffer.dense("pyramid_sums", torch.float32, sums),
+            "shares": Buffer.dense("pyramid_shares", x.dtype, shares),
+        }
     sizes = {
         "branches": len(layer.bins),
         "bins": list(layer.bins),

@@ -145,12 +145,27 @@ _HOLDS_INT8 = {
     "grids": "the branches' grids, one after the other: cell, channel",
     "counters": "zeros before the launch and after it: of each tile how many slices are there, then their sums",
 }
-#: Of depthwise kernels, by kernel.
-_HOLDS_DEPTHWISE_INT8 = {
-    "dsconv_int8_kernel": {
-        "depthwise_weight": f"words of four taps: (third of the taps, k, i), {_FOURS}",
-        "depthwise_bias": f"int32, {_FOURS}",
-        "depthwise_multiplier": _FOURS,
+
+
+def _by_fours(name: str) -> dict[str, str]:
+    return {
+        f"{name}_weight": f"words of four taps: (third of the taps, k, i), {_FOURS}",
+        f"{name}_bias": f"int32, {_FOURS}",
+        f"{name}_multiplier": _FOURS,
+    }
+
+
+#: What differs from those, or is added, by kernel.
+_HOLDS_BY_KERNEL_INT8 = {
+    "dsconv_int8_kernel": _by_fours("depthwise"),
+    "feature_fusion_int8_kernel": {
+        **_by_fours("refine"),
+        "low_weight": f"{_BYTES}: row output channel, column refined channel",
+    },
+    "convolution_int8_kernel": {
+        "weight": f"(tap, N, K), each {_BYTES}: row output channel, column channel of x",
+        "grid_weight": f"(tap, N, K), each {_BYTES}: row output channel, column channel of the grids",
+        "grids": "what is resized: the branches' grids, or low refined; cell, channel",
     },
     "inverted_residual_int8_kernel": {
         "depthwise_weight": "(3, M): words of a row of taps, the last byte 0; M padded with zeros",
@@ -289,7 +304,7 @@ def _unused(launch: Launch, layer: Layer) -> tuple[str, ...]:
 
 def _holds(kernel: str, layer: Layer, name: str, buffer: Buffer) -> str:
     if "_int8_" in kernel:
-        held = _HOLDS_DEPTHWISE_INT8.get(kernel, {}).get(name) or _HOLDS_INT8.get(name)
+        held = _HOLDS_BY_KERNEL_INT8.get(kernel, {}).get(name) or _HOLDS_INT8.get(name)
         if held is None and name.endswith("zero"):
             held = "the zero point"
     else:
@@ -376,6 +391,8 @@ def _cuda_unused(launch: cuda.Described) -> tuple[str, ...]:
         taps = template.split(", ")[4]
         refine = ("refine_weight", "refine_bias") if taps == "1" else ()
         return (*refine, *(() if values["low_channels"] else ("low", "low_weight")))
+    if kernel == "convolution_int8_kernel":
+        return ("outside",) if template == "1>" else ()
     return ("shares",) if kernel == "convolution_kernel" and not values["cells"] else ()
 
 
@@ -396,7 +413,7 @@ def _cuda_code(
 ) -> Iterator[tuple[dict[str, Any], nvcc.Code]]:
     launches = cuda.described(launched)
     for index, one in enumerate(launches):
-        code = nvcc.compiled(step.layer.op, architecture)[one.kernel]
+        code = nvcc.compiled(launched.op, architecture)[one.kernel]
         about = {
             "op": step.layer.op,
             "layer": step.layer.name,

@@ -155,9 +155,9 @@ def _steps(
     cut: Choice = chosen.get(place.key(dtype, precision, output)) or (
         choices.CUDA if backend == "cuda" else place.tile(dtype, architecture)
     )
-    if dtype == torch.int8 and not isinstance(cut, Tile):
-        registry.log_once(f"{cut} is not taken: int8 has Triton's kernels alone")
-        cut = place.tile(dtype, architecture)
+    if dtype == torch.int8 and cut == choices.TORCH:
+        registry.log_once(f"{cut} is not taken: int8 has kernels alone")
+        cut = choices.CUDA if backend == "cuda" else place.tile(dtype, architecture)
     if cut == choices.CUDA or isinstance(cut, Sliced):
         count, slices = processors(architecture), cut.slices if isinstance(cut, Sliced) else None
         return [cuda.step(layer, place.inputs, out, weights, dtype, output, count, slices)]
