@@ -106,7 +106,7 @@ def dsconv_int8_kernel(
                 taps = tl.load(depthwise_weight + 2 * IN + c)[None, :]
                 sums = add_dot4((words[8] >> (8 * k)) & 255, taps, sums, PRECISION)
                 value = sums.to(tl.float32) * tl.load(depthwise_multiplier + c)[None, :]
-                parts = parts + (factor(rounded(value, middle_zero)),)  # noqa: RUF005
+                parts = parts + (factor(value, middle_zero, PRECISION),)  # noqa: RUF005
             left = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
             left = tl.reshape(left, (BLOCK_PIXELS, BLOCK_IN))
             right = tl.load(pointwise_weight + (o0 + o)[None, :] * IN + (i0 + i)[:, None])
@@ -118,13 +118,13 @@ def dsconv_int8_kernel(
             right = tl.load(high_weight + (o0 + o)[None, :] * MID + m[:, None])
             total = multiply(left, right, total, PRECISION)
         value = total.to(tl.float32) * tl.load(pointwise_multiplier + o0 + o)
-        value = rounded(value, own_zero)
         if LAST > 0:
+            left = factor(value, own_zero, PRECISION)
             right = tl.load(last_weight + last[None, :] * OUT_ROWS + (o0 + o)[:, None])
-            result = multiply(factor(value), right, result, PRECISION)
+            result = multiply(left, right, result, PRECISION)
         else:
             mask = exists[:, None] & (o0 + o < OUT)
-            tl.store(out + to[:, None] + o0 + o, value.to(tl.uint8), mask=mask)
+            tl.store(out + to[:, None] + o0 + o, rounded(value, own_zero, PRECISION), mask=mask)
     if LAST > 0:
         tl.store(
             out + to[:, None] + last.to(to.dtype) * out_channel,

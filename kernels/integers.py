@@ -12,6 +12,8 @@ import triton.language as tl
 #: 1.5 * 2^23: what is added to a float up to 2^22 leaves the nearest integer, ties to even, in the low bits.
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
+#: Beyond it nothing but its sign matters of what becomes a byte.
+LARGE = tl.constexpr(4096.0)
 #: Bits of a fraction between two positions, its most and half of it; and bits that a value has more than its 8 between
 #: the two directions, and half of their unit.
 FRACTION = tl.constexpr(15)
@@ -45,22 +47,80 @@ def multiply(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def clamped(value, least, most):
-    """rint(clamp(value, least, most)), ties to even, of integers for bounds: in int32, MAGIC_BITS too large."""
-    return (tl.minimum(tl.maximum(value, least), most) + MAGIC).to(tl.int32, bitcast=True)
+def nearest(value, zero, PRECISION: tl.constexpr):
+    """rint(value) + zero in int32, ties to even, of a value that check_sums bounds: one that is larger saturates first."""
+    if PRECISION == "interpreted":
+        inside = tl.minimum(tl.maximum(value, -LARGE), LARGE)
+        result = (inside + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
+    else:
+        result = tl.inline_asm_elementwise(
+            "cvt.rni.s32.f32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return result + zero
 
 
 @triton.jit
-def rounded(value, zero):
-    """clamp(rint(value) + zero, 0, 255) in int32, ties to even; clamped first, which comes to the same."""
-    least = -zero.to(tl.float32)
-    return clamped(value, least, least + 255.0) + (zero - MAGIC_BITS)
+def as_bytes(q, PRECISION: tl.constexpr):
+    """clamp(q, 0, 255) of int32, as uint8; of four in a register at once."""
+    if PRECISION == "interpreted":
+        result = tl.minimum(tl.maximum(q, 0), 255).to(tl.uint8)
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.pack.sat.u8.s32.b32 t, $4, $3, 0;"
+            " cvt.pack.sat.u8.s32.b32 $0, $2, $1, t; }",
+            "=r,r,r,r,r",
+            [q],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    return result
 
 
 @triton.jit
-def factor(q):
-    """Bytes in int32 as what :func:`multiply` takes."""
-    return (q - 128).to(tl.int8)
+def rounded(value, zero, PRECISION: tl.constexpr):
+    """clamp(rint(value) + zero, 0, 255) as uint8, ties to even."""
+    return as_bytes(nearest(value, zero, PRECISION), PRECISION)
+
+
+@triton.jit
+def factor(value, zero, PRECISION: tl.constexpr):
+    """What :func:`rounded` makes, less 128: what :func:`multiply` takes."""
+    q = nearest(value, zero - 128, PRECISION)
+    if PRECISION == "interpreted":
+        result = tl.minimum(tl.maximum(q, -128), 127).to(tl.int8)
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.pack.sat.s8.s32.b32 t, $4, $3, 0;"
+            " cvt.pack.sat.s8.s32.b32 $0, $2, $1, t; }",
+            "=r,r,r,r,r",
+            [q],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return result
+
+
+@triton.jit
+def word(a, b, c, d, PRECISION: tl.constexpr):
+    """clamp(q, 0, 255) of four int32, a in the lowest byte of a word."""
+    if PRECISION == "interpreted":
+        result = as_bytes(a, PRECISION).to(tl.uint32)
+        result |= as_bytes(b, PRECISION).to(tl.uint32) << 8
+        result |= as_bytes(c, PRECISION).to(tl.uint32) << 16
+        result |= as_bytes(d, PRECISION).to(tl.uint32) << 24
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.pack.sat.u8.s32.b32 t, $4, $3, 0;"
+            " cvt.pack.sat.u8.s32.b32 $0, $2, $1, t; }",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    return result
 
 
 @triton.jit

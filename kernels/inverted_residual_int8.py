@@ -17,12 +17,12 @@ from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import COUNTERS, Buffer, cdiv, rounded_up, wide
 
 from .common import offset
-from .integers import add_dot4, clamped, factor, multiply, rounded, signed
+from .integers import add_dot4, factor, multiply, nearest, rounded, signed, word
 from .inverted_residual import arrives_last
 from .launch import Launch, Tile
 
-#: Less three of integers.MAGIC_BITS, moved by 0, 1 and 2 bytes.
-_WORD = tl.constexpr(-0x8B400000 % 2**32)
+#: A zero point that leaves nothing of a sum, whose product is below 2^30 (quantise.check_sums).
+OUTSIDE = tl.constexpr(-(2**30))
 
 
 @triton.jit
@@ -36,13 +36,14 @@ def finish(
     residual_multiplier,
     project_zero,
     RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Sums of the projection to bytes, what the block was given added before they are rounded."""
     value = total.to(tl.float32) * multiplier
     if RESIDUAL:
         own = tl.load(residual, mask=mask, other=0).to(tl.int32) - tl.load(input_zero)
         value += own.to(tl.float32) * tl.load(residual_multiplier)
-    tl.store(to, rounded(value, tl.load(project_zero)).to(tl.uint8), mask=mask)
+    tl.store(to, rounded(value, tl.load(project_zero), PRECISION), mask=mask)
 
 
 @triton.jit
@@ -101,7 +102,6 @@ def inverted_residual_int8_kernel(
     none = lane * 0  # a scalar's condition is no mask in the interpreter
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     zero = tl.load(expand_zero)
-    least = -zero.to(tl.float32)
     depthwise_out = tl.load(depthwise_zero)
     start = tl.load(project_bias + o)
     if SLICES > 1:  # counted by the first slice
@@ -111,7 +111,8 @@ def inverted_residual_int8_kernel(
         m = (tl.program_id(2) * STEPS + step) * BLOCK_MID + tl.arange(0, BLOCK_MID)
         taps = ()
         for above in tl.static_range(3):
-            taps = taps + (tl.load(depthwise_weight + above * MID + m)[None, :],)  # noqa: RUF005
+            tap = tl.load(depthwise_weight + above * MID + m)[None, :]
+            taps = taps + (tap, tap << 8)  # noqa: RUF005
         of_depthwise = tl.load(depthwise_bias + m)[None, :]
         sums = (tl.broadcast_to(of_depthwise, (LANES, BLOCK_MID)),) * (ROWS * COLUMNS)
         of_expand = tl.broadcast_to(tl.load(expand_bias + m)[None, :], (LANES, BLOCK_MID))
@@ -132,22 +133,32 @@ def inverted_residual_int8_kernel(
                     right = tl.load(expand_weight + m[None, :] * IN + i[:, None])
                     expanded = multiply(left, right, expanded, PRECISION)
                 # Outside the image it is the expanded byte that is zero, not x.
-                most = tl.where(inside, least + 255.0, least)
-                value = clamped(expanded.to(tl.float32) * by_expand, least, most)
-                seen = seen + (value,)  # noqa: RUF005
+                value = expanded.to(tl.float32) * by_expand
+                seen = seen + (nearest(value, tl.where(inside, zero, OUTSIDE), PRECISION),)  # noqa: RUF005
             for k in tl.static_range(COLUMNS):
-                word = seen[k * STRIDE] + (seen[k * STRIDE + 1] << 8) + (seen[k * STRIDE + 2] << 16)
-                word += zero * 0x10101 + _WORD
+                # The first of a word's four pixels is even, so that at stride 1 two outputs share one.
+                if k * STRIDE % 2 == 0:
+                    four = word(
+                        seen[k * STRIDE],
+                        seen[k * STRIDE + 1],
+                        seen[k * STRIDE + 2],
+                        seen[min(k * STRIDE + 3, (COLUMNS - 1) * STRIDE + 2)],
+                        PRECISION,
+                    )
                 for r in tl.static_range(ROWS):
                     if dy - r * STRIDE >= 0 and dy - r * STRIDE < 3:
                         more = add_dot4(
-                            word, taps[dy - r * STRIDE], sums[r * COLUMNS + k], PRECISION
+                            four,
+                            taps[(dy - r * STRIDE) * 2 + k * STRIDE % 2],
+                            sums[r * COLUMNS + k],
+                            PRECISION,
                         )
                         sums = sums[: r * COLUMNS + k] + (more,) + sums[r * COLUMNS + k + 1 :]  # noqa: RUF005
         by_depthwise = tl.load(depthwise_multiplier + m)[None, :]
         right = tl.load(project_weight + o[None, :] * MID + m[:, None])
         for block in tl.static_range(ROWS * COLUMNS):
-            left = factor(rounded(sums[block].to(tl.float32) * by_depthwise, depthwise_out))
+            value = sums[block].to(tl.float32) * by_depthwise
+            left = factor(value, depthwise_out, PRECISION)
             more = multiply(left, right, results[block], PRECISION)
             results = results[:block] + (more,) + results[block + 1 :]  # noqa: RUF005
     ready = True
@@ -181,6 +192,7 @@ def inverted_residual_int8_kernel(
                 residual_multiplier,
                 project_zero,
                 RESIDUAL,
+                PRECISION,
             )
 
 

@@ -75,9 +75,9 @@ def product_int8_kernel(
             left = signed(tl.load(at, mask=inside, other=0), PRECISION)
             right = tl.load(y_weight + at_row[None, :] * MID + m[:, None])
             total = multiply(left, right, total, PRECISION)
-    value = rounded(total.to(tl.float32) * tl.load(multiplier + o), tl.load(zero))
+    value = rounded(total.to(tl.float32) * tl.load(multiplier + o), tl.load(zero), PRECISION)
     to = out + offset(row, column, width, OUT_PITCH, WIDE)[:, None] + o
-    tl.store(to, value.to(tl.uint8), mask=exists[:, None] & (o < OUT))
+    tl.store(to, value, mask=exists[:, None] & (o < OUT))
 
 
 def product(

@@ -126,13 +126,13 @@ def grids_int8_kernel(
                 mask=(exists & (y >= top) & (y < bottom))[:, None],
                 other=0,
             )
-        mean = rounded(pooled.to(tl.float32) * share[:, None], branch * 0)
+        mean = factor(pooled.to(tl.float32) * share[:, None], 0, PRECISION)
         right = tl.load(branch_weight + mid[None, :] * IN + c[:, None])
-        value = multiply(factor(mean), right, value, PRECISION)
+        value = multiply(mean, right, value, PRECISION)
     value = value.to(tl.float32) * tl.load(branch_multiplier + mid)
-    value = rounded(value, tl.load(branch_zero + branch))
+    value = rounded(value, tl.load(branch_zero + branch), PRECISION)
     to = grids + (before + cell)[:, None] * MID + tl.arange(0, MID)
-    tl.store(to, value.to(tl.uint8), mask=exists[:, None])
+    tl.store(to, value, mask=exists[:, None])
 
 
 def launches(

@@ -15,12 +15,12 @@ from .launch import Launch, Tile
 
 
 @triton.jit
-def pixels_of(value, scale, shift, channel, RAW: tl.constexpr):
+def pixels_of(value, scale, shift, channel, RAW: tl.constexpr, PRECISION: tl.constexpr):
     """(terms, pixels) of a picture as bytes: themselves, or of normalised floats."""
     if not RAW:
         value = value * tl.load(scale + channel)[:, None] + tl.load(shift + channel)[:, None]
         value = tl.where(value == value, value, 0.0)
-        value = rounded(value, channel[:, None] * 0).to(tl.uint8)
+        value = rounded(value, 0, PRECISION)
     return value
 
 
@@ -86,12 +86,12 @@ def stem_conv_int8_kernel(
     within &= (left + BLOCK_PIXELS <= out_width) & (above >= PADDING)
     within &= 2 * above + 2 - PADDING < height
     if within:
-        value = pixels_of(tl.load(at, mask=used, other=0), scale, shift, channel, RAW)
+        value = pixels_of(tl.load(at, mask=used, other=0), scale, shift, channel, RAW, PRECISION)
     else:
         inside = used & ((y[None, :] + dy[:, None] >= 0) & (y[None, :] + dy[:, None] < height))
         inside &= (z[None, :] + dz[:, None] >= 0) & (z[None, :] + dz[:, None] < width)
         inside &= exists[None, :]
-        value = pixels_of(tl.load(at, mask=inside, other=0), scale, shift, channel, RAW)
+        value = pixels_of(tl.load(at, mask=inside, other=0), scale, shift, channel, RAW, PRECISION)
         value = tl.where(inside, value, tl.load(pad + channel).to(tl.uint8)[:, None])
     factors = tl.trans(signed(value, PRECISION))
     to = out + offset(row, column, out_width, OUT_PITCH, WIDE)[:, None]
@@ -101,9 +101,9 @@ def stem_conv_int8_kernel(
         right = tl.load(weight + (o0 + o)[None, :] * TERMS + term[:, None])
         total = tl.broadcast_to(tl.load(bias + o0 + o)[None, :], (BLOCK_PIXELS, BLOCK_OUT))
         total = multiply(factors, right, total, PRECISION)
-        result = rounded(total.to(tl.float32) * tl.load(multiplier + o0 + o), own_zero)
+        result = rounded(total.to(tl.float32) * tl.load(multiplier + o0 + o), own_zero, PRECISION)
         mask = exists[:, None] & (o0 + o < OUT)
-        tl.store(to + o0 + o, result.to(tl.uint8), mask=mask)
+        tl.store(to + o0 + o, result, mask=mask)
 
 
 def launches(
