@@ -124,6 +124,15 @@ def word(a, b, c, d, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def within(first, size):
+    """Words of bytes 255 where positions first .. first + 3 are from 0 to size - 1, of which the first is below it, else 0."""
+    every = tl.full(first.shape, 0xFFFFFFFF, tl.uint32)
+    before = tl.maximum(-first, 0)
+    after = tl.minimum(tl.maximum(first + 4 - size, 0), 3)
+    return (every << (8 * before).to(tl.uint32)) & (every >> (8 * after).to(tl.uint32))
+
+
+@triton.jit
 def permuted(a, b, SELECT: tl.constexpr, PRECISION: tl.constexpr):
     """The word whose byte i is byte (SELECT >> 4 i) % 8 of the words a, then b."""
     if PRECISION == "interpreted":
