@@ -14,7 +14,7 @@ from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
 from .common import offset
-from .integers import add_dot4, by_channel, factor, multiply, rounded, signed
+from .integers import add_dot4, by_channel, factor, multiply, rounded, side_by_side, signed
 from .launch import Launch, Tile
 
 
@@ -106,9 +106,8 @@ def dsconv_int8_kernel(
                 taps = tl.load(depthwise_weight + 2 * IN + c)[None, :]
                 sums = add_dot4((words[8] >> (8 * k)) & 255, taps, sums, PRECISION)
                 value = sums.to(tl.float32) * tl.load(depthwise_multiplier + c)[None, :]
-                parts = parts + (factor(value, middle_zero, PRECISION),)  # noqa: RUF005
-            left = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-            left = tl.reshape(left, (BLOCK_PIXELS, BLOCK_IN))
+                parts = parts + (value,)  # noqa: RUF005
+            left = factor(side_by_side(parts, 4), middle_zero, PRECISION)
             right = tl.load(pointwise_weight + (o0 + o)[None, :] * IN + (i0 + i)[:, None])
             total = multiply(left, right, total, PRECISION)
         for m0 in range(0, MID, BLOCK_MID):

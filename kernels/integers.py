@@ -14,13 +14,11 @@ MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
 #: Beyond it nothing but its sign matters of what becomes a byte.
 LARGE = tl.constexpr(4096.0)
-#: Bits of a fraction between two positions, its most and half of it; and bits that a value has more than its 8 between
-#: the two directions, and half of their unit.
+#: Bits of a fraction between two positions, and its most; and bits that a value has more than its 8 between the two
+#: directions.
 FRACTION = tl.constexpr(15)
 MOST_SHARE = tl.constexpr(2**15 - 1)
-HALF_SHARE = tl.constexpr(2**14)
 GUARD = tl.constexpr(7)
-HALF_GUARD = tl.constexpr(2**6)
 
 
 @triton.jit
@@ -33,6 +31,22 @@ def signed(x, PRECISION: tl.constexpr):
             "xor.b32 $0, $1, 0x80808080;", "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4
         )
     return result
+
+
+@triton.jit
+def side_by_side(columns, COUNT: tl.constexpr):
+    """``COUNT`` tensors (N,), a power of two, as one (N, COUNT); or (N, M) as (N, M * COUNT), the columns of one M together.
+
+    Which of them a value belongs to is a register's number, so nothing moves.
+    """
+    for level in tl.static_range(6):
+        if COUNT >> level > 1:
+            joined = ()
+            for i in tl.static_range(COUNT >> level + 1):
+                pair = tl.join(columns[i], columns[i + (COUNT >> level + 1)])
+                joined = joined + (pair,)  # noqa: RUF005
+            columns = joined
+    return tl.reshape(columns[0], (columns[0].shape[0], columns[0].numel // columns[0].shape[0]))
 
 
 @triton.jit
@@ -204,6 +218,47 @@ def fixed_position(i, size, out, ALIGN_CORNERS: tl.constexpr, LONG: tl.constexpr
 
 
 @triton.jit
-def between(low, high, share):
-    """low + ((high - low) * share, of 2^FRACTION, rounded to nearest, halves up)."""
-    return low + (((high - low) * share + HALF_SHARE) >> FRACTION)
+def shares(share):
+    """The two values' shares of 2^FRACTION as two halves of a word, the lower one's first."""
+    return ((1 << FRACTION) - share + (share << 16)).to(tl.uint32)
+
+
+@triton.jit
+def add_dot2(halves, bytes, total, HIGH: tl.constexpr, PRECISION: tl.constexpr):
+    """total + the dot product of a word's halves with the two low, or ``HIGH``, bytes of another; all unsigned."""
+    if PRECISION == "interpreted":
+        if HIGH:
+            bytes = bytes >> 16
+        total += (halves & 0xFFFF) * (bytes & 255) + (halves >> 16) * (bytes >> 8 & 255)
+    else:
+        total = tl.inline_asm_elementwise(
+            "dp2a.hi.u32.u32 $0, $1, $2, $3;" if HIGH else "dp2a.lo.u32.u32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [halves, bytes, total],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    return total
+
+
+@triton.jit
+def between_rows(above, below, halves, PRECISION: tl.constexpr):
+    """Four values in GUARD bits more of four bytes in words: low + ((high - low) * share rounded), in one sum of two products."""
+    half = tl.zeros_like(above) + (1 << (FRACTION - GUARD - 1))
+    low = permuted(above, below, 0x5140, PRECISION)
+    high = permuted(above, below, 0x7362, PRECISION)
+    return (
+        add_dot2(halves, low, half, False, PRECISION) >> (FRACTION - GUARD),
+        add_dot2(halves, low, half, True, PRECISION) >> (FRACTION - GUARD),
+        add_dot2(halves, high, half, False, PRECISION) >> (FRACTION - GUARD),
+        add_dot2(halves, high, half, True, PRECISION) >> (FRACTION - GUARD),
+    )
+
+
+@triton.jit
+def highest_bytes(a, b, c, d, PRECISION: tl.constexpr):
+    """The highest byte of four words, a's lowest in a word."""
+    low = permuted(a, b, 0x0073, PRECISION)
+    high = permuted(c, d, 0x0073, PRECISION)
+    return permuted(low, high, 0x5410, PRECISION)

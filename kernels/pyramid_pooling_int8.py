@@ -198,7 +198,7 @@ def launches(
             2,
             fused=False,
         ),
-        resize(grids, parts, mid, layer.align_corners, bins=bins),
+        resize(grids, parts, mid, layer.align_corners, precision, bins=bins),
         product(
             x,
             out,

@@ -52,7 +52,7 @@ _FLOAT = {
     "inverted_residual": Tile(16, block=32, stages=1),
     "pyramid_pooling": Tile(16, block=32, warps=8, stages=1),
     "feature_fusion": Tile(8, block=32, warps=8, stages=1),
-    "upsample_classify": Tile(128, rows=8),
+    "upsample_classify": Tile(256, rows=8),
 }
 # AMD's are matrix instructions, with 512 registers a lane for four waves and half of them for eight.
 _FLOAT_AMD = {
@@ -67,7 +67,7 @@ _FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
 _FLOAT_BY_16 = (("dsconv", 128),)
 # Of bytes: four warps have whole 16-byte loads of 32 channels of 64 pixels.
 _INT8 = {
-    "stem_conv": Tile(128, stages=1),
+    "stem_conv": Tile(256, stages=1),
     "dsconv": Tile(64, block=32, stages=1),
     "inverted_residual": Tile(16, block=64, stages=1),
     "pyramid_pooling": Tile(32, block=128),
