@@ -13,7 +13,7 @@ from fastscnn_fast.lower.gpu_int8 import chunk, columns, last_columns, terms
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
-from .common import offset
+from .common import lies_in, offset
 from .integers import add_dot4, by_channel, factor, multiply, rounded, side_by_side, signed
 from .launch import Launch, Tile
 
@@ -89,7 +89,7 @@ def dsconv_int8_kernel(
             for tap in tl.static_range(9):
                 y = row * STRIDE + (tap // 3 - 1) * DILATION
                 z = column * STRIDE + (tap % 3 - 1) * DILATION
-                inside = exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+                inside = (exists & lies_in(y, height)) & lies_in(z, width)
                 at = x + offset(y, z, width, X_PITCH // 4, WIDE)[:, None] + (i0 // 4 + fours)
                 words = words + (tl.load(at, mask=inside[:, None], other=0),)  # noqa: RUF005
             first = by_channel(words[0], words[1], words[2], words[3], PRECISION)
@@ -104,7 +104,7 @@ def dsconv_int8_kernel(
                 taps = tl.load(depthwise_weight + IN + c)[None, :]
                 sums = add_dot4(second[k], taps, sums, PRECISION)
                 taps = tl.load(depthwise_weight + 2 * IN + c)[None, :]
-                sums = add_dot4((words[8] >> (8 * k)) & 255, taps, sums, PRECISION)
+                sums = add_dot4(words[8], taps << (8 * k), sums, PRECISION)
                 value = sums.to(tl.float32) * tl.load(depthwise_multiplier + c)[None, :]
                 parts = parts + (value,)  # noqa: RUF005
             left = factor(side_by_side(parts, 4), middle_zero, PRECISION)

@@ -14,11 +14,18 @@ MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
 #: Beyond it nothing but its sign matters of what becomes a byte.
 LARGE = tl.constexpr(4096.0)
-#: Bits of a fraction between two positions, and its most; and bits that a value has more than its 8 between the two
-#: directions.
+#: Bits of a fraction between two positions, all of it, and its most; and bits that a value has more than its 8 between the
+#: two directions.
 FRACTION = tl.constexpr(15)
+WHOLE_SHARE = tl.constexpr(2**15)
 MOST_SHARE = tl.constexpr(2**15 - 1)
 GUARD = tl.constexpr(7)
+#: What is taken off the first direction's sums of products, and half of its unit.
+FIRST = tl.constexpr(15 - 7)
+FIRST_HALF = tl.constexpr(2**7)
+#: The second direction's are four times as large, so that what is left of them are their highest bytes; the halves of both
+#: its roundings, which are one: 255 * 2^GUARD * 4 * 2^FRACTION and these fit 32 bits.
+SECOND_HALVES = tl.constexpr(4 * (2**14 + 2**21))
 
 
 @triton.jit
@@ -220,7 +227,7 @@ def fixed_position(i, size, out, ALIGN_CORNERS: tl.constexpr, LONG: tl.constexpr
 @triton.jit
 def shares(share):
     """The two values' shares of 2^FRACTION as two halves of a word, the lower one's first."""
-    return ((1 << FRACTION) - share + (share << 16)).to(tl.uint32)
+    return ((share << 16) - share + WHOLE_SHARE).to(tl.uint32)
 
 
 @triton.jit
@@ -245,20 +252,26 @@ def add_dot2(halves, bytes, total, HIGH: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def between_rows(above, below, halves, PRECISION: tl.constexpr):
     """Four values in GUARD bits more of four bytes in words: low + ((high - low) * share rounded), in one sum of two products."""
-    half = tl.zeros_like(above) + (1 << (FRACTION - GUARD - 1))
+    half = tl.zeros_like(above) + FIRST_HALF
     low = permuted(above, below, 0x5140, PRECISION)
     high = permuted(above, below, 0x7362, PRECISION)
     return (
-        add_dot2(halves, low, half, False, PRECISION) >> (FRACTION - GUARD),
-        add_dot2(halves, low, half, True, PRECISION) >> (FRACTION - GUARD),
-        add_dot2(halves, high, half, False, PRECISION) >> (FRACTION - GUARD),
-        add_dot2(halves, high, half, True, PRECISION) >> (FRACTION - GUARD),
+        add_dot2(halves, low, half, False, PRECISION) >> FIRST,
+        add_dot2(halves, low, half, True, PRECISION) >> FIRST,
+        add_dot2(halves, high, half, False, PRECISION) >> FIRST,
+        add_dot2(halves, high, half, True, PRECISION) >> FIRST,
     )
 
 
 @triton.jit
-def highest_bytes(a, b, c, d, PRECISION: tl.constexpr):
-    """The highest byte of four words, a's lowest in a word."""
-    low = permuted(a, b, 0x0073, PRECISION)
-    high = permuted(c, d, 0x0073, PRECISION)
+def between_columns(left, right, share, least, PRECISION: tl.constexpr):
+    """Words of four bytes, each at least ``least``, of what :func:`between_rows` makes of two columns."""
+    less = ((-share + WHOLE_SHARE) << 2).to(tl.uint32)
+    more = (share << 2).to(tl.uint32)
+    sums = ()
+    for i in tl.static_range(4):
+        one = right[i] * more + (left[i] * less + SECOND_HALVES)
+        sums = sums + (tl.maximum(one, least << 24),)  # noqa: RUF005
+    low = permuted(sums[0], sums[1], 0x0073, PRECISION)
+    high = permuted(sums[2], sums[3], 0x0073, PRECISION)
     return permuted(low, high, 0x5410, PRECISION)

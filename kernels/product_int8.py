@@ -10,11 +10,9 @@ from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
 from .common import offset
 from .integers import (
-    FRACTION,
-    GUARD,
+    between_columns,
     between_rows,
     fixed_position,
-    highest_bytes,
     multiply,
     rounded,
     shares,
@@ -201,21 +199,12 @@ def resize_int8_kernel(
         at = x + offset(bottom, z, low_width, X_PITCH // 4, WIDE)[:, None] + c
         below = tl.load(at, mask=mask, other=0)
         sides = sides + (between_rows(above, below, by_row, PRECISION),)  # noqa: RUF005
-    # Both roundings of the second direction are one, of sums that are four times as large, so that what is left
-    # of them are their highest bytes: 255 * 2^GUARD * 2^(FRACTION + 2) and the halves fit 32 bits.
-    more = (share << 2).to(tl.uint32)[:, None]
-    less = (4 << FRACTION) - more
-    HALVES: tl.constexpr = (4 << (FRACTION - 1)) + (4 << (FRACTION + GUARD - 1))
-    values = ()
-    for i in tl.static_range(4):
-        value = sides[1][i] * more + (sides[0][i] * less + HALVES)
-        if FLOOR:
-            value = tl.maximum(value, tl.load(floor).to(tl.uint32) << 24)
-        values = values + (value,)  # noqa: RUF005
+    least = tl.zeros((1, 1), tl.uint32)
+    if FLOOR:
+        least += tl.load(floor).to(tl.uint32)
+    value = between_columns(sides[0], sides[1], share[:, None], least, PRECISION)
     to = out + offset(row, column, width, OUT_PITCH // 4, WIDE)[:, None] + c
-    tl.store(
-        to, highest_bytes(values[0], values[1], values[2], values[3], PRECISION), mask=mask
-    )
+    tl.store(to, value, mask=mask)
 
 
 def resize(

@@ -68,10 +68,10 @@ _FLOAT_BY_16 = (("dsconv", 128),)
 # Of bytes: four warps have whole 16-byte loads of 32 channels of 64 pixels.
 _INT8 = {
     "stem_conv": Tile(256, stages=1),
-    "dsconv": Tile(64, block=32, stages=1),
+    "dsconv": Tile(64, block=128, stages=1),
     "inverted_residual": Tile(16, block=64, stages=1),
     "pyramid_pooling": Tile(32, block=128),
-    "feature_fusion": Tile(64, block=32, stages=1),
+    "feature_fusion": Tile(64, block=128, stages=1),
 }
 # Where warps multiply on their own, half of that does not spill.
 _INT8_BY_WARPS = {name: Tile(32, warps=2, stages=1) for name in ("dsconv", "feature_fusion")}
