@@ -19,7 +19,7 @@ from fastscnn_fast.program.memory import COUNTERS, Buffer, cdiv, rounded_up, wid
 
 from .common import offset
 from .integers import add_dot4, factor, multiply, nearest, rounded, signed, within, word
-from .inverted_residual import arrives_last, beside, halves
+from .inverted_residual import apart, arrives_last, together
 from .launch import Launch, Tile
 
 #: A zero point that leaves nothing of a sum, whose product is below 2^30 (quantise.check_sums).
@@ -137,16 +137,8 @@ def inverted_residual_int8_kernel(
                     left = tl.load(expand_weight + m[:, None] * IN + i)
                     expanded = multiply(left, tl.trans(right), expanded, PRECISION)
                     i0 += BLOCKS_IN[number]
-                parts = (nearest(expanded.to(tl.float32) * by_expand, zero, PRECISION),)
-                for level in tl.static_range(3):
-                    if PIECES[piece] >> level > 1:
-                        parted = ()
-                        for part in tl.static_range(1 << level):
-                            parted = parted + halves(
-                                parts[part], BLOCK_MID, (PIECES[piece] >> level) * LANES
-                            )
-                        parts = parted
-                seen = seen + parts
+                q = nearest(expanded.to(tl.float32) * by_expand, zero, PRECISION)
+                seen = seen + apart(q, PIECES[piece], BLOCK_MID, LANES)
                 dz += PIECES[piece]
             for k in tl.static_range(COLUMNS):
                 # The first of a word's four pixels is even, so that at stride 1 two outputs share one.
@@ -171,16 +163,8 @@ def inverted_residual_int8_kernel(
                             PRECISION,
                         )
                         sums = sums[: r * COLUMNS + k] + (more,) + sums[r * COLUMNS + k + 1 :]  # noqa: RUF005
-        parts = sums
-        for level in tl.static_range(4):
-            if ROWS * COLUMNS >> level > 1:
-                joined = ()
-                for part in tl.static_range(ROWS * COLUMNS >> level + 1):
-                    joined = joined + (  # noqa: RUF005
-                        beside(parts[2 * part], parts[2 * part + 1], BLOCK_MID, LANES << level),
-                    )
-                parts = joined
-        value = parts[0].to(tl.float32) * tl.load(depthwise_multiplier + m)[:, None]
+        value = together(sums, ROWS * COLUMNS, BLOCK_MID, LANES).to(tl.float32)
+        value *= tl.load(depthwise_multiplier + m)[:, None]
         left = tl.load(project_weight + o[:, None] * MID + m)
         total = multiply(left, factor(value, depthwise_out, PRECISION), total, PRECISION)
     ready = True

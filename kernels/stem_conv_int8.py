@@ -7,11 +7,12 @@ import triton.language as tl
 
 from fastscnn_fast.lower.gpu_int8 import columns, stem_terms, terms
 from fastscnn_fast.program.layers import Layer
-from fastscnn_fast.program.memory import Buffer, cdiv, wide
+from fastscnn_fast.program.memory import Buffer
 
 from .common import offset
 from .integers import multiply, rounded, side_by_side, signed
 from .launch import Launch, Tile
+from .stem_conv import launch, lies_inside
 
 
 @triton.jit
@@ -115,12 +116,7 @@ def stem_conv_int8_kernel(
         at += top.to(tl.int64) * x_row
     else:
         at += top * x_row
-    before = first % out_width
-    above = first // out_width
-    inner = (before >= PADDING) & (2 * (before + BLOCK_PIXELS) - PADDING < width)
-    inner &= (before + BLOCK_PIXELS <= out_width) & (above >= PADDING)
-    inner &= 2 * above + 2 - PADDING < height
-    if inner:
+    if lies_inside(first, out_width, height, width, PADDING, BLOCK_PIXELS):
         value = terms_of(
             x,
             at,
@@ -180,41 +176,9 @@ def launches(
     layer: Layer, x: Buffer, out: Buffer, weights: dict[str, Buffer], tile: Tile, precision: str
 ) -> list[Launch]:
     """x (N, C, H, W), float32 or uint8; out (N, H', W', O)."""
-    images, channels, height, width = x.shape
-    _, out_height, out_width, _ = out.shape
-    tiles = cdiv(out_height * out_width, tile.pixels)
-    x_image, x_channel, x_row, x_column = x.strides
-    return [
-        Launch(
-            stem_conv_int8_kernel,
-            (tiles * images,),
-            {
-                "x": x,
-                **weights,
-                "out": out,
-                "height": height,
-                "width": width,
-                "out_height": out_height,
-                "out_width": out_width,
-                "tiles": tiles,
-                "x_image": x_image,
-                "x_channel": x_channel,
-                "x_row": x_row,
-                "x_column": x_column,
-                "out_image": out.strides[0],
-                "CHANNELS": channels,
-                "OUT": terms(layer.out_channels),
-                "OUT_PITCH": out.strides[2],
-                "PADDING": layer.padding,
-                "PRECISION": precision,
-                "WIDE": wide(x, out),
-                "RAW": x.dtype.itemsize == 1,
-                "TERMS": stem_terms(channels),
-                "BLOCK_PIXELS": tile.pixels,
-                "BLOCK_OUT": columns(layer.out_channels),
-            },
-            tile.warps,
-            tile.stages,
-            fused=False,
-        )
-    ]
+    own = {
+        "OUT": terms(layer.out_channels),
+        "TERMS": stem_terms(layer.in_channels),
+        "BLOCK_OUT": columns(layer.out_channels),
+    }
+    return [launch(stem_conv_int8_kernel, layer, x, out, weights, own, tile, precision)]
