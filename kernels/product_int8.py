@@ -248,7 +248,7 @@ def resize(
             "BLOCK_PIXELS": pixels,
             "BLOCK_CHANNELS": block,
         },
-        block // 16,
+        max(block // 32, 1),
         1,
         fused=False,
     )
