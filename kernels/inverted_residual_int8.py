@@ -17,7 +17,7 @@ from fastscnn_fast.lower.gpu_int8 import columns, terms
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import COUNTERS, Buffer, cdiv, rounded_up, wide
 
-from .common import offset
+from .common import lies_in, offset
 from .integers import add_dot4, factor, multiply, nearest, rounded, signed, within, word
 from .inverted_residual import apart, arrives_last, together
 from .launch import Launch, Tile
@@ -126,8 +126,7 @@ def inverted_residual_int8_kernel(
             for piece in tl.static_range(len(PIECES)):
                 pixel = tl.arange(0, PIECES[piece] * LANES)
                 z = column * STRIDE + dz - 1 + pixel % LANES * (COLUMNS * STRIDE) + pixel // LANES
-                inside = (z >= 0) & (z < width) & (y + tl.zeros_like(z) >= 0)
-                inside = inside & (y + tl.zeros_like(z) < height)
+                inside = lies_in(z, width) & lies_in(y + tl.zeros_like(z), height)
                 expanded = tl.broadcast_to(of_expand, (BLOCK_MID, PIECES[piece] * LANES))
                 at = x + offset(y, z, width, IN_PITCH, WIDE)[:, None]
                 i0 = 0
@@ -152,7 +151,7 @@ def inverted_residual_int8_kernel(
                     )
                     # Outside the image it is the expanded byte that is zero, not x.
                     inside = within(first + lane * (COLUMNS * STRIDE) + k * STRIDE, width)
-                    inside = tl.where((y + lane * 0 >= 0) & (y + lane * 0 < height), inside, 0)
+                    inside = tl.where(lies_in(y + lane * 0, height), inside, 0)
                     four = four & inside[None, :]
                 for r in tl.static_range(ROWS):
                     if dy - r * STRIDE >= 0 and dy - r * STRIDE < 3:
@@ -172,8 +171,8 @@ def inverted_residual_int8_kernel(
     if SLICES > 1:
         at_tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         counters += at_tile.to(tl.int64) * (PIXELS * BLOCK_OUT + 32)
-        shared = counters + 32 + (
-            tl.arange(0, PIXELS)[:, None] * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        shared = (
+            counters + 32 + (tl.arange(0, PIXELS)[:, None] * BLOCK_OUT + tl.arange(0, BLOCK_OUT))
         )
         tl.atomic_add(shared, total, sem="relaxed")
         ready = arrives_last(counters, SLICES)

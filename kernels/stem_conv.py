@@ -22,9 +22,7 @@ from .launch import Launch, Tile
 
 
 @triton.jit
-def lies_inside(
-    first, out_width, height, width, PADDING: tl.constexpr, BLOCK_PIXELS: tl.constexpr
-):
+def lies_inside(first, out_width, height, width, PADDING: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
     """Whether all that a block of pixels from number ``first`` looks at lies in the picture, and it in one row."""
     left = first % out_width
     above = first // out_width
