@@ -74,8 +74,6 @@ _INT8 = {
     "pyramid_pooling": Tile(16, block=128),
     "feature_fusion": Tile(64, block=128, stages=1),
 }
-# Where warps multiply on their own, half of that does not spill.
-_INT8_BY_WARPS = {name: Tile(32, warps=2, stages=1) for name in ("dsconv", "feature_fusion")}
 # Blocks of a lane in int8, the largest first.
 _BLOCKS_INT8 = ((4, 4), (4, 2), (2, 2), (1, 1))
 # Warp instructions as counted on sm_90 (inverted_residual, 8 lanes, 64 channels): of a step for each pixel that a lane
@@ -147,7 +145,7 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     if dtype == torch.float32:
         table, others = _FLOAT, _FLOAT_BY_ARCHITECTURE
     if dtype == torch.int8:
-        table, others = _INT8, dict.fromkeys(_BY_WARPS, _INT8_BY_WARPS)
+        table, others = _INT8, {}
     chosen = (table | others.get(architecture, {}))[layer.op]
     if layer.op == "dsconv" and table is _HALF and architecture in _BY_WARPS:
         if chunk(layer.in_channels) == 16:
@@ -179,8 +177,8 @@ def _cut_int8(chosen: Tile, layer: Layer, architecture: Architecture, pixels: in
         products = high * len(powers(wide)) * len(powers(terms(layer.in_channels)))
         step = _OF_EXPANDED_INT8 * high * wide + _OF_OUTPUT_INT8 * rows * columns
         step += _OF_PRODUCT_INT8 * products
-        program = count // slices * step + _OF_PROGRAM_INT8
-        program += _OF_CHANNEL_INT8 * rows * columns * layer.out_channels
+        outputs = rows * columns * layer.out_channels
+        program = count // slices * step + _OF_PROGRAM_INT8 + _OF_CHANNEL_INT8 * outputs
         programs = cdiv(pixels, chosen.pixels * rows * columns) * slices
         return cdiv(programs, processors(architecture)) * program
 
