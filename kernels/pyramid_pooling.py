@@ -311,6 +311,7 @@ def row_sums(x: Buffer, sums: Buffer, bins: tuple[int, ...], precision: str) -> 
     """x (N, H, W, C) -> sums (N, H, cells of one row, C')."""
     images, height, row_cells, c = sums.shape
     block = min(c & -c, 64)
+    of_bytes = x.dtype == torch.uint8
     return Launch(
         row_sums_kernel,
         (height * images, c // block),
@@ -331,8 +332,8 @@ def row_sums(x: Buffer, sums: Buffer, bins: tuple[int, ...], precision: str) -> 
             "BLOCK_IN": block,
         },
         4,
-        2,
-        fused=x.dtype != torch.uint8,
+        1 if of_bytes else 2,  # a pipeline would copy bytes by fewer than 16 a thread
+        fused=not of_bytes,
     )
 
 
