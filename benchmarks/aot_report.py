@@ -109,11 +109,11 @@ def launches(
     dtype: torch.dtype,
 ) -> list[Counted]:
     """Those of a forward from raw pixels, in order; none where the backend is not built, or not for that."""
-    nvidia = isinstance(architecture, int)
-    if backend == "cuda" and (registry._cuda_module is None or not nvidia):
+    if backend == "cuda" and (registry._cuda_module is None or not isinstance(architecture, int)):
         return []
-    least = arithmetic.choose(backend, dtype)
-    if least.quantised and not (nvidia and architecture >= int(least.needs[backend])):
+    how = arithmetic.choose(backend, dtype)
+    least = int(how.needs[backend])
+    if how.quantised and not (isinstance(architecture, int) and architecture >= least):
         return []
     found = []
     for step in layer_sizes(preset(name), *size):
@@ -170,9 +170,7 @@ def eager(name: str, size: tuple[int, int], output: str) -> tuple[int, int]:
     return traffic.launches, traffic.bytes
 
 
-def kernels(
-    name: str, size: tuple[int, int], backend: str, dtype: torch.dtype
-) -> Iterator[Row]:
+def kernels(name: str, size: tuple[int, int], backend: str, dtype: torch.dtype) -> Iterator[Row]:
     """A row a distinct launch and architecture."""
     for architecture in GPUS:
         gpu, seen = GPUS[architecture], set()

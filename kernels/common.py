@@ -48,6 +48,12 @@ def offset(row, column, width, pitch, WIDE: tl.constexpr):
 
 
 @triton.jit
+def lies_in(i, size):
+    """0 <= i < size, in one comparison."""
+    return i.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
 def position(i, scale, shift, divisor, size, WIDE: tl.constexpr):
     """Where output ``i`` of a resize samples: the low index and the weight of the one above it.
 

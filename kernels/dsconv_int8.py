@@ -13,8 +13,8 @@ from fastscnn_fast.lower.gpu_int8 import chunk, columns, last_columns, terms
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
-from .common import offset
-from .integers import add_dot4, by_channel, factor, multiply, rounded, signed
+from .common import lies_in, offset
+from .integers import add_dot4, by_channel, factor, multiply, rounded, side_by_side, signed
 from .launch import Launch, Tile
 
 
@@ -89,7 +89,7 @@ def dsconv_int8_kernel(
             for tap in tl.static_range(9):
                 y = row * STRIDE + (tap // 3 - 1) * DILATION
                 z = column * STRIDE + (tap % 3 - 1) * DILATION
-                inside = exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+                inside = (exists & lies_in(y, height)) & lies_in(z, width)
                 at = x + offset(y, z, width, X_PITCH // 4, WIDE)[:, None] + (i0 // 4 + fours)
                 words = words + (tl.load(at, mask=inside[:, None], other=0),)  # noqa: RUF005
             first = by_channel(words[0], words[1], words[2], words[3], PRECISION)
@@ -104,11 +104,10 @@ def dsconv_int8_kernel(
                 taps = tl.load(depthwise_weight + IN + c)[None, :]
                 sums = add_dot4(second[k], taps, sums, PRECISION)
                 taps = tl.load(depthwise_weight + 2 * IN + c)[None, :]
-                sums = add_dot4((words[8] >> (8 * k)) & 255, taps, sums, PRECISION)
+                sums = add_dot4(words[8], taps << (8 * k), sums, PRECISION)
                 value = sums.to(tl.float32) * tl.load(depthwise_multiplier + c)[None, :]
-                parts = parts + (factor(rounded(value, middle_zero)),)  # noqa: RUF005
-            left = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-            left = tl.reshape(left, (BLOCK_PIXELS, BLOCK_IN))
+                parts = parts + (value,)  # noqa: RUF005
+            left = factor(side_by_side(parts, 4), middle_zero, PRECISION)
             right = tl.load(pointwise_weight + (o0 + o)[None, :] * IN + (i0 + i)[:, None])
             total = multiply(left, right, total, PRECISION)
         for m0 in range(0, MID, BLOCK_MID):
@@ -118,13 +117,13 @@ def dsconv_int8_kernel(
             right = tl.load(high_weight + (o0 + o)[None, :] * MID + m[:, None])
             total = multiply(left, right, total, PRECISION)
         value = total.to(tl.float32) * tl.load(pointwise_multiplier + o0 + o)
-        value = rounded(value, own_zero)
         if LAST > 0:
+            left = factor(value, own_zero, PRECISION)
             right = tl.load(last_weight + last[None, :] * OUT_ROWS + (o0 + o)[:, None])
-            result = multiply(factor(value), right, result, PRECISION)
+            result = multiply(left, right, result, PRECISION)
         else:
             mask = exists[:, None] & (o0 + o < OUT)
-            tl.store(out + to[:, None] + o0 + o, value.to(tl.uint8), mask=mask)
+            tl.store(out + to[:, None] + o0 + o, rounded(value, own_zero, PRECISION), mask=mask)
     if LAST > 0:
         tl.store(
             out + to[:, None] + last.to(to.dtype) * out_channel,

@@ -42,7 +42,7 @@ def launches(
                 tile,
                 precision,
             ),
-            resize(refined, resized, c, align, floor=weights["refine_zero"]),
+            resize(refined, resized, c, align, precision, floor=weights["refine_zero"]),
             product(
                 resized,
                 out,
@@ -66,6 +66,6 @@ def launches(
     for name in ("weight", "bias", "multiplier", "zero"):
         named[f"depthwise_{name}"] = weights[f"refine_{name}"]
     return [
-        resize(low, resized, c, align),
+        resize(low, resized, c, align, precision),
         dsconv(layer, resized, out, named, (c, o), tile, precision, high),
     ]

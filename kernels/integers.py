@@ -12,13 +12,20 @@ import triton.language as tl
 #: 1.5 * 2^23: what is added to a float up to 2^22 leaves the nearest integer, ties to even, in the low bits.
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
-#: Bits of a fraction between two positions, its most and half of it; and bits that a value has more than its 8 between
-#: the two directions, and half of their unit.
+#: Beyond it nothing but its sign matters of what becomes a byte.
+LARGE = tl.constexpr(4096.0)
+#: Bits of a fraction between two positions, all of it, and its most; and bits that a value has more than its 8 between the
+#: two directions.
 FRACTION = tl.constexpr(15)
+WHOLE_SHARE = tl.constexpr(2**15)
 MOST_SHARE = tl.constexpr(2**15 - 1)
-HALF_SHARE = tl.constexpr(2**14)
 GUARD = tl.constexpr(7)
-HALF_GUARD = tl.constexpr(2**6)
+#: What is taken off the first direction's sums of products, and half of its unit.
+FIRST = tl.constexpr(15 - 7)
+FIRST_HALF = tl.constexpr(2**7)
+#: The second direction's are four times as large, so that what is left of them are their highest bytes; the halves of both
+#: its roundings, which are one: 255 * 2^GUARD * 4 * 2^FRACTION and these fit 32 bits.
+SECOND_HALVES = tl.constexpr(4 * (2**14 + 2**21))
 
 
 @triton.jit
@@ -34,6 +41,22 @@ def signed(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def side_by_side(columns, COUNT: tl.constexpr):
+    """``COUNT`` tensors (N,), a power of two, as one (N, COUNT); or (N, M) as (N, M * COUNT), the columns of one M together.
+
+    Which of them a value belongs to is a register's number, so nothing moves.
+    """
+    for level in tl.static_range(6):
+        if COUNT >> level > 1:
+            joined = ()
+            for i in tl.static_range(COUNT >> level + 1):
+                pair = tl.join(columns[i], columns[i + (COUNT >> level + 1)])
+                joined = joined + (pair,)  # noqa: RUF005
+            columns = joined
+    return tl.reshape(columns[0], (columns[0].shape[0], columns[0].numel // columns[0].shape[0]))
+
+
+@triton.jit
 def multiply(left, right, total, PRECISION: tl.constexpr):
     """total + left @ right, int8 times int8 in int32; all sums are exact."""
     if PRECISION == "interpreted":  # whose products of integers are slow
@@ -45,22 +68,89 @@ def multiply(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def clamped(value, least, most):
-    """rint(clamp(value, least, most)), ties to even, of integers for bounds: in int32, MAGIC_BITS too large."""
-    return (tl.minimum(tl.maximum(value, least), most) + MAGIC).to(tl.int32, bitcast=True)
+def nearest(value, zero, PRECISION: tl.constexpr):
+    """rint(value) + zero in int32, ties to even, of a value that check_sums bounds: one that is larger saturates first."""
+    if PRECISION == "interpreted":
+        inside = tl.minimum(tl.maximum(value, -LARGE), LARGE)
+        result = (inside + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
+    else:
+        result = tl.inline_asm_elementwise(
+            "cvt.rni.s32.f32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return result + zero
 
 
 @triton.jit
-def rounded(value, zero):
-    """clamp(rint(value) + zero, 0, 255) in int32, ties to even; clamped first, which comes to the same."""
-    least = -zero.to(tl.float32)
-    return clamped(value, least, least + 255.0) + (zero - MAGIC_BITS)
+def as_bytes(q, PRECISION: tl.constexpr):
+    """clamp(q, 0, 255) of int32, as uint8; of four in a register at once."""
+    if PRECISION == "interpreted":
+        result = tl.minimum(tl.maximum(q, 0), 255).to(tl.uint8)
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.pack.sat.u8.s32.b32 t, $4, $3, 0;"
+            " cvt.pack.sat.u8.s32.b32 $0, $2, $1, t; }",
+            "=r,r,r,r,r",
+            [q],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    return result
 
 
 @triton.jit
-def factor(q):
-    """Bytes in int32 as what :func:`multiply` takes."""
-    return (q - 128).to(tl.int8)
+def rounded(value, zero, PRECISION: tl.constexpr):
+    """clamp(rint(value) + zero, 0, 255) as uint8, ties to even."""
+    return as_bytes(nearest(value, zero, PRECISION), PRECISION)
+
+
+@triton.jit
+def factor(value, zero, PRECISION: tl.constexpr):
+    """What :func:`rounded` makes, less 128: what :func:`multiply` takes."""
+    q = nearest(value, zero - 128, PRECISION)
+    if PRECISION == "interpreted":
+        result = tl.minimum(tl.maximum(q, -128), 127).to(tl.int8)
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.pack.sat.s8.s32.b32 t, $4, $3, 0;"
+            " cvt.pack.sat.s8.s32.b32 $0, $2, $1, t; }",
+            "=r,r,r,r,r",
+            [q],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return result
+
+
+@triton.jit
+def word(a, b, c, d, PRECISION: tl.constexpr):
+    """clamp(q, 0, 255) of four int32, a in the lowest byte of a word."""
+    if PRECISION == "interpreted":
+        result = as_bytes(a, PRECISION).to(tl.uint32)
+        result |= as_bytes(b, PRECISION).to(tl.uint32) << 8
+        result |= as_bytes(c, PRECISION).to(tl.uint32) << 16
+        result |= as_bytes(d, PRECISION).to(tl.uint32) << 24
+    else:
+        result = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.pack.sat.u8.s32.b32 t, $4, $3, 0;"
+            " cvt.pack.sat.u8.s32.b32 $0, $2, $1, t; }",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    return result
+
+
+@triton.jit
+def within(first, size):
+    """Words of bytes 255 where positions first .. first + 3 are from 0 to size - 1, of which the first is below it, else 0."""
+    every = tl.full(first.shape, 0xFFFFFFFF, tl.uint32)
+    before = tl.maximum(-first, 0)
+    after = tl.minimum(tl.maximum(first + 4 - size, 0), 3)
+    return (every << (8 * before).to(tl.uint32)) & (every >> (8 * after).to(tl.uint32))
 
 
 @triton.jit
@@ -135,6 +225,53 @@ def fixed_position(i, size, out, ALIGN_CORNERS: tl.constexpr, LONG: tl.constexpr
 
 
 @triton.jit
-def between(low, high, share):
-    """low + ((high - low) * share, of 2^FRACTION, rounded to nearest, halves up)."""
-    return low + (((high - low) * share + HALF_SHARE) >> FRACTION)
+def shares(share):
+    """The two values' shares of 2^FRACTION as two halves of a word, the lower one's first."""
+    return ((share << 16) - share + WHOLE_SHARE).to(tl.uint32)
+
+
+@triton.jit
+def add_dot2(halves, bytes, total, HIGH: tl.constexpr, PRECISION: tl.constexpr):
+    """total + the dot product of a word's halves with the two low, or ``HIGH``, bytes of another; all unsigned."""
+    if PRECISION == "interpreted":
+        if HIGH:
+            bytes = bytes >> 16
+        total += (halves & 0xFFFF) * (bytes & 255) + (halves >> 16) * (bytes >> 8 & 255)
+    else:
+        total = tl.inline_asm_elementwise(
+            "dp2a.hi.u32.u32 $0, $1, $2, $3;" if HIGH else "dp2a.lo.u32.u32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [halves, bytes, total],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    return total
+
+
+@triton.jit
+def between_rows(above, below, halves, PRECISION: tl.constexpr):
+    """Four values in GUARD bits more of four bytes in words: low + ((high - low) * share rounded), in one sum of two products."""
+    half = tl.zeros_like(above) + FIRST_HALF
+    low = permuted(above, below, 0x5140, PRECISION)
+    high = permuted(above, below, 0x7362, PRECISION)
+    return (
+        add_dot2(halves, low, half, False, PRECISION) >> FIRST,
+        add_dot2(halves, low, half, True, PRECISION) >> FIRST,
+        add_dot2(halves, high, half, False, PRECISION) >> FIRST,
+        add_dot2(halves, high, half, True, PRECISION) >> FIRST,
+    )
+
+
+@triton.jit
+def between_columns(left, right, share, least, PRECISION: tl.constexpr):
+    """Words of four bytes, each at least ``least``, of what :func:`between_rows` makes of two columns."""
+    less = ((-share + WHOLE_SHARE) << 2).to(tl.uint32)
+    more = (share << 2).to(tl.uint32)
+    sums = ()
+    for i in tl.static_range(4):
+        one = right[i] * more + (left[i] * less + SECOND_HALVES)
+        sums = sums + (tl.maximum(one, least << 24),)  # noqa: RUF005
+    low = permuted(sums[0], sums[1], 0x0073, PRECISION)
+    high = permuted(sums[2], sums[3], 0x0073, PRECISION)
+    return permuted(low, high, 0x5410, PRECISION)

@@ -43,6 +43,32 @@ def beside(left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def apart(tile, COUNT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The ``COUNT`` tiles (ROWS, LANES) beside each other in one."""
+    parts = (tile,)
+    for level in tl.static_range(4):
+        if COUNT >> level > 1:
+            parted = ()
+            for part in tl.static_range(1 << level):
+                parted = parted + halves(parts[part], ROWS, (COUNT >> level) * LANES)
+            parts = parted
+    return parts
+
+
+@triton.jit
+def together(parts, COUNT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """``COUNT`` tiles (ROWS, LANES) beside each other as one."""
+    for level in tl.static_range(4):
+        if COUNT >> level > 1:
+            joined = ()
+            for part in tl.static_range(COUNT >> level + 1):
+                pair = beside(parts[2 * part], parts[2 * part + 1], ROWS, LANES << level)
+                joined = joined + (pair,)  # noqa: RUF005
+            parts = joined
+    return parts[0]
+
+
+@triton.jit
 def arrives_last(counter, SLICES: tl.constexpr):
     """Whether this program is the last of ``SLICES`` that come here; the counter is then at zero again.
 
@@ -157,15 +183,7 @@ def inverted_residual_kernel(
                     expanded = tl.where(inside[None, :], expanded, 0.0)
                 if MID % BLOCK_MID != 0:  # even where x is infinite
                     expanded = tl.where((m < MID)[:, None], expanded, 0.0)
-                parts = (expanded,)
-                for level in tl.static_range(3):
-                    if PIECES[piece] >> level > 1:
-                        parted = ()
-                        for part in tl.static_range(1 << level):
-                            parted = parted + halves(
-                                parts[part], BLOCK_MID, (PIECES[piece] >> level) * LANES
-                            )
-                        parts = parted
+                parts = apart(expanded, PIECES[piece], BLOCK_MID, LANES)
                 # Each block's pixel (r, k) looks at (dy, dz) through one tap, if at all; constants have no
                 # names here, because an assignment would make them values.
                 for part in tl.static_range(PIECES[piece]):
@@ -189,16 +207,9 @@ def inverted_residual_kernel(
         parts = ()
         for part in tl.static_range(ROWS * COLUMNS):
             parts = parts + (cast(activate(sums[part], ACTIVATION), project_weight, PRECISION),)  # noqa: RUF005
-        for level in tl.static_range(4):
-            if ROWS * COLUMNS >> level > 1:
-                joined = ()
-                for part in tl.static_range(ROWS * COLUMNS >> level + 1):
-                    joined = joined + (  # noqa: RUF005
-                        beside(parts[2 * part], parts[2 * part + 1], BLOCK_MID, LANES << level),
-                    )
-                parts = joined
+        right = together(parts, ROWS * COLUMNS, BLOCK_MID, LANES)
         left = tl.load(project_weight + m[:, None] * OUT_ROW + o)
-        total = product(tl.trans(left), parts[0], total, PRECISION)
+        total = product(tl.trans(left), right, total, PRECISION)
     result = tl.trans(total)
     pixel = tl.arange(0, PIXELS)
     y = row + pixel // LANES // COLUMNS

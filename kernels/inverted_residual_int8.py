@@ -12,17 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fastscnn_fast.lower.gpu_int8 import chunk, columns, terms
+from fastscnn_fast.lower.gpu import powers
+from fastscnn_fast.lower.gpu_int8 import columns, terms
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import COUNTERS, Buffer, cdiv, rounded_up, wide
 
-from .common import offset
-from .integers import add_dot4, clamped, factor, multiply, rounded, signed
-from .inverted_residual import arrives_last
+from .common import lies_in, offset
+from .integers import add_dot4, factor, multiply, nearest, rounded, signed, within, word
+from .inverted_residual import apart, arrives_last, together
 from .launch import Launch, Tile
 
-#: Less three of integers.MAGIC_BITS, moved by 0, 1 and 2 bytes.
-_WORD = tl.constexpr(-0x8B400000 % 2**32)
+#: A zero point that leaves nothing of a sum, whose product is below 2^30 (quantise.check_sums).
+OUTSIDE = tl.constexpr(-(2**30))
 
 
 @triton.jit
@@ -36,13 +37,14 @@ def finish(
     residual_multiplier,
     project_zero,
     RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Sums of the projection to bytes, what the block was given added before they are rounded."""
     value = total.to(tl.float32) * multiplier
     if RESIDUAL:
         own = tl.load(residual, mask=mask, other=0).to(tl.int32) - tl.load(input_zero)
         value += own.to(tl.float32) * tl.load(residual_multiplier)
-    tl.store(to, rounded(value, tl.load(project_zero)).to(tl.uint8), mask=mask)
+    tl.store(to, rounded(value, tl.load(project_zero), PRECISION), mask=mask)
 
 
 @triton.jit
@@ -84,7 +86,8 @@ def inverted_residual_int8_kernel(
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCKS_IN: tl.constexpr,
     BLOCK_MID: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     SLICES: tl.constexpr,
@@ -96,92 +99,102 @@ def inverted_residual_int8_kernel(
     x += image.to(tl.int64) * x_image
     out += image.to(tl.int64) * out_image
     row = tile // tiles_across * ROWS
-    first = tile % tiles_across * (LANES * COLUMNS)
-    lane = tl.arange(0, LANES)
-    none = lane * 0  # a scalar's condition is no mask in the interpreter
+    column = tile % tiles_across * (LANES * COLUMNS)
     o = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    lane = tl.arange(0, LANES)
+    first = column * STRIDE - 1
+    PIXELS: tl.constexpr = ROWS * COLUMNS * LANES
     zero = tl.load(expand_zero)
-    least = -zero.to(tl.float32)
     depthwise_out = tl.load(depthwise_zero)
-    start = tl.load(project_bias + o)
-    if SLICES > 1:  # counted by the first slice
-        start = tl.where(tl.program_id(2) == 0, start, 0)
-    results = (tl.broadcast_to(start[None, :], (LANES, BLOCK_OUT)),) * (ROWS * COLUMNS)
+    total = tl.zeros((BLOCK_OUT, PIXELS), tl.int32)
     for step in range(STEPS):
         m = (tl.program_id(2) * STEPS + step) * BLOCK_MID + tl.arange(0, BLOCK_MID)
         taps = ()
         for above in tl.static_range(3):
-            taps = taps + (tl.load(depthwise_weight + above * MID + m)[None, :],)  # noqa: RUF005
-        of_depthwise = tl.load(depthwise_bias + m)[None, :]
-        sums = (tl.broadcast_to(of_depthwise, (LANES, BLOCK_MID)),) * (ROWS * COLUMNS)
-        of_expand = tl.broadcast_to(tl.load(expand_bias + m)[None, :], (LANES, BLOCK_MID))
-        by_expand = tl.load(expand_multiplier + m)[None, :]
+            tap = tl.load(depthwise_weight + above * MID + m)[:, None]
+            taps = taps + (tap, tap << 8)  # noqa: RUF005
+        sums = ()
+        for _ in tl.static_range(ROWS * COLUMNS):
+            of_depthwise = tl.load(depthwise_bias + m)[:, None]
+            sums = sums + (tl.broadcast_to(of_depthwise, (BLOCK_MID, LANES)),)  # noqa: RUF005
+        of_expand = tl.load(expand_bias + m)[:, None]
+        by_expand = tl.load(expand_multiplier + m)[:, None]
         for dy in tl.static_range((ROWS - 1) * STRIDE + 3):
             y = row * STRIDE + dy - 1
-            from_row = x + offset(y, first * STRIDE, width, IN_PITCH, WIDE)
+            dz = 0
             seen = ()
-            for dz in tl.static_range((COLUMNS - 1) * STRIDE + 3):
-                z = lane * (COLUMNS * STRIDE) + (dz - 1)
-                inside = (y + none >= 0) & (y + none < height) & (z >= -first * STRIDE)
-                inside = (inside & (z < width - first * STRIDE))[:, None]
-                expanded = of_expand
-                for i0 in tl.static_range(0, IN, BLOCK_IN):
-                    i = i0 + tl.arange(0, BLOCK_IN)
-                    at = from_row + (z[:, None] * IN_PITCH + i)
-                    left = signed(tl.load(at, mask=inside, other=0), PRECISION)
-                    right = tl.load(expand_weight + m[None, :] * IN + i[:, None])
-                    expanded = multiply(left, right, expanded, PRECISION)
-                # Outside the image it is the expanded byte that is zero, not x.
-                most = tl.where(inside, least + 255.0, least)
-                value = clamped(expanded.to(tl.float32) * by_expand, least, most)
-                seen = seen + (value,)  # noqa: RUF005
+            for piece in tl.static_range(len(PIECES)):
+                pixel = tl.arange(0, PIECES[piece] * LANES)
+                z = column * STRIDE + dz - 1 + pixel % LANES * (COLUMNS * STRIDE) + pixel // LANES
+                inside = lies_in(z, width) & lies_in(y + tl.zeros_like(z), height)
+                expanded = tl.broadcast_to(of_expand, (BLOCK_MID, PIECES[piece] * LANES))
+                at = x + offset(y, z, width, IN_PITCH, WIDE)[:, None]
+                i0 = 0
+                for number in tl.static_range(len(BLOCKS_IN)):
+                    i = i0 + tl.arange(0, BLOCKS_IN[number])
+                    right = signed(tl.load(at + i, mask=inside[:, None], other=0), PRECISION)
+                    left = tl.load(expand_weight + m[:, None] * IN + i)
+                    expanded = multiply(left, tl.trans(right), expanded, PRECISION)
+                    i0 += BLOCKS_IN[number]
+                q = nearest(expanded.to(tl.float32) * by_expand, zero, PRECISION)
+                seen = seen + apart(q, PIECES[piece], BLOCK_MID, LANES)
+                dz += PIECES[piece]
             for k in tl.static_range(COLUMNS):
-                word = seen[k * STRIDE] + (seen[k * STRIDE + 1] << 8) + (seen[k * STRIDE + 2] << 16)
-                word += zero * 0x10101 + _WORD
+                # The first of a word's four pixels is even, so that at stride 1 two outputs share one.
+                if k * STRIDE % 2 == 0:
+                    four = word(
+                        seen[k * STRIDE],
+                        seen[k * STRIDE + 1],
+                        seen[k * STRIDE + 2],
+                        seen[min(k * STRIDE + 3, (COLUMNS - 1) * STRIDE + 2)],
+                        PRECISION,
+                    )
+                    # Outside the image it is the expanded byte that is zero, not x.
+                    inside = within(first + lane * (COLUMNS * STRIDE) + k * STRIDE, width)
+                    inside = tl.where(lies_in(y + lane * 0, height), inside, 0)
+                    four = four & inside[None, :]
                 for r in tl.static_range(ROWS):
                     if dy - r * STRIDE >= 0 and dy - r * STRIDE < 3:
                         more = add_dot4(
-                            word, taps[dy - r * STRIDE], sums[r * COLUMNS + k], PRECISION
+                            four,
+                            taps[(dy - r * STRIDE) * 2 + k * STRIDE % 2],
+                            sums[r * COLUMNS + k],
+                            PRECISION,
                         )
                         sums = sums[: r * COLUMNS + k] + (more,) + sums[r * COLUMNS + k + 1 :]  # noqa: RUF005
-        by_depthwise = tl.load(depthwise_multiplier + m)[None, :]
-        right = tl.load(project_weight + o[None, :] * MID + m[:, None])
-        for block in tl.static_range(ROWS * COLUMNS):
-            left = factor(rounded(sums[block].to(tl.float32) * by_depthwise, depthwise_out))
-            more = multiply(left, right, results[block], PRECISION)
-            results = results[:block] + (more,) + results[block + 1 :]  # noqa: RUF005
+        value = together(sums, ROWS * COLUMNS, BLOCK_MID, LANES).to(tl.float32)
+        value *= tl.load(depthwise_multiplier + m)[:, None]
+        left = tl.load(project_weight + o[:, None] * MID + m)
+        total = multiply(left, factor(value, depthwise_out, PRECISION), total, PRECISION)
     ready = True
+    total = tl.trans(total)
     if SLICES > 1:
         at_tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        counters += at_tile.to(tl.int64) * (ROWS * COLUMNS * LANES * BLOCK_OUT + 32)
-        shared = counters + 32 + (lane[:, None] * BLOCK_OUT + tl.arange(0, BLOCK_OUT))
-        for block in tl.static_range(ROWS * COLUMNS):
-            at = shared + block * (LANES * BLOCK_OUT)
-            tl.atomic_add(at, results[block], sem="relaxed")
+        counters += at_tile.to(tl.int64) * (PIXELS * BLOCK_OUT + 32)
+        shared = (
+            counters + 32 + (tl.arange(0, PIXELS)[:, None] * BLOCK_OUT + tl.arange(0, BLOCK_OUT))
+        )
+        tl.atomic_add(shared, total, sem="relaxed")
         ready = arrives_last(counters, SLICES)
     if ready:
-        multiplier = tl.load(project_multiplier + o)[None, :]
-        for block in tl.static_range(ROWS * COLUMNS):
-            y = row + block // COLUMNS
-            z = first + lane * COLUMNS + block % COLUMNS
-            mask = ((y + none < out_height) & (z < out_width))[:, None] & (o < OUT)
-            if SLICES > 1:
-                at = shared + block * (LANES * BLOCK_OUT)
-                total = tl.load(at, cache_modifier=".cg")
-                tl.store(at, tl.zeros_like(total))
-            else:
-                total = results[block]
-            finish(
-                total,
-                x + offset(y, z, width, IN_PITCH, WIDE)[:, None] + o,
-                out + offset(y, z, out_width, OUT_PITCH, WIDE)[:, None] + o,
-                mask,
-                multiplier,
-                input_zero,
-                residual_multiplier,
-                project_zero,
-                RESIDUAL,
-            )
+        if SLICES > 1:
+            total = tl.load(shared, cache_modifier=".cg")
+            tl.store(shared, tl.zeros_like(total))
+        pixel = tl.arange(0, PIXELS)
+        y = row + pixel // LANES // COLUMNS
+        z = column + pixel % LANES * COLUMNS + pixel // LANES % COLUMNS
+        finish(
+            total + tl.load(project_bias + o)[None, :],
+            x + offset(y, z, width, IN_PITCH, WIDE)[:, None] + o,
+            out + offset(y, z, out_width, OUT_PITCH, WIDE)[:, None] + o,
+            ((y < out_height) & (z < out_width))[:, None] & (o < OUT),
+            tl.load(project_multiplier + o)[None, :],
+            input_zero,
+            residual_multiplier,
+            project_zero,
+            RESIDUAL,
+            PRECISION,
+        )
 
 
 def launches(
@@ -229,7 +242,8 @@ def launches(
                 "LANES": tile.pixels,
                 "ROWS": tile.rows,
                 "COLUMNS": tile.columns,
-                "BLOCK_IN": chunk(layer.in_channels),
+                "PIECES": powers((tile.columns - 1) * layer.stride + 3),
+                "BLOCKS_IN": powers(terms(layer.in_channels)),
                 "BLOCK_MID": block,
                 "BLOCK_OUT": block_out,
                 "SLICES": slices,

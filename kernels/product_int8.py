@@ -9,7 +9,15 @@ from fastscnn_fast.lower.gpu_int8 import chunk, columns, terms
 from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
 from .common import offset
-from .integers import GUARD, HALF_GUARD, between, fixed_position, multiply, rounded, signed
+from .integers import (
+    between_columns,
+    between_rows,
+    fixed_position,
+    multiply,
+    rounded,
+    shares,
+    signed,
+)
 from .launch import Launch, Tile
 from .resize import is_long
 
@@ -75,9 +83,9 @@ def product_int8_kernel(
             left = signed(tl.load(at, mask=inside, other=0), PRECISION)
             right = tl.load(y_weight + at_row[None, :] * MID + m[:, None])
             total = multiply(left, right, total, PRECISION)
-    value = rounded(total.to(tl.float32) * tl.load(multiplier + o), tl.load(zero))
+    value = rounded(total.to(tl.float32) * tl.load(multiplier + o), tl.load(zero), PRECISION)
     to = out + offset(row, column, width, OUT_PITCH, WIDE)[:, None] + o
-    tl.store(to, value.to(tl.uint8), mask=exists[:, None] & (o < OUT))
+    tl.store(to, value, mask=exists[:, None] & (o < OUT))
 
 
 def product(
@@ -152,6 +160,7 @@ def resize_int8_kernel(
     ALIGN_CORNERS: tl.constexpr,
     WIDE: tl.constexpr,
     LONG: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -162,40 +171,40 @@ def resize_int8_kernel(
     image = tl.program_id(0) // (height * tiles_across)
     x += image.to(tl.int64) * x_image
     out += image.to(tl.int64) * out_image
+    x = x.to(tl.pointer_type(tl.uint32), bitcast=True)
+    out = out.to(tl.pointer_type(tl.uint32), bitcast=True)
     row = tl.program_id(0) // tiles_across % height
     column = tl.program_id(0) % tiles_across * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    c = tl.program_id(1) * (BLOCK_CHANNELS // 4) + tl.arange(0, BLOCK_CHANNELS // 4)
     if len(BINS) > 0:
         cells = 0
-        out += tl.program_id(2) * CHANNELS
+        out += tl.program_id(2) * (CHANNELS // 4)
         for b in tl.static_range(len(BINS)):
             if tl.program_id(2) == b:
                 low_height = BINS[b]
                 low_width = BINS[b]
-                x += cells * X_PITCH
+                x += cells * (X_PITCH // 4)
             cells += BINS[b] ** 2
     top, by_row = fixed_position(row, low_height, height, ALIGN_CORNERS, LONG)
     left, share = fixed_position(column, low_width, width, ALIGN_CORNERS, LONG)
     bottom = tl.minimum(top + 1, low_height - 1)
     right = tl.minimum(left + 1, low_width - 1)
-    mask = (column < width)[:, None] & (c < CHANNELS)
+    mask = (column < width)[:, None] & (c < CHANNELS // 4)
+    by_row = shares(by_row) + tl.zeros((1, 1), tl.uint32)
     sides = ()
     for side in tl.static_range(2):
         z = left if side == 0 else right
-        above = tl.load(
-            x + offset(top, z, low_width, X_PITCH, WIDE)[:, None] + c, mask=mask, other=0
-        )
-        below = tl.load(
-            x + offset(bottom, z, low_width, X_PITCH, WIDE)[:, None] + c, mask=mask, other=0
-        )
-        blend = between(above.to(tl.int32) << GUARD, below.to(tl.int32) << GUARD, by_row)
-        sides = sides + (blend,)  # noqa: RUF005
-    value = between(sides[0], sides[1], share[:, None])
-    value = (value + HALF_GUARD) >> GUARD
+        at = x + offset(top, z, low_width, X_PITCH // 4, WIDE)[:, None] + c
+        above = tl.load(at, mask=mask, other=0)
+        at = x + offset(bottom, z, low_width, X_PITCH // 4, WIDE)[:, None] + c
+        below = tl.load(at, mask=mask, other=0)
+        sides = sides + (between_rows(above, below, by_row, PRECISION),)  # noqa: RUF005
+    least = tl.zeros((1, 1), tl.uint32)
     if FLOOR:
-        value = tl.maximum(value, tl.load(floor))
-    to = out + offset(row, column, width, OUT_PITCH, WIDE)[:, None] + c
-    tl.store(to, value.to(tl.uint8), mask=mask)
+        least += tl.load(floor).to(tl.uint32)
+    value = between_columns(sides[0], sides[1], share[:, None], least, PRECISION)
+    to = out + offset(row, column, width, OUT_PITCH // 4, WIDE)[:, None] + c
+    tl.store(to, value, mask=mask)
 
 
 def resize(
@@ -203,6 +212,7 @@ def resize(
     out: Buffer,
     channels: int,
     align_corners: bool,
+    precision: str,
     floor: Buffer | None = None,
     bins: tuple[int, ...] = (),
 ) -> Launch:
@@ -234,10 +244,11 @@ def resize(
             "ALIGN_CORNERS": align_corners,
             "WIDE": wide(x, out),
             "LONG": long,
+            "PRECISION": precision,
             "BLOCK_PIXELS": pixels,
             "BLOCK_CHANNELS": block,
         },
-        block // 16,
+        max(block // 32, 1),
         1,
         fused=False,
     )

@@ -21,6 +21,7 @@ from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.memory import Buffer, cdiv, power_of_two, wide
 
 from .common import activate, branch_of, cast, offset, product
+from .integers import multiply, signed
 from .launch import Launch, Tile
 
 
@@ -41,7 +42,7 @@ def row_sums_kernel(
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """x (H, W, X_PITCH) -> sums (H, cells of one row, IN) over each cell's columns, float32."""
+    """x (H, W, X_PITCH) -> sums (H, cells of one row, IN) over each cell's columns, float32, or int32 of bytes."""
     image = tl.program_id(0) // height
     row = tl.program_id(0) % height
     x += image.to(tl.int64) * x_image + offset(row, 0, width, X_PITCH, WIDE)
@@ -51,20 +52,55 @@ def row_sums_kernel(
     bins, within, _ = branch_of(cell, BINS, 1)
     begin = (within * width // bins)[:, None]
     end = tl.cdiv((within + 1) * width, bins)[:, None]
-    total = tl.zeros((BLOCK_CELLS, BLOCK_IN), tl.float32)
+    BYTES: tl.constexpr = x.dtype.element_ty == tl.uint8
+    total = tl.zeros((BLOCK_CELLS, BLOCK_IN), sums.dtype.element_ty)
+    if BYTES:  # each column is counted less 128
+        total += (end - begin) * 128
     for first in range(0, width, BLOCK_PIXELS):
         column = first + tl.arange(0, BLOCK_PIXELS)
-        value = tl.load(
-            x + column[:, None] * X_PITCH + c, mask=(column < width)[:, None], other=0.0
-        )
+        value = tl.load(x + column[:, None] * X_PITCH + c, mask=(column < width)[:, None], other=0)
         counts = (column[None, :] >= begin) & (column[None, :] < end)
-        total = product(
-            cast(tl.where(counts, 1.0, 0.0), x, PRECISION),
-            value,
-            total,
-            PRECISION,
-        )
+        if BYTES:
+            total = multiply(counts.to(tl.int8), signed(value, PRECISION), total, PRECISION)
+        else:
+            left = cast(tl.where(counts, 1.0, 0.0), x, PRECISION)
+            total = product(left, value, total, PRECISION)
     tl.store(sums + cell[:, None] * IN + c, total)
+
+
+@triton.jit
+def cells_of(block, height, width, BINS: tl.constexpr, BLOCK_CELLS: tl.constexpr):
+    """Of a block of cells: its branch, that one's first column of sums and first cell of all; then by cell its number there,
+    whether it exists, its column, its rows' begin and end and its area; and the rows' begin and end of all."""
+    branch = 0
+    bins = 0
+    first = 0
+    row_cell = 0
+    before = 0
+    blocks = 0
+    cells = 0
+    row_cells = 0
+    for b in tl.static_range(len(BINS)):
+        if block >= blocks:
+            branch = b
+            bins = BINS[b]
+            first = (block - blocks) * BLOCK_CELLS
+            row_cell = row_cells
+            before = cells
+        blocks += tl.cdiv(BINS[b] ** 2, BLOCK_CELLS)
+        cells += BINS[b] ** 2
+        row_cells += BINS[b]
+    cell = first + tl.arange(0, BLOCK_CELLS)
+    i = cell // bins
+    j = cell % bins
+    top = i * height // bins
+    bottom = tl.cdiv((i + 1) * height, bins)
+    area = (bottom - top) * (tl.cdiv((j + 1) * width, bins) - j * width // bins)
+    first_row = first // bins * height // bins
+    last_cell = tl.minimum(first + BLOCK_CELLS, bins * bins) - 1
+    end_row = tl.cdiv((last_cell // bins + 1) * height, bins)
+    exists = cell < bins * bins
+    return branch, row_cell, before, cell, exists, j, top, bottom, area, first_row, end_row
 
 
 @triton.jit
@@ -96,35 +132,9 @@ def grids_kernel(
     block = tl.program_id(0) % BLOCKS
     sums += image.to(tl.int64) * sums_image
     shares += image.to(tl.int64) * shares_image
-    # The block's branch, its first cell there, the branch's first column of sums and cell of shares.
-    branch = 0
-    bins = 0
-    first = 0
-    row_cell = 0
-    share = 0
-    blocks = 0
-    cells = 0
-    row_cells = 0
-    for b in tl.static_range(len(BINS)):
-        if block >= blocks:
-            branch = b
-            bins = BINS[b]
-            first = (block - blocks) * BLOCK_CELLS
-            row_cell = row_cells
-            share = cells
-        blocks += tl.cdiv(BINS[b] ** 2, BLOCK_CELLS)
-        cells += BINS[b] ** 2
-        row_cells += BINS[b]
-    cell = first + tl.arange(0, BLOCK_CELLS)
-    exists = cell < bins * bins
-    i = cell // bins
-    j = cell % bins
-    top = i * height // bins
-    bottom = tl.cdiv((i + 1) * height, bins)
-    area = (bottom - top) * (tl.cdiv((j + 1) * width, bins) - j * width // bins)
-    first_row = first // bins * height // bins
-    last_cell = tl.minimum(first + BLOCK_CELLS, bins * bins) - 1
-    end_row = tl.cdiv((last_cell // bins + 1) * height, bins)
+    branch, row_cell, share, cell, exists, j, top, bottom, area, first_row, end_row = cells_of(
+        block, height, width, BINS, BLOCK_CELLS
+    )
     mid = tl.arange(0, MID)
     value = tl.zeros((BLOCK_CELLS, MID), tl.float32)
     value += tl.load(branch_bias + branch * MID + mid)
@@ -297,6 +307,36 @@ def convolution(
     )
 
 
+def row_sums(x: Buffer, sums: Buffer, bins: tuple[int, ...], precision: str) -> Launch:
+    """x (N, H, W, C) -> sums (N, H, cells of one row, C')."""
+    images, height, row_cells, c = sums.shape
+    block = min(c & -c, 64)
+    of_bytes = x.dtype == torch.uint8
+    return Launch(
+        row_sums_kernel,
+        (height * images, c // block),
+        {
+            "x": x,
+            "sums": sums,
+            "height": height,
+            "width": x.shape[2],
+            "x_image": x.strides[0],
+            "sums_image": sums.strides[0],
+            "X_PITCH": x.strides[2],
+            "IN": c,
+            "BINS": bins,
+            "BLOCK_CELLS": row_cells,
+            "PRECISION": precision,
+            "WIDE": wide(x),
+            "BLOCK_PIXELS": 32,
+            "BLOCK_IN": block,
+        },
+        4,
+        1 if of_bytes else 2,  # a pipeline would copy bytes by fewer than 16 a thread
+        fused=not of_bytes,
+    )
+
+
 def launches(
     layer: Layer, x: Buffer, out: Buffer, weights: dict[str, Buffer], tile: Tile, precision: str
 ) -> list[Launch]:
@@ -314,28 +354,7 @@ def launches(
     shares = Buffer.dense("pyramid_shares", x.dtype, (images, taps, cells, out_row))
     blocks = sum(cdiv(b * b, CELLS) for b in bins)
     return [
-        Launch(
-            row_sums_kernel,
-            (height * images, computed_channels(c) // block_in),
-            {
-                "x": x,
-                "sums": sums,
-                "height": height,
-                "width": width,
-                "x_image": x.strides[0],
-                "sums_image": sums.strides[0],
-                "X_PITCH": x.strides[2],
-                "IN": computed_channels(c),
-                "BINS": bins,
-                "BLOCK_CELLS": row_cells,
-                "PRECISION": precision,
-                "WIDE": wide(x),
-                "BLOCK_PIXELS": 32,
-                "BLOCK_IN": block_in,
-            },
-            4,
-            2,
-        ),
+        row_sums(x, sums, bins, precision),
         Launch(
             grids_kernel,
             (blocks * images,),

@@ -13,49 +13,12 @@ import triton.language as tl
 from fastscnn_fast.lower.gpu import CELLS
 from fastscnn_fast.lower.gpu_int8 import branch_terms, chunk, terms
 from fastscnn_fast.program.layers import Layer
-from fastscnn_fast.program.memory import Buffer, cdiv, power_of_two, wide
+from fastscnn_fast.program.memory import Buffer, cdiv, power_of_two
 
-from .common import branch_of, offset
-from .integers import factor, multiply, rounded, signed
+from .integers import factor, multiply, rounded
 from .launch import Launch, Tile
 from .product_int8 import product, resize
-
-
-@triton.jit
-def row_sums_int8_kernel(
-    x,
-    sums,
-    height,
-    width,
-    x_image,
-    sums_image,
-    X_PITCH: tl.constexpr,
-    IN: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK_CELLS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-):
-    """x (H, W, X_PITCH) -> sums (H, cells of one row, IN) over each cell's columns, int32."""
-    image = tl.program_id(0) // height
-    row = tl.program_id(0) % height
-    x += image.to(tl.int64) * x_image + offset(row, 0, width, X_PITCH, WIDE)
-    sums += image.to(tl.int64) * sums_image + row * BLOCK_CELLS * IN
-    c = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    cell = tl.arange(0, BLOCK_CELLS)
-    bins, within, _ = branch_of(cell, BINS, 1)
-    begin = (within * width // bins)[:, None]
-    end = tl.cdiv((within + 1) * width, bins)[:, None]
-    # Each column is counted less 128.
-    total = tl.broadcast_to((end - begin) * 128, (BLOCK_CELLS, BLOCK_IN))
-    for first in range(0, width, BLOCK_PIXELS):
-        column = first + tl.arange(0, BLOCK_PIXELS)
-        value = tl.load(x + column[:, None] * X_PITCH + c, mask=(column < width)[:, None], other=0)
-        counts = (column[None, :] >= begin) & (column[None, :] < end)
-        total = multiply(counts.to(tl.int8), signed(value, PRECISION), total, PRECISION)
-    tl.store(sums + cell[:, None] * IN + c, total)
+from .pyramid_pooling import cells_of, row_sums
 
 
 @triton.jit
@@ -85,36 +48,10 @@ def grids_int8_kernel(
     block = tl.program_id(0) % BLOCKS
     sums += image.to(tl.int64) * sums_image
     grids += image.to(tl.int64) * grids_image
-    # The block's branch, its first cell there, the branch's first column of sums and cell of all.
-    branch = 0
-    bins = 0
-    first = 0
-    row_cell = 0
-    before = 0
-    blocks = 0
-    cells = 0
-    row_cells = 0
-    for b in tl.static_range(len(BINS)):
-        if block >= blocks:
-            branch = b
-            bins = BINS[b]
-            first = (block - blocks) * BLOCK_CELLS
-            row_cell = row_cells
-            before = cells
-        blocks += tl.cdiv(BINS[b] ** 2, BLOCK_CELLS)
-        cells += BINS[b] ** 2
-        row_cells += BINS[b]
-    cell = first + tl.arange(0, BLOCK_CELLS)
-    exists = cell < bins * bins
-    i = cell // bins
-    j = cell % bins
-    top = i * height // bins
-    bottom = tl.cdiv((i + 1) * height, bins)
-    area = (bottom - top) * (tl.cdiv((j + 1) * width, bins) - j * width // bins)
+    branch, row_cell, before, cell, exists, j, top, bottom, area, first_row, end_row = cells_of(
+        block, height, width, BINS, BLOCK_CELLS
+    )
     share = tl.div_rn(tl.full((BLOCK_CELLS,), 1.0, tl.float32), area.to(tl.float32))
-    first_row = first // bins * height // bins
-    last_cell = tl.minimum(first + BLOCK_CELLS, bins * bins) - 1
-    end_row = tl.cdiv((last_cell // bins + 1) * height, bins)
     mid = branch * MID + tl.arange(0, MID)
     value = tl.broadcast_to(tl.load(branch_bias + mid)[None, :], (BLOCK_CELLS, MID))
     for c0 in range(0, IN, BLOCK_IN):
@@ -126,13 +63,13 @@ def grids_int8_kernel(
                 mask=(exists & (y >= top) & (y < bottom))[:, None],
                 other=0,
             )
-        mean = rounded(pooled.to(tl.float32) * share[:, None], branch * 0)
+        mean = factor(pooled.to(tl.float32) * share[:, None], 0, PRECISION)
         right = tl.load(branch_weight + mid[None, :] * IN + c[:, None])
-        value = multiply(factor(mean), right, value, PRECISION)
+        value = multiply(mean, right, value, PRECISION)
     value = value.to(tl.float32) * tl.load(branch_multiplier + mid)
-    value = rounded(value, tl.load(branch_zero + branch))
+    value = rounded(value, tl.load(branch_zero + branch), PRECISION)
     to = grids + (before + cell)[:, None] * MID + tl.arange(0, MID)
-    tl.store(to, value.to(tl.uint8), mask=exists[:, None])
+    tl.store(to, value, mask=exists[:, None])
 
 
 def launches(
@@ -150,29 +87,7 @@ def launches(
     parts = Buffer.dense("pyramid_parts", x.dtype, (images, height, width, len(bins) * mid))
     of_branches = ("branch_weight", "branch_bias", "branch_multiplier", "branch_zero")
     return [
-        Launch(
-            row_sums_int8_kernel,
-            (height * images, terms(c) // block_in),
-            {
-                "x": x,
-                "sums": sums,
-                "height": height,
-                "width": width,
-                "x_image": x.strides[0],
-                "sums_image": sums.strides[0],
-                "X_PITCH": x.strides[2],
-                "IN": terms(c),
-                "BINS": bins,
-                "BLOCK_CELLS": row_cells,
-                "PRECISION": precision,
-                "WIDE": wide(x),
-                "BLOCK_PIXELS": 32,
-                "BLOCK_IN": block_in,
-            },
-            4,
-            1,
-            fused=False,
-        ),
+        row_sums(x, sums, bins, precision),
         Launch(
             grids_int8_kernel,
             (blocks * images,),
@@ -198,7 +113,7 @@ def launches(
             2,
             fused=False,
         ),
-        resize(grids, parts, mid, layer.align_corners, bins=bins),
+        resize(grids, parts, mid, layer.align_corners, precision, bins=bins),
         product(
             x,
             out,

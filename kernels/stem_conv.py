@@ -7,6 +7,9 @@ border ask which terms lie inside.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -16,6 +19,16 @@ from fastscnn_fast.program.memory import Buffer, cdiv, wide
 
 from .common import activate, cast, offset, product
 from .launch import Launch, Tile
+
+
+@triton.jit
+def lies_inside(first, out_width, height, width, PADDING: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
+    """Whether all that a block of pixels from number ``first`` looks at lies in the picture, and it in one row."""
+    left = first % out_width
+    above = first // out_width
+    inside = (left >= PADDING) & (2 * (left + BLOCK_PIXELS) - PADDING < width)
+    inside &= (left + BLOCK_PIXELS <= out_width) & (above >= PADDING)
+    return inside & (2 * above + 2 - PADDING < height)
 
 
 @triton.jit
@@ -73,12 +86,7 @@ def stem_conv_kernel(
     # The sum of a pixel's part, in a pointer, and a term's: one addition a value.
     at = (x + (y * x_row + z * x_column))[None, :] + from_pixel[:, None]
     used = (term < 9 * CHANNELS)[:, None]
-    left = first % out_width
-    above = first // out_width
-    within = (left >= PADDING) & (2 * (left + BLOCK_PIXELS) + 1 - PADDING < width)
-    within &= (left + BLOCK_PIXELS <= out_width) & (above >= PADDING)
-    within &= 2 * above + 2 - PADDING < height
-    if within:
+    if lies_inside(first, out_width, height, width, PADDING, BLOCK_PIXELS):
         value = normalised(tl.load(at, mask=used, other=0), scale, shift, channel, RAW)
     else:
         inside = used & ((y[None, :] + dy[:, None] >= 0) & (y[None, :] + dy[:, None] < height))
@@ -115,41 +123,57 @@ def launches(
     layer: Layer, x: Buffer, out: Buffer, weights: dict[str, Buffer], tile: Tile, precision: str
 ) -> list[Launch]:
     """x (N, C, H, W), floats or uint8; out (N, H', W', O)."""
+    own = {
+        "OUT": computed_channels(layer.out_channels),
+        "ACTIVATION": layer.activation,
+        "TERMS": stem_terms(layer.in_channels),
+        "BLOCK_OUT": columns(layer.out_channels),
+    }
+    return [launch(stem_conv_kernel, layer, x, out, weights, own, tile, precision)]
+
+
+def launch(
+    kernel: Any,
+    layer: Layer,
+    x: Buffer,
+    out: Buffer,
+    weights: dict[str, Buffer],
+    own: dict[str, Any],
+    tile: Tile,
+    precision: str,
+) -> Launch:
+    """Of a kernel of pixels, with what an arithmetic has of its ``own``."""
     images, channels, height, width = x.shape
     _, out_height, out_width, _ = out.shape
     tiles = cdiv(out_height * out_width, tile.pixels)
     x_image, x_channel, x_row, x_column = x.strides
-    return [
-        Launch(
-            stem_conv_kernel,
-            (tiles * images,),
-            {
-                "x": x,
-                **weights,
-                "out": out,
-                "height": height,
-                "width": width,
-                "out_height": out_height,
-                "out_width": out_width,
-                "tiles": tiles,
-                "x_image": x_image,
-                "x_channel": x_channel,
-                "x_row": x_row,
-                "x_column": x_column,
-                "out_image": out.strides[0],
-                "CHANNELS": channels,
-                "OUT": computed_channels(layer.out_channels),
-                "OUT_PITCH": out.strides[2],
-                "PADDING": layer.padding,
-                "ACTIVATION": layer.activation,
-                "PRECISION": precision,
-                "WIDE": wide(x, out),
-                "RAW": x.dtype.itemsize == 1,
-                "TERMS": stem_terms(channels),
-                "BLOCK_PIXELS": tile.pixels,
-                "BLOCK_OUT": columns(layer.out_channels),
-            },
-            tile.warps,
-            tile.stages,
-        )
-    ]
+    return Launch(
+        kernel,
+        (tiles * images,),
+        {
+            "x": x,
+            **weights,
+            "out": out,
+            "height": height,
+            "width": width,
+            "out_height": out_height,
+            "out_width": out_width,
+            "tiles": tiles,
+            "x_image": x_image,
+            "x_channel": x_channel,
+            "x_row": x_row,
+            "x_column": x_column,
+            "out_image": out.strides[0],
+            "CHANNELS": channels,
+            "OUT_PITCH": out.strides[2],
+            "PADDING": layer.padding,
+            "PRECISION": precision,
+            "WIDE": wide(x, out),
+            "RAW": x.dtype.itemsize == 1,
+            "BLOCK_PIXELS": tile.pixels,
+            **own,
+        },
+        tile.warps,
+        tile.stages,
+        fused=out.dtype != torch.uint8,
+    )

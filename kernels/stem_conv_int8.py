@@ -7,21 +7,65 @@ import triton.language as tl
 
 from fastscnn_fast.lower.gpu_int8 import columns, stem_terms, terms
 from fastscnn_fast.program.layers import Layer
-from fastscnn_fast.program.memory import Buffer, cdiv, wide
+from fastscnn_fast.program.memory import Buffer
 
 from .common import offset
-from .integers import multiply, rounded, signed
+from .integers import multiply, rounded, side_by_side, signed
 from .launch import Launch, Tile
+from .stem_conv import launch, lies_inside
 
 
 @triton.jit
-def pixels_of(value, scale, shift, channel, RAW: tl.constexpr):
-    """(terms, pixels) of a picture as bytes: themselves, or of normalised floats."""
-    if not RAW:
-        value = value * tl.load(scale + channel)[:, None] + tl.load(shift + channel)[:, None]
-        value = tl.where(value == value, value, 0.0)
-        value = rounded(value, channel[:, None] * 0).to(tl.uint8)
-    return value
+def position_of(term: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):
+    """The channel, row and column of a term (ky, kx, c)."""
+    channel = term % CHANNELS
+    dy = term // CHANNELS // 3
+    dz = term // CHANNELS % 3
+    if WIDE:
+        return tl.cast(channel, tl.int64), tl.cast(dy, tl.int64), tl.cast(dz, tl.int64)
+    else:
+        return channel, dy, dz
+
+
+@triton.jit
+def terms_of(
+    x,
+    at,
+    top,
+    left,
+    height,
+    width,
+    x_channel,
+    x_row,
+    x_column,
+    pad,
+    scale,
+    shift,
+    CHANNELS: tl.constexpr,
+    TERMS: tl.constexpr,
+    RAW: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Bytes (pixels, TERMS) of terms (ky, kx, c); those beyond the last repeat it, for weights of 0."""
+    terms = ()
+    for term in tl.static_range(TERMS):
+        channel, dy, dz = position_of(min(term, 9 * CHANNELS - 1), CHANNELS, WIDE)
+        from_pixel = x + (channel * x_channel + dy * x_row + dz * x_column) + at
+        if MASKED:
+            inside = (top + dy >= 0) & (top + dy < height)
+            inside &= (left + dz >= 0) & (left + dz < width)
+            value = tl.load(from_pixel, mask=inside, other=0)
+        else:
+            value = tl.load(from_pixel)
+        if not RAW:
+            value = value * tl.load(scale + channel) + tl.load(shift + channel)
+            value = rounded(tl.where(value == value, value, 0.0), 0, PRECISION)
+        if MASKED:
+            value = tl.where(inside, value, tl.load(pad + channel).to(tl.uint8))
+        terms = terms + (value,)  # noqa: RUF005
+    return side_by_side(terms, TERMS)
 
 
 @triton.jit
@@ -65,35 +109,57 @@ def stem_conv_int8_kernel(
     row = pixel // out_width
     column = pixel % out_width
     exists = row < out_height
-    term = tl.arange(0, TERMS)  # (ky, kx, c)
-    channel = term % CHANNELS
-    dy = term // (3 * CHANNELS) - PADDING
-    dz = term // CHANNELS % 3 - PADDING
+    top = row * 2 - PADDING
+    left = column * 2 - PADDING
+    at = left * x_column
     if WIDE:
-        y = row.to(tl.int64) * 2
-        z = column.to(tl.int64) * 2
-        from_pixel = channel.to(tl.int64) * x_channel + dy.to(tl.int64) * x_row
-        from_pixel += dz.to(tl.int64) * x_column
+        at += top.to(tl.int64) * x_row
     else:
-        y = row * 2
-        z = column * 2
-        from_pixel = channel * x_channel + dy * x_row + dz * x_column
-    at = (x + (y * x_row + z * x_column))[None, :] + from_pixel[:, None]
-    used = (term < 9 * CHANNELS)[:, None]
-    left = first % out_width
-    above = first // out_width
-    within = (left >= PADDING) & (2 * (left + BLOCK_PIXELS) + 1 - PADDING < width)
-    within &= (left + BLOCK_PIXELS <= out_width) & (above >= PADDING)
-    within &= 2 * above + 2 - PADDING < height
-    if within:
-        value = pixels_of(tl.load(at, mask=used, other=0), scale, shift, channel, RAW)
+        at += top * x_row
+    if lies_inside(first, out_width, height, width, PADDING, BLOCK_PIXELS):
+        value = terms_of(
+            x,
+            at,
+            top,
+            left,
+            tl.where(exists, height, 0),
+            width,
+            x_channel,
+            x_row,
+            x_column,
+            pad,
+            scale,
+            shift,
+            CHANNELS,
+            TERMS,
+            RAW,
+            False,
+            WIDE,
+            PRECISION,
+        )
     else:
-        inside = used & ((y[None, :] + dy[:, None] >= 0) & (y[None, :] + dy[:, None] < height))
-        inside &= (z[None, :] + dz[:, None] >= 0) & (z[None, :] + dz[:, None] < width)
-        inside &= exists[None, :]
-        value = pixels_of(tl.load(at, mask=inside, other=0), scale, shift, channel, RAW)
-        value = tl.where(inside, value, tl.load(pad + channel).to(tl.uint8)[:, None])
-    factors = tl.trans(signed(value, PRECISION))
+        value = terms_of(
+            x,
+            at,
+            top,
+            left,
+            tl.where(exists, height, 0),
+            width,
+            x_channel,
+            x_row,
+            x_column,
+            pad,
+            scale,
+            shift,
+            CHANNELS,
+            TERMS,
+            RAW,
+            True,
+            WIDE,
+            PRECISION,
+        )
+    factors = signed(value, PRECISION)
+    term = tl.arange(0, TERMS)
     to = out + offset(row, column, out_width, OUT_PITCH, WIDE)[:, None]
     o = tl.arange(0, BLOCK_OUT)
     own_zero = tl.load(zero)
@@ -101,50 +167,18 @@ def stem_conv_int8_kernel(
         right = tl.load(weight + (o0 + o)[None, :] * TERMS + term[:, None])
         total = tl.broadcast_to(tl.load(bias + o0 + o)[None, :], (BLOCK_PIXELS, BLOCK_OUT))
         total = multiply(factors, right, total, PRECISION)
-        result = rounded(total.to(tl.float32) * tl.load(multiplier + o0 + o), own_zero)
+        result = rounded(total.to(tl.float32) * tl.load(multiplier + o0 + o), own_zero, PRECISION)
         mask = exists[:, None] & (o0 + o < OUT)
-        tl.store(to + o0 + o, result.to(tl.uint8), mask=mask)
+        tl.store(to + o0 + o, result, mask=mask)
 
 
 def launches(
     layer: Layer, x: Buffer, out: Buffer, weights: dict[str, Buffer], tile: Tile, precision: str
 ) -> list[Launch]:
     """x (N, C, H, W), float32 or uint8; out (N, H', W', O)."""
-    images, channels, height, width = x.shape
-    _, out_height, out_width, _ = out.shape
-    tiles = cdiv(out_height * out_width, tile.pixels)
-    x_image, x_channel, x_row, x_column = x.strides
-    return [
-        Launch(
-            stem_conv_int8_kernel,
-            (tiles * images,),
-            {
-                "x": x,
-                **weights,
-                "out": out,
-                "height": height,
-                "width": width,
-                "out_height": out_height,
-                "out_width": out_width,
-                "tiles": tiles,
-                "x_image": x_image,
-                "x_channel": x_channel,
-                "x_row": x_row,
-                "x_column": x_column,
-                "out_image": out.strides[0],
-                "CHANNELS": channels,
-                "OUT": terms(layer.out_channels),
-                "OUT_PITCH": out.strides[2],
-                "PADDING": layer.padding,
-                "PRECISION": precision,
-                "WIDE": wide(x, out),
-                "RAW": x.dtype.itemsize == 1,
-                "TERMS": stem_terms(channels),
-                "BLOCK_PIXELS": tile.pixels,
-                "BLOCK_OUT": columns(layer.out_channels),
-            },
-            tile.warps,
-            tile.stages,
-            fused=False,
-        )
-    ]
+    own = {
+        "OUT": terms(layer.out_channels),
+        "TERMS": stem_terms(layer.in_channels),
+        "BLOCK_OUT": columns(layer.out_channels),
+    }
+    return [launch(stem_conv_int8_kernel, layer, x, out, weights, own, tile, precision)]

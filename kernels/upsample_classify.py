@@ -68,11 +68,14 @@ def largest(
     zero = tl.zeros_like(weight)
     for k in range(CLASSES):
         above, below = low_rows(corners, plane_of(k, x_class, WIDE), weight)
-        value = lerp(above[None, :], below[None, :], by_row)
-        larger = value > best
-        if FINITE:
-            zero += above * 0.0 + below * 0.0  # NaN from then on where one is not
+        if FINITE:  # one multiply-add a pixel
+            step = below - above
+            zero += step * 0.0  # NaN from then on where one is not, nor their difference
+            value = above[None, :] + step[None, :] * by_row
         else:
+            value = lerp(above[None, :], below[None, :], by_row)
+        larger = value > best
+        if not FINITE:
             larger = larger | ((value != value) & (best == best))
         best = tl.where(larger, value, best)
         label = tl.where(larger, k, label)

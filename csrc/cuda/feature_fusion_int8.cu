@@ -116,10 +116,17 @@ __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
   const int first_across = next(phases_across), first_down = next(phases_down);
   const int64_t top = first_down + int64_t{down} * kRows * dilation;
   const int64_t start = first_across + int64_t{across} * kAcross * dilation;
-  if (top >= height || start >= width) {
-    wait_for_launches_before();
-    return;
+  const auto sample_at = [&](int64_t at, int size, int low_size) {
+    const bool exists = at >= 0 && at < size;
+    return exists ? fixed_sample(int(at), low_size, size, align_corners) : FixedSample{-1, -1, 0};
+  };
+  if (const int i = threadIdx.x; i < kHaloRows) {
+    samples.down[i] = sample_at(top + (i - 1) * int64_t{dilation}, height, low_height);
+  } else if (const int j = i - kThreads / 2; j >= 0 && j < kHaloColumns) {
+    samples.across[j] = sample_at(start + (j - 1) * int64_t{dilation}, width, low_width);
   }
+  wait_for_launches_before();
+  if (top >= height || start >= width) return;
   high += block * high_image;
   low += block * low_image;
   out += block * out_image;
@@ -154,21 +161,11 @@ __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
   Sums<1, kTiles> total;
   total.template start_fours<kTiles / 2>(bias + first_column + Product::column(),
                                          rows - first_column - Product::column());
-  const auto sample_at = [&](int64_t at, int size, int low_size) {
-    const bool exists = at >= 0 && at < size;
-    return exists ? fixed_sample(int(at), low_size, size, align_corners) : FixedSample{-1, -1, 0};
-  };
-  if (const int i = threadIdx.x; i < kHaloRows) {
-    samples.down[i] = sample_at(top + (i - 1) * int64_t{dilation}, height, low_height);
-  } else if (const int j = i - kThreads / 2; j >= 0 && j < kHaloColumns) {
-    samples.across[j] = sample_at(start + (j - 1) * int64_t{dilation}, width, low_width);
-  }
   // What this warp refines.
   const int warp = threadIdx.x / 32;
   const int unit_channel = warp / kUnitsAcross * 16, unit_pixel = warp % kUnitsAcross * 16 * kUnit;
   const int zero_of_refined = *refine_zero;
   const ByteSelect<4> select;
-  wait_for_launches_before();
   __syncthreads();
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {

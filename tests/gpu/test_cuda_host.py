@@ -247,10 +247,10 @@ class Mutant:
 
 
 BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
-LATER_WAIT = r"async_wait<(1|kStages - 2)>\(\);"
+LATER_WAIT = r"async_wait<([12]|kStages - 2)>\(\);"
 WAIT = r"wait_for_launches_before\(\);"
 KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, BARRIERS, OTHERS)),
+    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, WRITTEN, BARRIERS, OTHERS)),
     ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", (BARRIERS,)),
     ("copies not waited for", LAST_WAIT, ";", (NUMBERS, COPIES)),
     ("copies waited for too late", LATER_WAIT, r"async_wait<\1 + 1>();", (NUMBERS, COPIES)),
@@ -268,7 +268,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         r"*reinterpret_cast<char*>(out) = 0; \g<0>",
         (LAUNCHES,),
     ),
-    ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", (NUMBERS,)),
+    ("an index shifted", r"Product::column\(\) \+ c(olumn)?\b", r"\g<0> + 2", (NUMBERS, WRITTEN)),
     (
         "reads past the edge",
         r"(?<=z >= 0 && z) < width|(?<=column >= 0 && column) < width",

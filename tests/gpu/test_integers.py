@@ -27,6 +27,7 @@ from torch import Tensor
 from fastscnn_fast import load_checkpoint, ops
 from fastscnn_fast.arch.config import PRESETS, preset
 from fastscnn_fast.backends.gpu import plan
+from fastscnn_fast.kernels.launch import Tile
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.quantise import quantise
 from fastscnn_fast.program.layers import Layer
@@ -138,6 +139,25 @@ def test_cut_blocks(
     """The same sums, whatever programs share them; what a run leaves is zeros again, or the next shows it."""
     monkeypatch.setattr(plan, "tile", lambda *_: shared(slices))
     check(layer, inputs_of(layer, (2, 18), 1), triton)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows", "columns"),
+    [
+        (BLOCKS[4], 4, 4),
+        slow_unless(False, BLOCKS[4], 4, 2),
+        slow_unless(False, BLOCKS[4], 1, 1),
+        (BLOCKS[3], 2, 2),
+        slow_unless(False, BLOCKS[3], 1, 4),
+    ],
+    ids=lambda value: named(value) if isinstance(value, Layer) else str(value),
+)
+def test_blocks_of_gpus(
+    layer: Layer, rows: int, columns: int, triton: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels whose words two outputs share, at both strides; lanes beyond the image."""
+    monkeypatch.setattr(plan, "tile", lambda *_: Tile(8, block=64, rows=rows, columns=columns))
+    check(layer, inputs_of(layer, (5, 19), 1), triton)
 
 
 # ---------------------------------------------------------------- networks

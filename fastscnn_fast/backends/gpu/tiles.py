@@ -14,6 +14,7 @@ import torch
 
 from ...kernels.launch import Tile
 from ...lower.gpu import chunk, chunks, computed_channels, powers
+from ...lower.gpu_int8 import terms
 from ...program.layers import Layer
 from ...program.memory import cdiv
 from ..gpus import GPUS, INTERPRETER, MULTIPROCESSORS, Architecture
@@ -52,7 +53,7 @@ _FLOAT = {
     "inverted_residual": Tile(16, block=32, stages=1),
     "pyramid_pooling": Tile(16, block=32, warps=8, stages=1),
     "feature_fusion": Tile(8, block=32, warps=8, stages=1),
-    "upsample_classify": Tile(128, rows=8),
+    "upsample_classify": Tile(256, rows=8),
 }
 # AMD's are matrix instructions, with 512 registers a lane for four waves and half of them for eight.
 _FLOAT_AMD = {
@@ -65,22 +66,22 @@ _FLOAT_BY_ARCHITECTURE: dict[Architecture, dict[str, Tile]] = {
 }
 # Of dsconv 128 channels spill by 32 at a time on some of NVIDIA's under Triton 3.6 or 3.9; by 16 none does.
 _FLOAT_BY_16 = (("dsconv", 128),)
-# Of bytes: four warps have whole 16-byte loads of 32 channels of 64 pixels.
+# Of bytes: with all channels at a time a thread has the same ones of several pixels, whose weights it loads once.
 _INT8 = {
-    "stem_conv": Tile(128, stages=1),
-    "dsconv": Tile(64, block=32, stages=1),
-    "inverted_residual": Tile(16, block=64, stages=1),
-    "pyramid_pooling": Tile(32, block=128),
-    "feature_fusion": Tile(64, block=32, stages=1),
+    "stem_conv": Tile(256, stages=1),
+    "dsconv": Tile(64, block=128, stages=1),
+    "inverted_residual": Tile(8, block=64, stages=1),
+    "pyramid_pooling": Tile(16, block=128),
+    "feature_fusion": Tile(64, block=128, stages=1),
 }
-# Where warps multiply on their own, half of that does not spill.
-_INT8_BY_WARPS = {name: Tile(32, warps=2, stages=1) for name in ("dsconv", "feature_fusion")}
-# Blocks of a lane in int8, and warp instructions as counted on sm_90 (inverted_residual, 16 lanes, 64 channels) for each
-# pixel that a lane expands, and for each of its outputs.
-_BLOCKS_INT8 = ((2, 2), (1, 2), (1, 1))
-_OF_EXPANDED_INT8, _OF_OUTPUT_INT8 = 150, 350
-# Pixels that a lane may expand where warps multiply on their own: more of them spill on sm_80.
-_MOST_EXPANDED_BY_WARPS = 16
+# Blocks of a lane in int8, the largest first.
+_BLOCKS_INT8 = ((4, 4), (4, 2), (2, 2), (1, 1))
+# Warp instructions as counted on sm_90 (inverted_residual, 8 lanes, 64 channels): of a step for each pixel that a lane
+# expands, each of its outputs and each product; of a program besides, and for each channel of its outputs.
+_OF_EXPANDED_INT8, _OF_OUTPUT_INT8, _OF_PRODUCT_INT8 = 127, 92, 89
+_OF_PROGRAM_INT8, _OF_CHANNEL_INT8 = 861, 75 / 64
+# Outputs of a lane with which a program has one step or spills; and where warps multiply on their own, that spill.
+_MOST_IN_A_LOOP, _MOST_BY_WARPS = 4, 8
 # One entry: numpy does as much as it is given, and tiles decide only how often Python is called.
 _INTERPRETED = {
     "stem_conv": Tile(512),
@@ -144,7 +145,7 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
     if dtype == torch.float32:
         table, others = _FLOAT, _FLOAT_BY_ARCHITECTURE
     if dtype == torch.int8:
-        table, others = _INT8, dict.fromkeys(_BY_WARPS, _INT8_BY_WARPS)
+        table, others = _INT8, {}
     chosen = (table | others.get(architecture, {}))[layer.op]
     if layer.op == "dsconv" and table is _HALF and architecture in _BY_WARPS:
         if chunk(layer.in_channels) == 16:
@@ -167,24 +168,32 @@ def tile(layer: Layer, dtype: torch.dtype, architecture: Architecture, pixels: i
 
 
 def _cut_int8(chosen: Tile, layer: Layer, architecture: Architecture, pixels: int) -> Tile:
-    """With the block with which the busiest multiprocessor has the least to do, a slice a step.
+    """With the block and the slices with which the busiest multiprocessor has the least to do."""
+    count = cdiv(layer.mid_channels, chosen.block)
 
-    In a loop over steps Triton keeps every pixel that a lane expands in registers, which spill.
-    """
-    slices = cdiv(layer.mid_channels, chosen.block)
-
-    def expanded(block: tuple[int, int]) -> int:
-        rows, columns = block
-        return ((rows - 1) * layer.stride + 3) * ((columns - 1) * layer.stride + 3)
-
-    def longest(block: tuple[int, int]) -> int:
-        program = _OF_EXPANDED_INT8 * expanded(block) + _OF_OUTPUT_INT8 * prod(block)
-        programs = cdiv(pixels, chosen.pixels * prod(block)) * slices
+    def longest(cut: tuple[tuple[int, int], int]) -> float:
+        (rows, columns), slices = cut
+        high, wide = (rows - 1) * layer.stride + 3, (columns - 1) * layer.stride + 3
+        products = high * len(powers(wide)) * len(powers(terms(layer.in_channels)))
+        step = _OF_EXPANDED_INT8 * high * wide + _OF_OUTPUT_INT8 * rows * columns
+        step += _OF_PRODUCT_INT8 * products
+        outputs = rows * columns * layer.out_channels
+        program = count // slices * step + _OF_PROGRAM_INT8 + _OF_CHANNEL_INT8 * outputs
+        programs = cdiv(pixels, chosen.pixels * rows * columns) * slices
         return cdiv(programs, processors(architecture)) * program
 
-    most = _MOST_EXPANDED_BY_WARPS if architecture in _BY_WARPS else expanded(_BLOCKS_INT8[0])
-    fitting = [block for block in _BLOCKS_INT8 if expanded(block) <= most]
-    rows, columns = min(fitting, key=longest)
+    by_warps = architecture in _BY_WARPS
+    (rows, columns), slices = min(
+        (
+            (block, slices)
+            for block in _BLOCKS_INT8
+            for slices in range(1, count + 1)
+            if count % slices == 0
+            and (slices == count or prod(block) <= _MOST_IN_A_LOOP)
+            and (prod(block) <= _MOST_BY_WARPS or not by_warps)
+        ),
+        key=longest,
+    )
     return replace(chosen, rows=rows, columns=columns, slices=slices)
 
 

@@ -15,7 +15,12 @@ from integers import random_integers
 from targets import Target
 
 from fastscnn_fast.backends.gpu import plan
-from fastscnn_fast.kernels import dsconv_int8, inverted_residual_int8, product_int8
+from fastscnn_fast.kernels import (
+    dsconv_int8,
+    integers as device,
+    inverted_residual_int8,
+    product_int8,
+)
 from fastscnn_fast.program.layers import Layer
 
 pytestmark = pytest.mark.interpreted
@@ -23,13 +28,19 @@ TRITON = Target("triton", "interpreter")
 
 
 @triton.jit
-def halves_up(value, zero):
-    return tl.minimum(tl.maximum(tl.floor(value + 0.5).to(tl.int32) + zero, 0), 255)
+def halves_up(value, zero, PRECISION: tl.constexpr):
+    q = tl.minimum(tl.maximum(tl.floor(value + 0.5).to(tl.int32) + zero, 0), 255)
+    return q.to(tl.uint8)
 
 
 @triton.jit
-def wraps_around(value, zero):
-    return tl.floor(value + 0.5).to(tl.int32) + zero
+def wraps_around(value, zero, PRECISION: tl.constexpr):
+    return (tl.floor(value + 0.5).to(tl.int32) + zero).to(tl.uint8)
+
+
+@triton.jit
+def everywhere(first, size):
+    return tl.full(first.shape, 0xFFFFFFFF, tl.uint32)
 
 
 @triton.jit
@@ -51,8 +62,9 @@ def first_to_arrive(counter, SLICES: tl.constexpr):
         (dsconv_int8, "rounded", halves_up, DSCONV[0]),
         (dsconv_int8, "rounded", wraps_around, DSCONV[0]),
         (dsconv_int8, "add_dot4", a_byte_later, DSCONV[0]),
-        (product_int8, "HALF_GUARD", tl.constexpr(0), FEATURE_FUSION[0]),
+        (device, "SECOND_HALVES", tl.constexpr(4 * 2**14), FEATURE_FUSION[0]),
         (product_int8, "signed", lambda x, _: x.to(tl.int8), PYRAMID_POOLING[4]),
+        (inverted_residual_int8, "within", everywhere, INVERTED_RESIDUAL[4]),
         (inverted_residual_int8, "arrives_last", first_to_arrive, INVERTED_RESIDUAL[4]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
