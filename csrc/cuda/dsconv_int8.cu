@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
   constexpr int kUnitsAcross = S::kPixels / (16 * S::kUnit);
   const int unit_channel = threadIdx.x / 32 / kUnitsAcross * 16;
   const int unit_pixel = threadIdx.x / 32 % kUnitsAcross * 16 * S::kUnit;
-  const int mid_zero = *depthwise_zero, zero = *pointwise_zero;
   const ByteSelect<4> select;
   for (int o = first_column; o < end_column; o += S::kColumns) {
     typename S::Tile total;
@@ -181,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
       __syncthreads();
       if (exists) {
         depthwise<S::kUnit, S::kChunkPitch>(typename S::Window{}, halo(chunk) + unit_channel,
-                                            left + unit_channel, unit_pixel, own, select, mid_zero);
+                                            left + unit_channel, unit_pixel, own, select,
+                                            *depthwise_zero);
       }
       async_wait<1>();
       __syncthreads();
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2) dsconv_int8_kernel(
       async_commit();
     }
     store_bytes<S::kPairs, Last, S::kRowPitch>(
-        total, pointwise_multiplier + own, Out ? S::kColumns : columns, zero,
+        total, pointwise_multiplier + own, Out ? S::kColumns : columns, *pointwise_zero,
         tile + Product::row() * S::kRowPitch + Product::column());
     async_wait<0>();
     __syncthreads();

@@ -177,24 +177,25 @@ struct Sums {
 template <int Pairs>
 class Requantised {
  public:
-  // `multiplier` is that of the first of them.
-  __device__ __forceinline__ explicit Requantised(const float* multiplier) {
+  // `multiplier` is that of the first of them, if it `exists`.
+  __device__ __forceinline__ explicit Requantised(const float* multiplier, bool exists = true) {
 #pragma unroll
     for (int pair = 0; pair < Pairs; ++pair) {
-      multiplier_[pair] = reinterpret_cast<const float4*>(multiplier)[pair];
+      multiplier_[pair] = exists ? reinterpret_cast<const float4*>(multiplier)[pair] : float4{};
     }
   }
 
-  // Of a row of tiles the lane's first row, or the second `half` below it.
-  template <class R>
-  __device__ __forceinline__ void store(Byte* to, const int (&sums)[2 * Pairs][4], int half,
+  // Of a row of 2 Pairs tiles the lane's first row, or the second `half` below it; or its factors.
+  template <bool Factors = false, class R>
+  __device__ __forceinline__ void store(Byte* to, const int (*sums)[4], int half,
                                         const R& rounding) const {
     Vector<uint32_t, Pairs> words;
 #pragma unroll
     for (int pair = 0; pair < Pairs; ++pair) {
-      const int (&even)[4] = sums[2 * pair], (&odd)[4] = sums[2 * pair + 1];
-      const int4 four{even[2 * half], even[2 * half + 1], odd[2 * half], odd[2 * half + 1]};
-      words.v[pair] = requantised(four, multiplier_[pair], rounding);
+      const int *even = sums[2 * pair] + 2 * half, *odd = sums[2 * pair + 1] + 2 * half;
+      const int4 four = make_int4(even[0], even[1], odd[0], odd[1]);
+      const uint32_t word = requantised(four, multiplier_[pair], rounding);
+      words.v[pair] = Factors ? factors(word) : word;
     }
     *reinterpret_cast<Vector<uint32_t, Pairs>*>(to) = words;
   }
@@ -219,22 +220,11 @@ __device__ __forceinline__ void store_rounded(const Sums<Rows, Columns>& sums,
 #pragma unroll
     for (int j = 0; j < Columns; j += 2 * Pairs) {
       const int column = 8 * j + own_four<Pairs>();
-      float4 by[Pairs];
-#pragma unroll
-      for (int pair = 0; pair < Pairs; ++pair) {
-        by[pair] = column < columns
-                       ? *reinterpret_cast<const float4*>(multiplier + column + 4 * pair)
-                       : float4{};
-      }
+      const Requantised<Pairs> requantised(multiplier + column, column < columns);
 #pragma unroll
       for (int i = 0; i < 2 * Rows; ++i) {
-        Vector<uint32_t, Pairs> words;
-#pragma unroll
-        for (int pair = 0; pair < Pairs; ++pair) {
-          const uint32_t word = requantised(sums.four(i, j + 2 * pair), by[pair], rounding);
-          words.v[pair] = Factors ? factors(word) : word;
-        }
-        *reinterpret_cast<Vector<uint32_t, Pairs>*>(to + 8 * i * Pitch + column) = words;
+        requantised.template store<Factors>(to + 8 * i * Pitch + column, sums.v[i / 2] + j, i % 2,
+                                            rounding);
       }
     }
   } else {
