@@ -83,7 +83,7 @@ def test_devices_dtypes_and_architectures(
     assert why_not(CPU) == "device must be cuda, got cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert why_not(CPU) == "there is no GPU, torch finds none"
-    dtypes = "torch.float32, torch.bfloat16 or torch.float16"
+    dtypes = "torch.float32, torch.bfloat16, torch.int8 or torch.float16"
     assert why_not(dtype=torch.float64) == f"dtype must be {dtypes}, got torch.float64"
     monkeypatch.setattr(registry, "architecture", lambda device: 120)
     needs = "fastscnn_fast._cuda must be built for sm_120, it is for sm_80, sm_90"
@@ -97,13 +97,13 @@ def test_devices_dtypes_and_architectures(
 
 
 @pytest.mark.parametrize("found", [75, 86])
-def test_code_for_7_5_is_of_float16_alone(
+def test_code_for_7_5_is_of_float16_and_int8(
     found: int, pretended: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a newer GPU too, where it would be compiled from PTX."""
     pretended.architectures, pretended.ptx = [75], 75
     monkeypatch.setattr(registry, "architecture", lambda device: found)
-    assert why_not(dtype=torch.float16) is None
+    assert why_not(dtype=torch.float16) is None and why_not(dtype=torch.int8) is None
     for dtype in (torch.float32, torch.bfloat16):
         needs = f"{dtype} needs code for a GPU of compute capability 8.0 or newer, got sm_75"
         assert why_not(dtype=dtype) == needs
