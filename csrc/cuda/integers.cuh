@@ -42,8 +42,9 @@ __device__ __forceinline__ float scaled(int sum, float multiplier) {
 // the sum with it has the same ties, and product and sum are one instruction.
 class EvenRounding {
  public:
-  __device__ __forceinline__ explicit EvenRounding(int zero)
-      : zero_(__fmul_rn(__int2float_rn(zero), kUnit)) {}
+  __device__ __forceinline__ explicit EvenRounding(int zero) {
+    zero_ = __fmul_rn(__int2float_rn(zero), kUnit);  // the host's compiler sees initialisers
+  }
 
   __device__ __forceinline__ int operator()(float v) const {
     return bits_of_multiply_add(v, kUnit, zero_);

@@ -216,7 +216,7 @@ COUNTERS = r"AssertionError: a kernel left a counter"
 OTHERS = r"ValueError: \w+: (a thread must publish|all threads of a block must have published)"
 FINITE = r"AssertionError: Tensor-likes are not close"
 COPIES = r"ValueError: \w+: a thread must wait for its asynchronous copies before it ends"
-LAUNCHES = r"ValueError: \w+: (a thread must wait for|all threads of a block must wait for|what) (the )?launches before"
+LAUNCHES = r"ValueError: \w+: (a thread must wait for the|what) launches before"
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("copies not waited for", LAST_WAIT, ";", (NUMBERS, COPIES)),
     ("copies waited for too late", LATER_WAIT, r"async_wait<\1 + 1>();", (NUMBERS, COPIES)),
     ("waits for no launch", WAIT, ";", (LAUNCHES,)),
-    ("some wait for launches", WAIT, r"if (threadIdx.x < 32) \g<0>", (LAUNCHES,)),
+    ("some wait for launches", WAIT, r"if (threadIdx.x < 32) \g<0>", (LAUNCHES, BARRIERS)),
     (
         "waits for launches too late",
         WAIT + r"((?:.|\n)*?)(?=__syncthreads)",

@@ -212,16 +212,9 @@ bool pass_barrier() {
 // Lets the threads go on that wait for the launches before, if all do; whether they did.
 bool pass_launches_before() {
   const unsigned waiting = count(State::waits_for_launches);
-  if (waiting == 0) return false;
-  if (waiting < block->fibers.size()) {
-    block->error = "all threads of a block must wait for the launches before where one does";
-  } else if (const auto act = std::exchange(block->when_waited, nullptr)) {
-    act();
-  }
-  for (Fiber& fiber : block->fibers) {
-    fiber.waited = true;
-    fiber.state = State::ready;
-  }
+  if (waiting < block->fibers.size()) return false;
+  std::exchange(block->when_waited, nullptr)();
+  for (Fiber& fiber : block->fibers) fiber.state = State::ready;
   return true;
 }
 
@@ -358,7 +351,9 @@ void barrier(int line) {
 void set_in_flight(const Memory& memory) { in_flight = memory; }
 
 void wait_for_launches_before() {
-  if (!block->current->waited) pause(State::waits_for_launches);
+  // Only what began early has something to wait for: to the others this is no barrier, as on a GPU.
+  if (block->when_waited) pause(State::waits_for_launches);
+  block->current->waited = true;
 }
 
 void arrive(const Copy& copy) {
