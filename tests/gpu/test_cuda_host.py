@@ -80,6 +80,7 @@ def test_real_layers(case: Case, emulation: Target) -> None:
 #: memory at once; the network's widths in float32.
 WIDE = [
     Layer("dsconv", "", 20, 136, last_channels=40),
+    Layer("dsconv", "", 96, 40),
     Layer("inverted_residual", "", 72, 136, mid_channels=80),
     Layer("inverted_residual", "", 144, 144, mid_channels=40, residual=True),
     Layer("inverted_residual", "", 152, 48, mid_channels=72, stride=2),
