@@ -116,15 +116,6 @@ __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
   const int first_across = next(phases_across), first_down = next(phases_down);
   const int64_t top = first_down + int64_t{down} * kRows * dilation;
   const int64_t start = first_across + int64_t{across} * kAcross * dilation;
-  const auto sample_at = [&](int64_t at, int size, int low_size) {
-    const bool exists = at >= 0 && at < size;
-    return exists ? fixed_sample(int(at), low_size, size, align_corners) : FixedSample{-1, -1, 0};
-  };
-  if (const int i = threadIdx.x; i < kHaloRows) {
-    samples.down[i] = sample_at(top + (i - 1) * int64_t{dilation}, height, low_height);
-  } else if (const int j = i - kThreads / 2; j >= 0 && j < kHaloColumns) {
-    samples.across[j] = sample_at(start + (j - 1) * int64_t{dilation}, width, low_width);
-  }
   wait_for_launches_before();
   if (top >= height || start >= width) return;
   high += block * high_image;
@@ -161,6 +152,15 @@ __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
   Sums<1, kTiles> total;
   total.template start_fours<kTiles / 2>(bias + first_column + Product::column(),
                                          rows - first_column - Product::column());
+  const auto sample_at = [&](int64_t at, int size, int low_size) {
+    const bool exists = at >= 0 && at < size;
+    return exists ? fixed_sample(int(at), low_size, size, align_corners) : FixedSample{-1, -1, 0};
+  };
+  if (const int i = threadIdx.x; i < kHaloRows) {
+    samples.down[i] = sample_at(top + (i - 1) * int64_t{dilation}, height, low_height);
+  } else if (const int j = i - kThreads / 2; j >= 0 && j < kHaloColumns) {
+    samples.across[j] = sample_at(start + (j - 1) * int64_t{dilation}, width, low_width);
+  }
   // What this warp refines.
   const int warp = threadIdx.x / 32;
   const int unit_channel = warp / kUnitsAcross * 16, unit_pixel = warp % kUnitsAcross * 16 * kUnit;
