@@ -274,7 +274,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         "reads past the edge",
         r"(?<=z >= 0 && z) < width|(?<=column >= 0 && column) < width",
         " <= width",
-        (NUMBERS,),
+        (NUMBERS, LABELS),
     ),
     (
         "writes past the edge",
