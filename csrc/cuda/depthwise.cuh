@@ -61,85 +61,113 @@ struct DilatedHalo {
 template <class T>
 class Filter {
  public:
-  __device__ __forceinline__ Filter(const float* weight, int pitch)
-      : weight_(weight), pitch_(pitch) {
+  // What of the weights the lane begins with.
+  __device__ static __forceinline__ const float* own(const float* weight) {
+    return weight + (sizeof(T) == 2 ? threadIdx.x % 32 / 4 : threadIdx.x % 4 * 2);
+  }
+
+  __device__ __forceinline__ Filter(const float* own, int pitch) : from_(own), pitch_(pitch) {
     if constexpr (sizeof(T) == 2) {
-      const float* own = weight + threadIdx.x % 32 / 4;
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap, own += pitch) own_[tap] = *own;
     }
   }
 
-  // The lane's part of the diagonal matrix.
-  __device__ __forceinline__ uint32_t diagonal(int tap) const {
+  // Which bits of the lane's part of a diagonal matrix are not zero.
+  __device__ static __forceinline__ int mask() {
     const int lane = threadIdx.x % 32, channel = lane / 4;
     const uint32_t half = channel % 2 ? 0xffff0000u : 0xffffu;
+    return int(lane % 4 == channel / 2 ? half : 0);
+  }
+
+  // The lane's part of the diagonal matrix.
+  __device__ __forceinline__ uint32_t diagonal(int tap, int mask) const {
     const auto twice = packed({own_[tap], own_[tap]}, T{});
     uint32_t bits;
     std::memcpy(&bits, static_cast<const void*>(&twice), sizeof bits);
-    return bits & (lane % 4 == channel / 2 ? half : 0);
+    return bits & uint32_t(mask);
   }
 
   // Of the two channels whose sums the lane has; rounded as the diagonal is.
   __device__ __forceinline__ float2 pair(int tap) const {
-    return unpacked(packed(load_pair(weight_ + tap * pitch_ + threadIdx.x % 4 * 2), T{}));
+    const int moved = sizeof(T) == 2 ? threadIdx.x % 4 * 2 - int(threadIdx.x % 32 / 4) : 0;
+    return unpacked(packed(load_pair(from_ + tap * pitch_ + moved), T{}));
   }
 
  private:
-  const float* weight_;
+  const float* from_;
   int pitch_;
   float own_[9];
 };
 
-// The sums of 16 Rows pixels from `first` on, to `left`; `memory`, in which the halo is, `left` and
-// `bias` at the first of the 8 channels. `left` may be the halo: what another warp reads is not
-// written to.
+// The sums of a warp's 16 Rows pixels from `first` on, of which a lane knows its part.
 template <int Rows, int LeftPitch, class T, class Halo>
-__device__ __forceinline__ void depthwise(const Halo& halo, const T* memory, T* left, int first,
-                                          const Filter<T>& filter, const float* bias,
-                                          const Clamp<T>& clamp) {
-  Accumulator<Rows, 1> sums;
-  const auto one_by_one = [&] {
-    constexpr int kUnrolled = sizeof(T) == 2 ? 1 : 9;  // where it is rare it takes few registers
-    sums.start(bias);
+class Depthwise {
+ public:
+  __device__ __forceinline__ Depthwise(const Halo& halo, int first) : halo_(halo), first_(first) {
+    if constexpr (sizeof(T) == 2) {
+      static_assert(Rows % 2 == 0);
+      const int lane = threadIdx.x % 32;
+      mask_ = kept(Filter<T>::mask());
+      left_ = kept((first + lane / 4) * LeftPitch + lane % 4 * 2);
+#pragma unroll
+      for (int i = 0; i < Rows / 2; ++i) windows_[i] = halo.window(first + 32 * i + lane);
+    }
+  }
+
+  // To `left`; `memory`, in which the halo is, `left` and `bias` at the first of the 8 channels.
+  // `left` may be the halo: what another warp reads is not written to.
+  __device__ __forceinline__ void operator()(const T* memory, T* left, const Filter<T>& filter,
+                                             const float* bias, const Clamp<T>& clamp) const {
+    Accumulator<Rows, 1> sums;
+    const auto one_by_one = [&] {
+      constexpr int kUnrolled = sizeof(T) == 2 ? 1 : 3;  // where it is rare it takes few registers
+      sums.start(bias);
 #pragma unroll kUnrolled
-    for (int tap = 0; tap < 9; ++tap) {
-      const T* const at = memory + halo.known(tap) + halo.moved(tap);
-      const float2 weight = filter.pair(tap);
+      for (int tap = 0; tap < 9; ++tap) {
+        const T* const at = memory + Halo::known(tap) + halo_.moved(tap);
+        const float2 weight = filter.pair(tap);
+        sums.for_each([&](int row, int column, float2& pair) {
+          pair = multiply_add(load_pair(at + halo_.window(first_ + row) + column), weight, pair);
+        });
+      }
+    };
+    if constexpr (sizeof(T) == 2) {
+      sums.start(bias);
+      unrolled<9>([&](auto tap) {
+        const uint32_t diagonal = filter.diagonal(tap, mask_);
+#pragma unroll
+        for (int i = 0; i < Rows / 2; ++i) {
+          uint32_t a[4];
+          load_matrices<Halo::known(tap) * int(sizeof(T))>(a,
+                                                           memory + windows_[i] + halo_.moved(tap));
+          multiply_add<T>(sums.v[2 * i][0], a[0], a[1], diagonal);
+          multiply_add<T>(sums.v[2 * i + 1][0], a[2], a[3], diagonal);
+        }
+      });
+      float none = 0;
+      sums.for_each([&](int, int, float2& pair) { none = fmaf(pair.x, 0, fmaf(pair.y, 0, none)); });
+      if (any_of_warp(none != 0)) one_by_one();
+      sync_warp();
+      const int lane = threadIdx.x % 32;
+      sums.for_each([&](int row, int, float2& pair) {
+        put(left + left_ + (row - lane / 4) * LeftPitch, clamp(pair));
+      });
+    } else {
+      one_by_one();
+      sync_warp();
       sums.for_each([&](int row, int column, float2& pair) {
-        pair = multiply_add(load_pair(at + halo.window(first + row) + column), weight, pair);
+        put(left + (first_ + row) * LeftPitch + column, clamp(pair));
       });
     }
-  };
-  if constexpr (sizeof(T) == 2) {
-    static_assert(Rows % 2 == 0);
-    sums.start(bias);
-    const T* windows[Rows / 2];
-#pragma unroll
-    for (int i = 0; i < Rows / 2; ++i) {
-      windows[i] = memory + halo.window(first + 32 * i + threadIdx.x % 32);
-    }
-    unrolled<9>([&](auto tap) {
-      const uint32_t diagonal = filter.diagonal(tap);
-#pragma unroll
-      for (int i = 0; i < Rows / 2; ++i) {
-        uint32_t a[4];
-        load_matrices<Halo::known(tap) * int(sizeof(T))>(a, windows[i] + halo.moved(tap));
-        multiply_add<T>(sums.v[2 * i][0], a[0], a[1], diagonal);
-        multiply_add<T>(sums.v[2 * i + 1][0], a[2], a[3], diagonal);
-      }
-    });
-    float none = 0;
-    sums.for_each([&](int, int, float2& pair) { none = fmaf(pair.x, 0, fmaf(pair.y, 0, none)); });
-    if (any_of_warp(none != 0)) one_by_one();
-  } else {
-    one_by_one();
   }
-  sync_warp();
-  sums.for_each([&](int row, int column, float2& pair) {
-    put(left + (first + row) * LeftPitch + column, clamp(pair));
-  });
-}
+
+ private:
+  Halo halo_;
+  int first_;
+  // In elements where the lane's rows of the windows begin, and its sums; its diagonals' bits.
+  int windows_[(Rows + 1) / 2], left_, mask_;
+};
 
 // Zeros in place of sums: of channels that do not exist.
 template <int Rows, int Pitch, class T>

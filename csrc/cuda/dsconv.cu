@@ -1,9 +1,9 @@
 // dsconv: depthwise 3x3 + bias [+ act] -> 1x1 + bias + act [-> 1x1 + bias]; the depthwise result
 // stays in shared memory.
 //
-// A block owns a tile of pixels with all their output channels (at free widths 64; of the last
-// 1x1's 32). Chunk by chunk of input channels, 64 bytes of each pixel, the tile's halo and the
-// chunk's rows of the 1x1 arrive asynchronously while the chunk before is computed.
+// A block owns a tile of pixels with up to 128 of their output channels (of the last 1x1's 32).
+// Chunk by chunk of input channels, 64 bytes of each pixel, the tile's halo and the chunk's rows of
+// the 1x1 arrive asynchronously while the chunk before is computed.
 #include "arguments.cuh"
 #include "depthwise.cuh"
 #include "product.cuh"
@@ -15,8 +15,9 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLastColumns = 32;  // classes that a block computes
 
-// Sizes for In and Out channels at Stride; 0 for what is known only at run time. Without a Stride
-// the depthwise reads global memory, whatever its stride and dilation.
+// Sizes for In channels, of whose results a block computes Out, at Stride. In is 0 where channels
+// are known only at run time. Without a Stride the depthwise reads global memory, whatever its
+// stride and dilation.
 template <class T, int In, int Out, int Stride>
 struct Sizes {
   static constexpr int kAcross = 16;  // pixels of a tile's row
@@ -24,8 +25,7 @@ struct Sizes {
   static constexpr int kPixels = kRows * kAcross;
   static constexpr int kChunk = 64 / int(sizeof(T));  // input channels
   static constexpr int kChunkPitch = pitch<T>(kChunk);
-  static constexpr int kRow = Out ? padded_columns(Out) : 64;  // of the 1x1's rows
-  static constexpr int kColumns = Out ? Out : 64;
+  static constexpr int kRow = padded_columns(Out);  // of the 1x1's rows
   static constexpr int kRowPitch = pitch<T>(kRow);
   static constexpr int kHaloRows = Stride ? (kRows - 1) * Stride + 3 : 0;
   static constexpr int kHaloColumns = Stride ? (kAcross - 1) * Stride + 3 : 0;
@@ -99,22 +99,22 @@ __device__ __forceinline__ void depthwise_from_global(const T* x, T* left, const
 
 // x (H, W, channels) -> out (H', W', channels or classes), a tile of image block / (tiles down and
 // across).
-template <class T, class Y, int In, int Out, int Stride, bool Last>
+template <class T, int In, int Out, int Stride, bool Last>
 __global__ void __launch_bounds__(kThreads, 2)
     dsconv_kernel(const T* x, const float* __restrict__ depthwise_weight,
                   const float* __restrict__ depthwise_bias, const T* __restrict__ pointwise_weight,
                   const float* __restrict__ pointwise_bias, const T* __restrict__ last_weight,
-                  const float* __restrict__ last_bias, Y* __restrict__ out, int height, int width,
-                  int out_height, int out_width, int tiles_down, int tiles_across, int in_channels,
-                  int out_channels, int last_channels, int last_columns, int stride, int dilation,
-                  float mid_low, float mid_high, float low, float high, int64_t x_image,
-                  int x_pixel, int64_t out_image, int out_pixel, int64_t out_channel) {
+                  const float* __restrict__ last_bias, void* __restrict__ out, int out_is_float,
+                  int height, int width, int out_height, int out_width, int tiles_down,
+                  int tiles_across, int in_channels, int out_channels, int row_pitch,
+                  int last_channels, int last_columns, int stride, int dilation, float mid_low,
+                  float mid_high, float low, float high, int64_t x_image, int x_pixel,
+                  int64_t out_image, int out_pixel, int64_t out_channel) {
   using S = Sizes<T, In, Out, Stride>;
-  using Product = Shares<S::kPixels, S::kColumns, kWarps>;
+  using Product = Shares<S::kPixels, Out, kWarps>;
   using LastProduct = Shares<S::kPixels, kLastColumns, kWarps>;
   if (In) in_channels = In;
-  if (Out) out_channels = Out;
-  const int row_pitch = padded_columns(out_channels);
+  if (In) out_channels = Out, row_pitch = S::kRow;
   T* const memory = reinterpret_cast<T*>(shared_memory());
   T* const right = memory + S::kStages * S::kHalo;
   T* const left = right + S::kRight;
@@ -123,16 +123,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
   const int top = down * S::kRows, start = across * S::kAcross;
   x += image * x_image;
-  out += image * out_image;
   const int first_class = blockIdx.y * kLastColumns;
-  const int first_column = Last ? 0 : blockIdx.y * S::kColumns;
-  const int end_column = Last ? out_channels : first_column + S::kColumns;
+  const int first_column = Last ? 0 : blockIdx.y * Out;
+  const int end_column = Last ? out_channels : first_column + Out;
+  constexpr bool kWhole = In && In % S::kChunk == 0;  // chunks
 
   const auto queue_right = [&](int chunk, int o) {
     copy_matrix<S::kChunk, S::kRow, S::kRowPitch, kThreads>(
         right, pointwise_weight + int64_t{chunk} * S::kChunk * row_pitch + o, row_pitch,
-        In && In % S::kChunk == 0 ? S::kChunk : in_channels - chunk * S::kChunk,
-        Out ? S::kRow : row_pitch - o);
+        kWhole ? S::kChunk : in_channels - chunk * S::kChunk, In ? S::kRow : row_pitch - o);
   };
   queue_right(0, first_column);
   wait_for_launches_before();
@@ -156,13 +155,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto queue_halo = [&](int chunk) {
     T* const to = halo(chunk) + threadIdx.x / kSharers * S::kChunkPitch + within;
     const int c = chunk * S::kChunk;
-    const bool exists = In % S::kChunk == 0 && In ? true : c + within < in_channels;
+    const bool exists = kWhole || c + within < in_channels;
     unrolled<kPasses>([&](auto pass) {
       if (pass + 1 == kPasses && kHaloPixels % kPass &&
           threadIdx.x >= kHaloPixels % kPass * kSharers) {
         return;
       }
-      async_copy_16<pass * kPass * S::kChunkPitch* int(sizeof(T))>(to, exists ? from[pass] + c : x,
+      async_copy_16<pass * kPass * S::kChunkPitch* int(sizeof(T))>(to, from[pass] + c,
                                                                    exists && inside[pass]);
     });
   };
@@ -177,28 +176,31 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kUnitsAcross = S::kPixels / (16 * S::kUnit);
   const int unit_channel = threadIdx.x / 32 / kUnitsAcross * 8;
   const int unit_pixel = threadIdx.x / 32 % kUnitsAcross * 16 * S::kUnit;
+  const T* const own_left_rows =
+      left + Product::row() * S::kChunkPitch + own_left<T>(S::kChunkPitch);
+  const T* const own_right_rows = right + Product::column() + own_right<T>(S::kRowPitch);
+  const Depthwise<S::kUnit, S::kChunkPitch, T, typename S::Window> depthwise({}, unit_pixel);
   const Clamp<T> clamp(mid_low, mid_high), end_clamp(low, high);
-  for (int o = first_column; o < end_column; o += S::kColumns) {
+  for (int o = first_column; o < end_column; o += Out) {
     queue_halo(0);
     async_commit();
     async_commit();  // of later chunks this group has the rows of the 1x1
     typename Product::Tile total;
     const int own = o + Product::column();
-    total.start(pointwise_bias + own, Out ? S::kRow : row_pitch - own);
+    total.start(pointwise_bias + own, In ? S::kRow : row_pitch - own);
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunk + 1 < chunks) queue_halo(chunk + 1);
       async_commit();
       const int c = chunk * S::kChunk + unit_channel;
-      const bool exists = (In && In % S::kChunk == 0) || c < in_channels;
-      const Filter<T> filter(depthwise_weight + (exists ? c : 0), in_channels);
+      const bool exists = kWhole || c < in_channels;
+      const Filter<T> filter(Filter<T>::own(depthwise_weight + (exists ? c : 0)), in_channels);
       async_wait<2>();
       __syncthreads();
       if constexpr (Stride != 0) {
         if (exists) {
-          depthwise<S::kUnit, S::kChunkPitch>(typename S::Window{}, halo(chunk) + unit_channel,
-                                              left + unit_channel, unit_pixel, filter,
-                                              depthwise_bias + c, clamp);
+          depthwise(halo(chunk) + unit_channel, left + unit_channel, filter, depthwise_bias + c,
+                    clamp);
         } else {
           clear<S::kUnit, S::kChunkPitch>(left + unit_pixel * S::kChunkPitch + unit_channel);
         }
@@ -209,8 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       async_wait<1>();
       __syncthreads();
-      multiply<S::kChunk, S::kChunkPitch, S::kRowPitch>(
-          total, left + Product::row() * S::kChunkPitch, right + Product::column());
+      multiply_own<S::kChunk, S::kChunkPitch, S::kRowPitch>(total, own_left_rows, own_right_rows);
       __syncthreads();
       if (chunk + 1 < chunks) queue_right(chunk + 1, o);
       async_commit();
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if constexpr (Last) {
       copy_matrix<S::kRow, kLastColumns, pitch<T>(kLastColumns), kThreads>(
           last, last_weight + int64_t{o} * last_columns + first_class, last_columns,
-          Out ? S::kRow : row_pitch - o, last_columns - first_class);
+          In ? S::kRow : row_pitch - o, last_columns - first_class);
       async_commit();
     }
     total.for_each([&](int row, int column, float2& pair) {
@@ -231,31 +232,40 @@ __global__ void __launch_bounds__(kThreads, 2)
     async_wait<0>();
     __syncthreads();
     if constexpr (Last) {
-      multiply<S::kColumns, S::kRowPitch, pitch<T>(kLastColumns)>(
+      multiply<Out, S::kRowPitch, pitch<T>(kLastColumns)>(
           result, tile + LastProduct::row() * S::kRowPitch, last + LastProduct::column());
     } else {
       store_tile<S::kRows, S::kAcross, S::kRow, S::kRowPitch, kThreads>(
-          out + (int64_t{top} * out_width + start) * out_pixel + o, tile,
-          int64_t{out_width} * out_pixel, out_pixel, out_height - top, out_width - start,
-          out_channels - o);
+          static_cast<T*>(out) + image * out_image +
+              (int64_t{top} * out_width + start) * out_pixel + o,
+          tile, int64_t{out_width} * out_pixel, out_pixel, out_height - top, out_width - start,
+          min(out_channels - o, Out));
     }
     __syncthreads();
-    if (o + S::kColumns < end_column) queue_right(0, o + S::kColumns);
+    if (o + Out < end_column) queue_right(0, o + Out);
   }
   if constexpr (Last) {
-    result.for_each([&](int row, int column, float2& pair) {
-      const int pixel = LastProduct::row() + row;
-      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-      if (y >= out_height || z >= out_width) return;
-      Y* const to = out + (int64_t{y} * out_width + z) * out_pixel;
-      const int k = first_class + LastProduct::column() + column;
-      if (k < last_channels) to[k * out_channel] = rounded<Y>(pair.x);
-      if (k + 1 < last_channels) to[(k + 1) * out_channel] = rounded<Y>(pair.y);
-    });
+    const auto store = [&](auto* first) {
+      using Y = std::remove_reference_t<decltype(*first)>;
+      result.for_each([&](int row, int column, float2& pair) {
+        const int pixel = LastProduct::row() + row;
+        const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
+        if (y >= out_height || z >= out_width) return;
+        Y* const to = first + (int64_t{y} * out_width + z) * out_pixel;
+        const int k = first_class + LastProduct::column() + column;
+        if (k < last_channels) to[k * out_channel] = rounded<Y>(pair.x);
+        if (k + 1 < last_channels) to[(k + 1) * out_channel] = rounded<Y>(pair.y);
+      });
+    };
+    if (out_is_float) {
+      store(static_cast<float*>(out) + image * out_image);
+    } else {
+      store(static_cast<T*>(out) + image * out_image);
+    }
   }
 }
 
-template <class T, class Y, int In, int Out, int Stride, bool Last>
+template <class T, int In, int Out, int Stride, bool Last>
 void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
   using S = Sizes<T, In, Out, Stride>;
   const Bounds mid = bounds_of(op.mid_activation), end = bounds_of(op.activation);
@@ -263,44 +273,45 @@ void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
             out_channels = computed_channels(op.out_channels);
   const int last_channels =
       is_interleaved(op) ? computed_channels(op.last_channels) : op.last_channels;
+  const int row_pitch = padded_columns(out_channels);
   const int last_columns = Last ? power_of_two(computed_channels(op.last_channels)) : 0;
+  const int out_is_float = op.out_type == FASTSCNN_FLOAT32;
   const int64_t tiles_down = divided_up(op.out_height, S::kRows);
   const int64_t tiles_across = divided_up(op.out_width, S::kAcross);
-  const Shape shape{
-      op.images * tiles_down * tiles_across, kThreads, S::shared(Last),
-      Last ? divided_up(last_columns, kLastColumns) : divided_up(out_channels, S::kColumns)};
-  FASTSCNN_LAUNCH((dsconv_kernel<T, Y, In, Out, Stride, Last>), shape, stream, op.x,
+  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::shared(Last),
+                    Last ? divided_up(last_columns, kLastColumns) : divided_up(out_channels, Out)};
+  FASTSCNN_LAUNCH((dsconv_kernel<T, In, Out, Stride, Last>), shape, stream, op.x,
                   op.depthwise_weight, op.depthwise_bias, op.pointwise_weight, op.pointwise_bias,
-                  op.last_weight, op.last_bias, op.out, op.height, op.width, op.out_height,
-                  op.out_width, tiles_down, tiles_across, in_channels, out_channels, last_channels,
-                  last_columns, op.stride, op.dilation, mid.low, mid.high, end.low, end.high,
-                  op.x_image, op.x_pixel, op.out_image, op.out_pixel, op.out_channel);
+                  op.last_weight, op.last_bias, op.out, out_is_float, op.height, op.width,
+                  op.out_height, op.out_width, tiles_down, tiles_across, in_channels, out_channels,
+                  row_pitch, last_channels, last_columns, op.stride, op.dilation, mid.low, mid.high,
+                  end.low, end.high, op.x_image, op.x_pixel, op.out_image, op.out_pixel,
+                  op.out_channel);
 }
 
 // The instantiation for these channels and stride, a general one for others.
 template <class T>
 void select(const fastscnn_dsconv& op, fastscnn_stream stream) {
-  const auto is_dense = [&](int stride) { return op.stride == stride && op.dilation == 1; };
+  const bool last = op.last_channels != 0;
   const auto is = [&](int in, int out, int stride) {
     return computed_channels(op.in_channels) == in && computed_channels(op.out_channels) == out &&
-           is_dense(stride);
+           op.stride == stride && op.dilation == 1;
   };
-  if (!op.last_channels) {
-    if (is(32, 48, 2)) return run<T, T, 32, 48, 2, false>(op, stream);
-    if (is(48, 64, 2)) return run<T, T, 48, 64, 2, false>(op, stream);
-    if (is(128, 128, 1)) return run<T, T, 128, 128, 1, false>(op, stream);
-    if (is_dense(1)) return run<T, T, 0, 0, 1, false>(op, stream);
-    if (is_dense(2)) return run<T, T, 0, 0, 2, false>(op, stream);
-    return run<T, T, 0, 0, 0, false>(op, stream);
+  if (is(128, 128, 1)) {
+    return last ? run<T, 128, 128, 1, true>(op, stream) : run<T, 128, 128, 1, false>(op, stream);
   }
-  const auto run_last = [&](auto y) {
-    using Y = decltype(y);
-    if (is(128, 128, 1)) return run<T, Y, 128, 128, 1, true>(op, stream);
-    if (is_dense(1)) return run<T, Y, 0, 0, 1, true>(op, stream);
-    run<T, Y, 0, 0, 0, true>(op, stream);
-  };
-  if (op.out_type == op.type) return run_last(T{});
-  run_last(float{});
+  if (is(32, 48, 2) && !last) return run<T, 32, 48, 2, false>(op, stream);
+  if (is(48, 64, 2) && !last) return run<T, 48, 64, 2, false>(op, stream);
+  with_columns(op.out_channels, [&](auto columns) {
+    if (op.dilation == 1 && op.stride == 1) {
+      return last ? run<T, 0, columns, 1, true>(op, stream)
+                  : run<T, 0, columns, 1, false>(op, stream);
+    }
+    if (op.dilation == 1 && op.stride == 2 && !last) {
+      return run<T, 0, columns, 2, false>(op, stream);
+    }
+    last ? run<T, 0, columns, 0, true>(op, stream) : run<T, 0, columns, 0, false>(op, stream);
+  });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 #include <utility>
 
 #include "launch.h"
@@ -25,7 +26,7 @@ __host__ __device__ constexpr Size divided_up(Size a, int b) {
   return (a + b - 1) / b;
 }
 __host__ __device__ constexpr int rounded_up(int a, int multiple) {
-  return divided_up(a, multiple) * multiple;
+  return int(divided_up(unsigned(a), multiple)) * multiple;
 }
 __host__ __device__ constexpr int power_of_two(int at_least) {
   int power = 1;
@@ -97,7 +98,8 @@ __device__ __forceinline__ void copy_16(T* to, const T* from) {
 template <class T>
 __device__ __forceinline__ T* kept_at(T* p, int elements) {
   const int bytes = kept(elements * int(sizeof(T)));
-  return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(p) + bytes);
+  using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + bytes);
 }
 
 __device__ __forceinline__ float2 multiply_add(float2 a, float2 b, float2 c) {

@@ -33,15 +33,14 @@ struct Positions {
   }
 };
 
-// Sizes for tiles of Across columns and Out channels, 0 if those are known only at run time; Side x
-// Side taps.
+// Sizes for tiles of Across columns, of whose channels a block computes Out; Side x Side taps.
 template <class T, int Out, int Side, int Across>
 struct Sizes {
   static constexpr int kPixels = kRows * Across;
   static constexpr int kChunk = 64 / int(sizeof(T));  // channels
   static constexpr int kChunkPitch = pitch<T>(kChunk);
-  static constexpr int kColumns = Out ? padded_columns(Out) : 64;
-  static constexpr int kRowPitch = pitch<T>(kColumns);
+  static constexpr int kRow = padded_columns(Out);  // of the weights
+  static constexpr int kRowPitch = pitch<T>(kRow);
   static constexpr int kMostRows = Side * kRows;
   static constexpr int kMostColumns = Side == 1 ? Across : Across == 16 ? 32 : 24;
   // A warp refines 16 kUnit pixels of 8 channels.
@@ -57,12 +56,14 @@ struct Sizes {
   static constexpr int kResult = kPixels * kRowPitch;
   static constexpr int kTile = kPipeline > kResult ? kPipeline : kResult;
 
-  // What a tile samples at the rows and columns of its taps; low < 0 outside the image.
+  // What a tile samples at the rows and columns of its taps; low < 0 outside the image, and after
+  // the last row.
   struct alignas(16) Position {
     Sample sample;
+    float rest;  // the weight of the lower index
   };
   struct Samples {
-    Position down[kMostRows], across[kMostColumns];
+    Position down[kMostRows + 1], across[kMostColumns];
   };
 
   static size_t shared(int dilation) {
@@ -101,41 +102,46 @@ __device__ __forceinline__ void resize(const T* low, T* to, const typename S::Sa
   for (int column = threadIdx.x / kSharers; column < columns; column += kThreads / kSharers) {
     T* at = to + column * S::kChunkPitch + c;
     const int down_pitch = columns * S::kChunkPitch;
-    const Sample along = samples.across[column].sample;
-    const bool inside = along.low >= 0 && c < channels;
-    const T* const left = low + (inside ? int64_t{along.low} * low_pixel + c : 0);
-    const T* const right = low + (inside ? int64_t{along.high} * low_pixel + c : 0);
+    const typename S::Position along = samples.across[column];
+    const bool inside = along.sample.low >= 0 && c < channels;
+    const T* const left = low + (inside ? int64_t{along.sample.low} * low_pixel + c : 0);
+    const T* const right = low + (inside ? int64_t{along.sample.high} * low_pixel + c : 0);
     const auto blend_row = [&](int row, float2(&values)[2]) {
       const int64_t down = row * low_row;
       const Own a = load(left + down), b = load(right + down);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        values[i] = blended(unpacked(a.v[i]), unpacked(b.v[i]), along.weight);
+        values[i] = blended(unpacked(a.v[i]), unpacked(b.v[i]), along.sample.weight, along.rest);
       }
     };
     float2 above[2], below[2];
-    int row_above = -1, row_below = -1;
+    int row_below = -1;
+    const typename S::Position *down = samples.down, *const end = down + rows;
+    while (down < end) {
+      const Sample now = down->sample;
+      if (!inside || now.low < 0) {
+        store(at, Own{});
+        ++down, at += down_pitch;
+        continue;
+      }
+      if (now.low == row_below) {
+        above[0] = below[0], above[1] = below[1];
+      } else {
+        blend_row(now.low, above);
+      }
+      blend_row(now.high, below);
+      row_below = now.high;
 #pragma unroll 1
-    for (int r = 0; r < rows; ++r, at += down_pitch) {
-      const Sample down = samples.down[r].sample;
-      Own own{};
-      if (inside && down.low >= 0) {
-        if (down.low != row_above) {
-          if (down.low == row_below) {
-            above[0] = below[0], above[1] = below[1];
-          } else {
-            blend_row(down.low, above);
-          }
-          blend_row(down.high, below);
-          row_above = down.low, row_below = down.high;
-        }
+      do {  // of all rows between the same two
+        Own own;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float2 value = blended(above[i], below[i], down.weight);
+          const float2 value = blended(above[i], below[i], down->sample.weight, down->rest);
           own.v[i] = Refined ? clamp(value) : packed(value, T{});
         }
-      }
-      store(at, own);
+        store(at, own);
+        ++down, at += down_pitch;
+      } while (down->sample.low == now.low);
     }
   }
 }
@@ -149,18 +155,18 @@ __global__ void __launch_bounds__(kThreads, 2)
                           const T* __restrict__ high_weight, const float* __restrict__ bias,
                           T* __restrict__ out, int height, int width, int low_height, int low_width,
                           int tiles_down, int tiles_across, int low_channels, int high_channels,
-                          int out_channels, int dilation, int64_t y_scale, int64_t y_shift,
-                          int64_t y_divisor, int64_t x_scale, int64_t x_shift, int64_t x_divisor,
-                          float least, float most, int64_t high_image, int high_pixel,
-                          int64_t low_image, int low_pixel, int64_t out_image, int out_pixel) {
+                          int out_channels, int row_pitch, int dilation, int64_t y_scale,
+                          int64_t y_shift, int64_t y_divisor, int64_t x_scale, int64_t x_shift,
+                          int64_t x_divisor, float least, float most, int64_t high_image,
+                          int high_pixel, int64_t low_image, int low_pixel, int64_t out_image,
+                          int out_pixel) {
   constexpr int kSide = Taps == 9 ? 3 : 1;
   using S = Sizes<T, Out, kSide, Across>;
-  using Product = Shares<S::kPixels, S::kColumns, kWarps>;
+  using Product = Shares<S::kPixels, Out, kWarps>;
   if (Low) low_channels = Low;
   if (High) high_channels = High;
-  if (Out) out_channels = Out;
+  if (Low) out_channels = Out, row_pitch = S::kRow;
   if (kSide == 1) dilation = 0;
-  const int row_pitch = padded_columns(out_channels);
   const Positions down_at(kRows, dilation), along_at(Across, dilation);
   T* const memory = reinterpret_cast<T*>(shared_memory());
   auto& samples = *reinterpret_cast<typename S::Samples*>(memory + S::kTile);
@@ -174,18 +180,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   high += image * high_image;
   low += image * low_image;
   out += image * out_image;
-  const int first_column = blockIdx.y * S::kColumns;
+  const int first_column = blockIdx.y * Out;
 
   const int low_chunks = divided_up(low_channels, S::kChunk);
   const int chunks = low_chunks + divided_up(high_channels, S::kChunk);
   const auto queue_right = [&](int chunk) {
     const bool of_low = chunk < low_chunks;
     const int first = (of_low ? chunk : chunk - low_chunks) * S::kChunk;
-    copy_matrix<S::kChunk, S::kColumns, S::kRowPitch, kThreads>(
+    copy_matrix<S::kChunk, S::kRow, S::kRowPitch, kThreads>(
         right(chunk),
         (of_low ? low_weight : high_weight) + int64_t{first} * row_pitch + first_column, row_pitch,
         Low && High ? S::kChunk : (of_low ? low_channels : high_channels) - first,
-        Out ? S::kColumns : row_pitch - first_column);
+        Low ? S::kRow : row_pitch - first_column);
   };
   const auto queue_left = [&](int chunk) {  // of low it is computed
     if (const int first = (chunk - low_chunks) * S::kChunk; first >= 0) {
@@ -207,24 +213,28 @@ __global__ void __launch_bounds__(kThreads, 2)
   queue_right(0);
   typename Product::Tile total;
   const int own_column = first_column + Product::column();
-  total.start(bias + own_column, Out ? S::kColumns : row_pitch - own_column);
-  const auto sample_at = [&](int64_t at, int size, int64_t scale, int64_t shift, int64_t divisor,
-                             int low_size) {
+  total.start(bias + own_column, Low ? S::kRow : row_pitch - own_column);
+  const auto position = [&](int64_t at, int size, int64_t scale, int64_t shift, int64_t divisor,
+                            int low_size) {
     const bool exists = at >= 0 && at < size;
-    return exists ? sample(int(at), {scale, shift, divisor}, low_size) : Sample{-1, -1, 0};
+    const Sample one =
+        exists ? sample(int(at), {scale, shift, divisor}, low_size) : Sample{-1, -1, 0};
+    return typename S::Position{one, 1 - one.weight};
   };
-  if (const int i = threadIdx.x; i < down_at.count) {
-    samples.down[i].sample = sample_at(top + down_at.at(i, kRows, dilation), height, y_scale,
-                                       y_shift, y_divisor, low_height);
+  if (const int i = threadIdx.x; i <= down_at.count) {
+    const int64_t at = i < down_at.count ? top + down_at.at(i, kRows, dilation) : -1;
+    samples.down[i] = position(at, height, y_scale, y_shift, y_divisor, low_height);
   } else if (const int j = i - kThreads / 2; j >= 0 && j < along_at.count) {
-    samples.across[j].sample = sample_at(start + along_at.at(j, Across, dilation), width, x_scale,
-                                         x_shift, x_divisor, low_width);
+    samples.across[j] = position(start + along_at.at(j, Across, dilation), width, x_scale, x_shift,
+                                 x_divisor, low_width);
   }
   // What this warp refines, if it does.
   const int warp = threadIdx.x / 32;
   const int unit_channel = warp / S::kUnitsAcross * 8 % S::kChunk;
   const int unit_pixel = warp % S::kUnitsAcross * 16 * S::kUnit;
-  const DilatedHalo<Across, S::kChunkPitch> halo{along_at.count, down_at.apart, along_at.apart};
+  using Window = DilatedHalo<Across, S::kChunkPitch>;
+  const Depthwise<S::kUnit, S::kChunkPitch, T, Window> depthwise(
+      {along_at.count, down_at.apart, along_at.apart}, unit_pixel);
   const Clamp<T> relu(0, INFINITY), clamp(least, most);
   __syncthreads();
   wait_for_launches_before();
@@ -239,13 +249,12 @@ __global__ void __launch_bounds__(kThreads, 2)
                                down_at.count, along_at.count, low_channels - first,
                                int64_t{low_width} * low_pixel, low_pixel);
       if constexpr (kSide > 1) {
-        const Filter<T> filter(refine_weight + (exists ? c : 0), low_channels);
+        const Filter<T> filter(Filter<T>::own(refine_weight + (exists ? c : 0)), low_channels);
         __syncthreads();
         if (S::kUnits >= kWarps || warp < S::kUnits) {
           if (exists) {
-            depthwise<S::kUnit, S::kChunkPitch>(halo, resized + unit_channel,
-                                                left(chunk) + unit_channel, unit_pixel, filter,
-                                                refine_bias + c, relu);
+            depthwise(resized + unit_channel, left(chunk) + unit_channel, filter, refine_bias + c,
+                      relu);
           } else {
             clear<S::kUnit, S::kChunkPitch>(left(chunk) + unit_pixel * S::kChunkPitch +
                                             unit_channel);
@@ -270,10 +279,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     put(tile + (Product::row() + row) * S::kRowPitch + Product::column() + column, clamp(pair));
   });
   __syncthreads();
-  store_tile<kRows, Across, S::kColumns, S::kRowPitch, kThreads>(
+  store_tile<kRows, Across, S::kRow, S::kRowPitch, kThreads>(
       out + (int64_t{top} * width + start) * out_pixel + first_column, tile,
       int64_t{width} * out_pixel, out_pixel, height - top, width - start,
-      out_channels - first_column);
+      min(out_channels - first_column, Out));
 }
 
 template <class T, int Low, int High, int Out, int Taps, int Across = 16>
@@ -285,16 +294,18 @@ void run(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
   const int low_channels = computed_channels(op.low_channels),
             high_channels = computed_channels(op.high_channels);
   const int out_channels = computed_channels(op.out_channels);
+  const int row_pitch = padded_columns(out_channels);
   const int64_t tiles_down = divided_up(op.height, kRows);
   const int64_t tiles_across = divided_up(op.width, Across);
   const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::shared(op.dilation),
-                    divided_up(out_channels, S::kColumns)};
+                    divided_up(out_channels, Out)};
   FASTSCNN_LAUNCH((feature_fusion_kernel<T, Low, High, Out, Taps, Across>), shape, stream, op.high,
                   op.low, op.refine_weight, op.refine_bias, op.low_weight, op.high_weight, op.bias,
                   op.out, op.height, op.width, op.low_height, op.low_width, tiles_down,
-                  tiles_across, low_channels, high_channels, out_channels, op.dilation, y.scale,
-                  y.shift, y.divisor, x.scale, x.shift, x.divisor, end.low, end.high, op.high_image,
-                  op.high_pixel, op.low_image, op.low_pixel, op.out_image, op.out_pixel);
+                  tiles_across, low_channels, high_channels, out_channels, row_pitch, op.dilation,
+                  y.scale, y.shift, y.divisor, x.scale, x.shift, x.divisor, end.low, end.high,
+                  op.high_image, op.high_pixel, op.low_image, op.low_pixel, op.out_image,
+                  op.out_pixel);
 }
 
 // The instantiation for these channels, the general one for others; with narrower tiles where the
@@ -302,13 +313,13 @@ void run(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
 template <class T, int Taps>
 void select(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
   if constexpr (Taps == 9) {
-    if (op.dilation > kMostDilation) return run<T, 0, 0, 0, Taps, 8>(op, stream);
+    if (op.dilation > kMostDilation) return run<T, 0, 0, kMostColumns, Taps, 8>(op, stream);
   }
   if (computed_channels(op.low_channels) == 128 && computed_channels(op.high_channels) == 64 &&
       computed_channels(op.out_channels) == 128) {
     return run<T, 128, 64, 128, Taps>(op, stream);
   }
-  run<T, 0, 0, 0, Taps>(op, stream);
+  with_columns(op.out_channels, [&](auto columns) { run<T, 0, 0, columns, Taps>(op, stream); });
 }
 
 // A dense refinement commutes with the resize: it runs at low's resolution, as this op without a
@@ -328,7 +339,8 @@ void run_dense(const fastscnn_feature_fusion& op, fastscnn_stream stream) {
   refine.bias = op.refine_bias;
   rest.low = refine.out = op.refined;
   rest.low_image = refine.out_image = op.low_height * op.low_width * op.low_pixel;
-  run<T, 0, 0, 0, 1>(refine, stream);
+  with_columns(refine.out_channels,
+               [&](auto columns) { run<T, 0, 0, columns, 1>(refine, stream); });
   select<T, 1>(rest, after(stream));
 }
 

@@ -56,15 +56,18 @@ struct Sizes {
   static constexpr int kRowPitch = pitch<T>(kRow);
   using Window = Halo<Stride, kAcross, kChunkPitch>;
 
-  // Shared memory in elements: each stage's halo of x, its expanding columns, the expanded halo,
-  // the depthwise result, the projecting rows. Where no two warps sum up the same channels, the
+  // Shared memory: which slots are inside the image, a word each.
+  static constexpr size_t kInside = kSlots * sizeof(uint32_t);
+  // After it, in elements: the expanded halo, the depthwise result, the projecting rows, then each
+  // stage's halo of x and expanding columns. Where no two warps sum up the same channels, the
   // result takes the place of the halo.
   static constexpr int kHalo = kSlots * kChunkPitch;
   static constexpr int kLeft = kUnitsAcross > 1 ? kPixels * kChunkPitch : 0;
   static constexpr int kProject = kChunk * kRowPitch;
   static constexpr Counted kCounted{240, 260, 30, 30};
-  // In the end the result takes the place of all but x.
-  static constexpr int kResult = kPixels * kRowPitch;
+  static constexpr int kWork = kHalo + kLeft + kProject;
+  // In the end the result takes their place.
+  static_assert(kPixels * kRowPitch <= kWork);
 
   // Where x's channels come in steps of `step`, and the next step's lie beside those in use.
   struct Input {
@@ -76,13 +79,9 @@ struct Sizes {
       return rounded_up(step, kStep) * kChunkPitch;
     }
     __host__ __device__ constexpr int elements() const {
-      const int work = stages * expand_stage() + kHalo + kLeft + kProject;
-      return stages * stage() + (work > kResult ? work : kResult);
+      return kWork + stages * (stage() + expand_stage());
     }
-    // After those which slots are inside the image, a word each.
-    __host__ __device__ constexpr size_t shared() const {
-      return elements() * sizeof(T) + kSlots * sizeof(uint32_t);
-    }
+    __host__ __device__ constexpr size_t shared() const { return kInside + elements() * sizeof(T); }
   };
   // A block's share of the smallest shared memory that runs the type: sm_75's, sm_86's.
   static constexpr size_t kMostShared = (sizeof(T) == 2 ? 64 : 99) * 1024;
@@ -103,22 +102,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
     const T* __restrict__ project_weight, const float* __restrict__ project_bias,
     float4* __restrict__ partials, int* __restrict__ counters, T* __restrict__ out, int height,
     int width, int out_height, int out_width, int tiles_down, int tiles_across, int in_channels,
-    int mid_channels, int out_channels, int slices, int slice_channels, int residual, float low,
-    float high, int64_t x_image, int x_pixel, int64_t out_image, int out_pixel) {
+    int mid_channels, int out_channels, int row_pitch, int step, int stages, int slices,
+    int slice_channels, int residual, float low, float high, int64_t x_image, int x_pixel,
+    int64_t out_image, int out_pixel) {
   using S = Sizes<T, In, Mid, Out, Stride>;
   using Product = Shares<S::kPixels, S::kColumns, kWarps>;
   if (In) in_channels = In;
   if (Mid) mid_channels = Mid;
-  if (In) out_channels = Out;
-  const int row_pitch = padded_columns(out_channels);
-  const int mid_pitch = rounded_up(mid_channels, 64);
-  const auto sizes = S::input(in_channels);
-  T* const input = reinterpret_cast<T*>(shared_memory());
-  T* const expand = input + sizes.stages * sizes.stage();
-  T* const halo = expand + sizes.stages * sizes.expand_stage();
+  if (In) out_channels = Out, row_pitch = S::kRow;
+  // Kept in a register, as it is: else each tap's distance is multiplied anew.
+  const int mid_pitch = Mid ? rounded_up(Mid, 64) : kept(rounded_up(mid_channels, 64));
+  const auto sizes = In ? S::input(In) : typename S::Input{step, stages};
+  uint32_t* const inside = reinterpret_cast<uint32_t*>(shared_memory());
+  T* const halo = reinterpret_cast<T*>(shared_memory() + S::kInside);
   T* const left = S::kLeft ? halo + S::kHalo : halo;
   T* const project = halo + S::kHalo + S::kLeft;
-  uint32_t* const inside = reinterpret_cast<uint32_t*>(input + sizes.elements());
+  T* const input = halo + S::kWork;
+  T* const expand = input + sizes.stages * sizes.stage();
 
   const int across = blockIdx.x % tiles_across, down = blockIdx.x / tiles_across % tiles_down;
   const int64_t image = blockIdx.x / tiles_across / tiles_down;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
   out += image * out_image;
   const int column_block = In ? 0 : blockIdx.y / slices, slice = blockIdx.y - column_block * slices;
   const int first_column = column_block * S::kColumns, stored = computed_channels(out_channels);
-  const int begin = slice * slice_channels, end = min(begin + slice_channels, mid_channels);
+  const int begin = slice * slice_channels, end = kept(min(begin + slice_channels, mid_channels));
   const Clamp<T> clamp(low, high);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -135,10 +135,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
   int stage = 0;
   const auto queue_input = [&](int first) {
     constexpr int kSharers = 4, kPass = kThreads / kSharers;
-    const int within = threadIdx.x % kSharers * kPerVector<T>;
+    constexpr int kUnrolled = In ? In / (kSharers * kPerVector<T>) : 1;
+    // Kept, so that where wide x lies is not held in registers over the chunks.
+    const unsigned thread = In ? threadIdx.x : kept(threadIdx.x);
+    const int within = thread % kSharers * kPerVector<T>;
 #pragma unroll
     for (int pass = 0; pass < S::kSlots; pass += kPass) {
-      const int at = pass + threadIdx.x / kSharers;
+      const int at = pass + thread / kSharers;
       if (pass + kPass > S::kSlots && at >= S::kSlots) break;
       const int2 in_halo = S::Window::position(at);
       const int row = top * Stride + in_halo.x - 1, column = start * Stride + in_halo.y - 1;
@@ -148,24 +151,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
       T* to = input + stage * sizes.stage() + at * sizes.pixel_pitch() + within;
       const T* from = exists ? x + (int64_t{row} * width + column) * x_pixel + first + within : x;
       const int step = exists ? kSharers * kPerVector<T> : 0;
-#pragma unroll
+      const int end = exists ? in_channels - first : 0;
+#pragma unroll kUnrolled
       for (int c = within; c < sizes.step; c += kSharers * kPerVector<T>) {
-        async_copy_16(to, from, exists && (In || first + c < in_channels));
+        async_copy_16(to, from, In ? exists : c < end);
         to += kSharers * kPerVector<T>;
         from += step;
       }
     }
   };
-  const auto queue_expand = [&](int first, int chunk) {
-    constexpr int kRows = In ? In : S::kStep;
-    const T* const from = expand_weight + int64_t{first} * mid_pitch + chunk;
-    T* const to = expand + stage * sizes.expand_stage();
+  constexpr int kExpandRows = In ? In : S::kStep;
+  Copies<In != 0, kExpandRows, S::kChunk, S::kChunkPitch, kThreads, T> expand_columns(
+      expand, expand_weight + begin, mid_pitch, in_channels, S::kChunk);
+  const auto queue_expand = [&](int first) {
+    auto columns = expand_columns;
+    if (sizes.stages > 1) columns.move(first, 0, stage * sizes.expand_stage());
+    int k = 0;
 #pragma unroll 1
-    for (int k = 0; k < sizes.step; k += kRows) {
-      copy_matrix<kRows, S::kChunk, S::kChunkPitch, kThreads>(
-          to + k * S::kChunkPitch, from + k * mid_pitch, mid_pitch,
-          In ? In : min(sizes.step, in_channels - first) - k, S::kChunk);
-    }
+    do {
+      columns.queue_below();
+      k += kExpandRows;
+    } while (k < sizes.step);
   };
 
   typename Product::Tile total;
@@ -175,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
   } else {
     total.start();
   }
-  queue_expand(0, begin);
+  queue_expand(0);
   wait_for_launches_before();
   queue_input(0);
   async_commit();
@@ -185,17 +191,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
   // And sums up, if it does: as many channels and pixels.
   const int unit_channel = warp / S::kUnitsAcross * 8 % S::kChunk;
   const int unit_pixel = warp % S::kUnitsAcross * 16 * S::kUnit;
+  const Depthwise<S::kUnit, S::kChunkPitch, T, typename S::Window> depthwise({}, unit_pixel);
   // Where they begin, and what moves on with the chunks.
   const T* const own_x =
       kept_at(input, first_slot * sizes.pixel_pitch() + own_left<T>(sizes.pixel_pitch()));
+  const uint32_t* const own_slots = kept_at(inside, first_slot + lane / 4);
   const T* const own_columns = kept_at(expand, first_channel + own_right<T>(S::kChunkPitch));
   const T* const own_left_rows =
       kept_at(left, Product::row() * S::kChunkPitch + own_left<T>(S::kChunkPitch));
   const T* const own_project = kept_at(project, Product::column() + own_right<T>(S::kRowPitch));
   const float* own_expand_bias = expand_bias + begin + first_channel;
-  const float* own_weight = depthwise_weight + begin + unit_channel;
+  const float* own_weight = Filter<T>::own(depthwise_weight + begin + unit_channel);
   const float* own_bias = depthwise_bias + begin + unit_channel;
-  const T* project_rows = project_weight + int64_t{begin} * row_pitch + first_column;
+  Copies<true, S::kChunk, S::kRow, S::kRowPitch, kThreads, T> project_rows(
+      project, project_weight + int64_t{begin} * row_pitch + first_column, row_pitch, S::kChunk,
+      In ? S::kRow : row_pitch - first_column);
 #pragma unroll 1
   for (int chunk = begin; chunk < end; chunk += S::kChunk) {
     Accumulator<S::kTiles, S::kOwnChannels / 8> expanded;
@@ -205,60 +215,62 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
     __syncthreads();
     uint32_t own_inside[2 * S::kTiles];
 #pragma unroll
-    for (int i = 0; i < 2 * S::kTiles; ++i) own_inside[i] = inside[first_slot + 8 * i + lane / 4];
-    copy_matrix<S::kChunk, S::kRow, S::kRowPitch, kThreads>(
-        project, project_rows, row_pitch, S::kChunk, In ? S::kRow : row_pitch - first_column);
+    for (int i = 0; i < 2 * S::kTiles; ++i) own_inside[i] = own_slots[8 * i];
+    project_rows.queue();
     async_commit();
 
-    for (int first = 0; first < in_channels; first += sizes.step) {
-      const int now = stage;
-      if (sizes.stages > 1) {
+    if constexpr (In != 0) {
+      multiply_own<In, pitch<T>(In), S::kChunkPitch>(expanded, own_x, own_columns);
+    } else if (sizes.stages == 1) {
+      const T *x_now = own_x, *columns = own_columns;
+      const T* const end_columns = columns + sizes.step * S::kChunkPitch;
+      if (sizes.step % S::kStep) {
+        multiply_own<16, 0, S::kChunkPitch>(expanded, x_now, columns, sizes.pixel_pitch());
+        x_now += 16;
+        columns += 16 * S::kChunkPitch;
+      }
+#pragma unroll 1
+      while (columns != end_columns) {
+        multiply_own<S::kStep, 0, S::kChunkPitch>(expanded, x_now, columns, sizes.pixel_pitch());
+        x_now += S::kStep;
+        columns += S::kStep * S::kChunkPitch;
+      }
+    } else {
+#pragma unroll 1
+      for (int first = 0; first < in_channels; first += S::kStep) {
+        const T* const x_now = own_x + stage * sizes.stage();
+        const T* const columns = own_columns + stage * sizes.expand_stage();
         if (first) {
           async_wait<0>();
           __syncthreads();
         }
         stage ^= 1;
-        if (first + sizes.step < in_channels) {
-          queue_input(first + sizes.step);
-          queue_expand(first + sizes.step, chunk);
+        if (first + S::kStep < in_channels) {
+          queue_input(first + S::kStep);
+          queue_expand(first + S::kStep);
           async_commit();
         }
-      }
-      const T* x_now = own_x + now * sizes.stage();
-      const T* columns = own_columns + now * sizes.expand_stage();
-      if constexpr (In != 0) {
-        multiply_own<In, pitch<T>(In), S::kChunkPitch>(expanded, x_now, columns);
-      } else {
-        int k = 0;
-#pragma unroll 1
-        for (; k + S::kStep <= sizes.step; k += S::kStep) {
-          multiply_own<S::kStep, 0, S::kChunkPitch>(expanded, x_now, columns, sizes.pixel_pitch());
-          x_now += S::kStep;
-          columns += S::kStep * S::kChunkPitch;
-        }
-        if (k < sizes.step) {
-          multiply_own<16, 0, S::kChunkPitch>(expanded, x_now, columns, sizes.pixel_pitch());
-        }
+        multiply_own<S::kStep, pitch<T>(S::kStep), S::kChunkPitch>(expanded, x_now, columns);
       }
     }
-    // Outside the image it is the expanded value that is zero, not x. Channels that exist only in
-    // memory are zero even where x is infinite.
+    // Channels that exist only in memory are zero even where x is infinite.
+    if (Mid == 0 && chunk + S::kChunk > mid_channels) {
+      expanded.keep_columns(mid_channels - chunk - first_channel);
+    }
+    // Outside the image it is the expanded value that is zero, not x.
     expanded.for_each([&](int row, int column, float2& pair) {
-      const int channel = chunk + first_channel + column;
-      if (Mid == 0 && channel >= mid_channels) pair.x = 0;
-      if (Mid == 0 && channel + 1 >= mid_channels) pair.y = 0;
       put(halo + (first_slot + row) * S::kChunkPitch + first_channel + column,
           masked(clamp(pair), own_inside[row / 8]));
     });
     __syncthreads();
-    if (const int next = chunk + S::kChunk; next < end) {
+    if (chunk + S::kChunk < end) {
+      expand_columns.move(0, S::kChunk, 0);
       if (sizes.stages > 1) queue_input(0);
-      queue_expand(0, next);
+      queue_expand(0);
     }
     async_commit();
     if (S::kUnits >= kWarps || warp < S::kUnits) {
-      depthwise<S::kUnit, S::kChunkPitch>(typename S::Window{}, halo + unit_channel,
-                                          left + unit_channel, unit_pixel, filter, own_bias, clamp);
+      depthwise(halo + unit_channel, left + unit_channel, filter, own_bias, clamp);
     }
     async_wait<1>();
     __syncthreads();
@@ -266,7 +278,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
     own_expand_bias += S::kChunk;
     own_weight += S::kChunk;
     own_bias += S::kChunk;
-    project_rows += S::kChunk * row_pitch;
   }
   if (slices > 1) {
     const int64_t tile = blockIdx.x + int64_t{column_block} * gridDim.x;
@@ -276,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
     __syncthreads();
   }
 
-  T* const result = expand;
+  T* const result = halo;
   constexpr int kVectors = S::kColumns / kPerVector<T>;
   const bool adds = Stride == 1 && (In == 0 || In == Out) && residual;
   if (adds && sizes.stages > 1) {  // x where the result will lie
@@ -293,6 +304,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
     async_wait<0>();
     __syncthreads();
   }
+  if (In == 0 && first_column + S::kColumns > out_channels) {
+    total.keep_columns(out_channels - own_column);
+  }
   total.for_each([&](int row, int column, float2& pair) {
     const int pixel = Product::row() + row, o = Product::column() + column;
     T* const to = result + pixel * S::kRowPitch + o;
@@ -302,15 +316,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
           sizes.stages > 1 ? to : input + at * sizes.pixel_pitch() + (In ? o : first_column + o));
       pair = {pair.x + own.x, pair.y + own.y};
     }
-    if (In == 0 && first_column + o >= out_channels) pair.x = 0;
-    if (In == 0 && first_column + o + 1 >= out_channels) pair.y = 0;
     store_pair(to, pair);
   });
   __syncthreads();
   store_tile<S::kRows, S::kAcross, S::kRow, S::kRowPitch, kThreads>(
       out + (int64_t{top} * out_width + start) * out_pixel + first_column, result,
       int64_t{out_width} * out_pixel, out_pixel, out_height - top, out_width - start,
-      stored - first_column);
+      min(stored - first_column, S::kColumns));
 }
 
 // Calls `f` with the Sizes for these channels and stride, the general ones for others: those know
@@ -329,11 +341,9 @@ void with_sizes(const fastscnn_inverted_residual& op, F&& f) {
     if (is(96, 576, 96, 1)) return f(Sizes<T, 96, 576, 96, 1>{});
     if (is(96, 576, 128, 1)) return f(Sizes<T, 96, 576, 128, 1>{});
     if (is(128, 768, 128, 1)) return f(Sizes<T, 128, 768, 128, 1>{});
-    const bool narrow = op.out_channels <= 64;
-    if (op.stride == 1) {
-      return narrow ? f(Sizes<T, 0, 0, 64, 1>{}) : f(Sizes<T, 0, 0, 128, 1>{});
-    }
-    narrow ? f(Sizes<T, 0, 0, 64, 2>{}) : f(Sizes<T, 0, 0, 128, 2>{});
+    with_columns(op.out_channels, [&](auto columns) {
+      op.stride == 1 ? f(Sizes<T, 0, 0, columns, 1>{}) : f(Sizes<T, 0, 0, columns, 2>{});
+    });
   });
 }
 
@@ -342,16 +352,18 @@ void run(Sizes<T, In, Mid, Out, Stride> sizes, const fastscnn_inverted_residual&
          fastscnn_stream stream) {
   const Bounds bounds = bounds_of(op.activation);
   const int in_channels = computed_channels(op.in_channels);
+  const int row_pitch = padded_columns(op.out_channels);
+  const auto input = sizes.input(in_channels);
   const Cut cut(sizes, op, op.slices);
-  const Shape shape{op.images * cut.tiles_down * cut.tiles_across, kThreads,
-                    sizes.input(in_channels).shared(), cut.column_blocks * cut.slices};
+  const Shape shape{op.images * cut.tiles_down * cut.tiles_across, kThreads, input.shared(),
+                    cut.column_blocks * cut.slices};
   FASTSCNN_LAUNCH((inverted_residual_kernel<T, In, Mid, Out, Stride>), shape, stream, op.x,
                   op.expand_weight, op.expand_bias, op.depthwise_weight, op.depthwise_bias,
                   op.project_weight, op.project_bias, op.partials, op.counters, op.out, op.height,
                   op.width, op.out_height, op.out_width, cut.tiles_down, cut.tiles_across,
-                  in_channels, op.mid_channels, op.out_channels, cut.slices,
-                  cut.slice_chunks * sizes.kChunk, op.residual, bounds.low, bounds.high, op.x_image,
-                  op.x_pixel, op.out_image, op.out_pixel);
+                  in_channels, op.mid_channels, op.out_channels, row_pitch, input.step,
+                  input.stages, cut.slices, cut.slice_chunks * sizes.kChunk, op.residual,
+                  bounds.low, bounds.high, op.x_image, op.x_pixel, op.out_image, op.out_pixel);
 }
 
 Arguments check_sizes(const fastscnn_inverted_residual& op) {

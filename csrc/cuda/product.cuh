@@ -48,12 +48,21 @@ struct Accumulator {
   }
   // The same of a bias that ends after `columns`.
   __device__ __forceinline__ void start(const float* bias, int columns) {
+    if (columns >= 8 * Columns) return start(bias);
     for_each([&](int, int column, float2& pair) {
       pair = column < columns ? load_pair(bias + column) : float2{0, 0};
     });
   }
   __device__ __forceinline__ void start() {
     for_each([](int, int, float2& pair) { pair = {0, 0}; });
+  }
+
+  // Zeros from the column on.
+  __device__ __forceinline__ void keep_columns(int columns) {
+    for_each([&](int, int column, float2& pair) {
+      if (column >= columns) pair.x = 0;
+      if (column + 1 >= columns) pair.y = 0;
+    });
   }
 };
 
@@ -148,8 +157,71 @@ struct Shares {
   __device__ static int column() { return threadIdx.x / 32 % kAcross * kColumns * 8; }
 };
 
-// Queues copies of `rows` x `columns` of a matrix in global memory to shared memory, zeros beyond
-// them up to (Rows, Columns); a block's Threads share them.
+// Calls `f` with how many output channels a block of a kernel for any number of them computes: the
+// fewest of a few that need no more blocks than 128 would.
+template <class F>
+void with_columns(int channels, F&& f) {
+  const int own = divided_up(channels, divided_up(channels, kMostColumns));
+  if (own <= 32) return f(Constant<32>{});
+  if (own <= 64) return f(Constant<64>{});
+  if (own <= 96) return f(Constant<96>{});
+  f(Constant<128>{});
+}
+
+// A thread's share of what a block's Threads copy of a matrix of (rows, columns) in global memory
+// to shared memory, (Rows, Columns) at a time and zeros beyond it; with Whole no row is beyond.
+template <bool Whole, int Rows, int Columns, int Pitch, int Threads, class T>
+class Copies {
+ public:
+  __device__ __forceinline__ Copies(T* to, const T* from, int from_pitch, int rows, int columns)
+      : to_(kept_at(to, row() * Pitch + column())),
+        from_(from + int64_t{row()} * from_pitch + column()),
+        pitch_(from_pitch),
+        left_(column() >= columns ? 0
+              : Whole             ? Rows
+                                  : rows - row()) {}
+
+  // Queues the copies of the next Rows rows.
+  __device__ __forceinline__ void queue() {
+    const bool exists = left_ > 0;
+    if (Rows >= kPass || row() < Rows) {
+      const T* from = from_;
+      unrolled<divided_up(Rows, kPass)>([&](auto pass) {
+        constexpr int first = pass * kPass;
+        if (first + kPass > Rows && row() + first >= Rows) return;
+        async_copy_16<first * Pitch* int(sizeof(T))>(to_, from, Whole ? exists : first < left_);
+        from += kPass * pitch_;
+      });
+    }
+    from_ += int64_t{Rows} * pitch_;
+    if (!Whole) left_ -= Rows;
+  }
+  // The same; those of the next call go to the rows below.
+  __device__ __forceinline__ void queue_below() {
+    queue();
+    to_ += Rows * Pitch;
+  }
+
+  // What is copied next is `rows` further down and `columns` to the right, and goes to `to`
+  // elements further on.
+  __device__ __forceinline__ void move(int rows, int columns, int to) {
+    to_ += to;
+    from_ += int64_t{rows} * pitch_ + columns;
+    if (!Whole) left_ -= rows;
+  }
+
+ private:
+  static constexpr int kAcross = Columns / kPerVector<T>, kPass = Threads / kAcross;
+  static_assert(kAcross * kPass == Threads);
+  __device__ static int row() { return threadIdx.x / kAcross; }
+  __device__ static int column() { return threadIdx.x % kAcross * kPerVector<T>; }
+
+  T* to_;
+  const T* from_;
+  int pitch_, left_;
+};
+
+// The first (Rows, Columns) alone.
 template <int Rows, int Columns, int Pitch, int Threads, class T>
 __device__ __forceinline__ void copy_matrix(T* to, const T* from, int from_pitch, int rows,
                                             int columns) {

@@ -37,8 +37,9 @@ __device__ __forceinline__ float blended(float a, float b, float weight) {
   return fmaf(a, 1 - weight, b * weight);
 }
 
-__device__ __forceinline__ float2 blended(float2 a, float2 b, float weight) {
-  return {blended(a.x, b.x, weight), blended(a.y, b.y, weight)};
+// The same with rest = 1 - weight.
+__device__ __forceinline__ float2 blended(float2 a, float2 b, float weight, float rest) {
+  return {fmaf(a.x, rest, b.x * weight), fmaf(a.y, rest, b.y * weight)};
 }
 
 }  // namespace fastscnn::cuda
