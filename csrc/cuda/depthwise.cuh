@@ -100,8 +100,10 @@ class Filter {
   float own_[9];
 };
 
-// The sums of a warp's 16 Rows pixels from `first` on, of which a lane knows its part.
-template <int Rows, int LeftPitch, class T, class Halo>
+// The sums of a warp's 16 Rows pixels from `first` on, of which a lane knows its part. With
+// KeepsWindows it computes where its windows begin once, else the compiler may do it for each
+// chunk.
+template <int Rows, int LeftPitch, bool KeepsWindows, class T, class Halo>
 class Depthwise {
  public:
   __device__ __forceinline__ Depthwise(const Halo& halo, int first) : halo_(halo), first_(first) {
@@ -111,7 +113,10 @@ class Depthwise {
       mask_ = kept(Filter<T>::mask());
       left_ = kept((first + lane / 4) * LeftPitch + lane % 4 * 2);
 #pragma unroll
-      for (int i = 0; i < Rows / 2; ++i) windows_[i] = halo.window(first + 32 * i + lane);
+      for (int i = 0; i < Rows / 2; ++i) {
+        const int window = halo.window(first + 32 * i + lane);
+        windows_[i] = KeepsWindows ? kept(window) : window;
+      }
     }
   }
 

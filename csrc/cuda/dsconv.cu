@@ -176,10 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kUnitsAcross = S::kPixels / (16 * S::kUnit);
   const int unit_channel = threadIdx.x / 32 / kUnitsAcross * 8;
   const int unit_pixel = threadIdx.x / 32 % kUnitsAcross * 16 * S::kUnit;
-  const T* const own_left_rows =
-      left + Product::row() * S::kChunkPitch + own_left<T>(S::kChunkPitch);
-  const T* const own_right_rows = right + Product::column() + own_right<T>(S::kRowPitch);
-  const Depthwise<S::kUnit, S::kChunkPitch, T, typename S::Window> depthwise({}, unit_pixel);
+  const Depthwise<S::kUnit, S::kChunkPitch, false, T, typename S::Window> depthwise({}, unit_pixel);
   const Clamp<T> clamp(mid_low, mid_high), end_clamp(low, high);
   for (int o = first_column; o < end_column; o += Out) {
     queue_halo(0);
@@ -211,7 +208,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       async_wait<1>();
       __syncthreads();
-      multiply_own<S::kChunk, S::kChunkPitch, S::kRowPitch>(total, own_left_rows, own_right_rows);
+      multiply<S::kChunk, S::kChunkPitch, S::kRowPitch>(
+          total, left + Product::row() * S::kChunkPitch, right + Product::column());
       __syncthreads();
       if (chunk + 1 < chunks) queue_right(chunk + 1, o);
       async_commit();

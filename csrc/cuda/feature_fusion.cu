@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int unit_channel = warp / S::kUnitsAcross * 8 % S::kChunk;
   const int unit_pixel = warp % S::kUnitsAcross * 16 * S::kUnit;
   using Window = DilatedHalo<Across, S::kChunkPitch>;
-  const Depthwise<S::kUnit, S::kChunkPitch, T, Window> depthwise(
+  const Depthwise<S::kUnit, S::kChunkPitch, Low == 0, T, Window> depthwise(
       {along_at.count, down_at.apart, along_at.apart}, unit_pixel);
   const Clamp<T> relu(0, INFINITY), clamp(least, most);
   __syncthreads();

@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
   // And sums up, if it does: as many channels and pixels.
   const int unit_channel = warp / S::kUnitsAcross * 8 % S::kChunk;
   const int unit_pixel = warp % S::kUnitsAcross * 16 * S::kUnit;
-  const Depthwise<S::kUnit, S::kChunkPitch, T, typename S::Window> depthwise({}, unit_pixel);
+  const Depthwise<S::kUnit, S::kChunkPitch, In == 0, T, typename S::Window> depthwise({},
+                                                                                      unit_pixel);
   // Where they begin, and what moves on with the chunks.
   const T* const own_x =
       kept_at(input, first_slot * sizes.pixel_pitch() + own_left<T>(sizes.pixel_pitch()));
