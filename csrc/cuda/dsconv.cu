@@ -47,9 +47,14 @@ struct Sizes {
   static constexpr size_t kResultBytes = kResult * sizeof(T);
   static constexpr size_t kLastBytes = (kResult + kLast) * sizeof(T);
 
-  static constexpr size_t shared(bool last) {
-    const size_t after = last ? kLastBytes : kResultBytes;
-    return kPipelineBytes > after ? kPipelineBytes : after;
+  static constexpr size_t kLastShared = kPipelineBytes > kLastBytes ? kPipelineBytes : kLastBytes;
+  // After it the sums of the last 1x1, where more than Out channels follow each other.
+  static constexpr int kSumsPitch = pitch<float>(kLastColumns);
+  static constexpr size_t kSums = kPixels * kSumsPitch * sizeof(float);
+
+  static constexpr size_t shared(bool last, int out_channels) {
+    if (last) return kLastShared + (out_channels > Out ? kSums : 0);
+    return kPipelineBytes > kResultBytes ? kPipelineBytes : kResultBytes;
   }
 };
 
@@ -166,11 +171,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     });
   };
 
-  typename LastProduct::Tile result;
-  if constexpr (Last) {
-    const int k = first_class + LastProduct::column();
-    result.start(last_bias + k, last_columns - k);
-  }
   const int chunks = divided_up(in_channels, S::kChunk);
   // What this warp sums up.
   constexpr int kUnitsAcross = S::kPixels / (16 * S::kUnit);
@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int unit_pixel = threadIdx.x / 32 % kUnitsAcross * 16 * S::kUnit;
   const Depthwise<S::kUnit, S::kChunkPitch, false, T, typename S::Window> depthwise({}, unit_pixel);
   const Clamp<T> clamp(mid_low, mid_high), end_clamp(low, high);
+  typename LastProduct::Tile result;
   for (int o = first_column; o < end_column; o += Out) {
     queue_halo(0);
     async_commit();
@@ -230,8 +231,24 @@ __global__ void __launch_bounds__(kThreads, 2)
     async_wait<0>();
     __syncthreads();
     if constexpr (Last) {
+      // A lane's sums of the classes wait in shared memory for what comes of further channels.
+      float* const sums = reinterpret_cast<float*>(shared_memory() + S::kLastShared) +
+                          LastProduct::row() * S::kSumsPitch + LastProduct::column();
+      if (o == 0) {
+        const int k = first_class + LastProduct::column();
+        result.start(last_bias + k, last_columns - k);
+      } else {
+        result.for_each([&](int row, int column, float2& pair) {
+          pair = load_pair(sums + row * S::kSumsPitch + column);
+        });
+      }
       multiply<Out, S::kRowPitch, pitch<T>(kLastColumns)>(
           result, tile + LastProduct::row() * S::kRowPitch, last + LastProduct::column());
+      if (o + Out < out_channels) {
+        result.for_each([&](int row, int column, float2& pair) {
+          store_pair(sums + row * S::kSumsPitch + column, pair);
+        });
+      }
     } else {
       store_tile<S::kRows, S::kAcross, S::kRow, S::kRowPitch, kThreads>(
           static_cast<T*>(out) + image * out_image +
@@ -276,7 +293,7 @@ void run(const fastscnn_dsconv& op, fastscnn_stream stream) {
   const int out_is_float = op.out_type == FASTSCNN_FLOAT32;
   const int64_t tiles_down = divided_up(op.out_height, S::kRows);
   const int64_t tiles_across = divided_up(op.out_width, S::kAcross);
-  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::shared(Last),
+  const Shape shape{op.images * tiles_down * tiles_across, kThreads, S::shared(Last, out_channels),
                     Last ? divided_up(last_columns, kLastColumns) : divided_up(out_channels, Out)};
   FASTSCNN_LAUNCH((dsconv_kernel<T, In, Out, Stride, Last>), shape, stream, op.x,
                   op.depthwise_weight, op.depthwise_bias, op.pointwise_weight, op.pointwise_bias,

@@ -81,26 +81,20 @@ def test_real_layers(case: Case, emulation: Target) -> None:
 #: widths in float32.
 WIDE = [
     Layer("dsconv", "", 20, 136, last_channels=40),
-<<<<<<< HEAD
     Layer("dsconv", "", 96, 40),
-=======
     Layer("dsconv", "", 24, 72),
     Layer("dsconv", "", 40, 200, stride=2),
     Layer("dsconv", "", 72, 96, last_channels=11),
->>>>>>> 1bf4951 (CUDA: free widths own all output channels a block in steps of 32; a test holds them to 1.3 of compiled ones)
     Layer("inverted_residual", "", 72, 136, mid_channels=80),
     Layer("inverted_residual", "", 24, 72, mid_channels=40, stride=2),
     Layer("inverted_residual", "", 144, 144, mid_channels=40, residual=True),
     Layer("inverted_residual", "", 152, 48, mid_channels=72, stride=2),
     Layer("inverted_residual", "", 64, 64, mid_channels=128, residual=True),
     Layer("inverted_residual", "", 128, 128, mid_channels=64, residual=True),
-<<<<<<< HEAD
     Layer("inverted_residual", "", 416, 416, mid_channels=24, residual=True),
-=======
     Layer("feature_fusion", "", 72, 200, mid_channels=24),
     Layer("feature_fusion", "", 24, 40, mid_channels=72, dilation=4),
     Layer("feature_fusion", "", 72, 24, mid_channels=40, dense=True),
->>>>>>> 1bf4951 (CUDA: free widths own all output channels a block in steps of 32; a test holds them to 1.3 of compiled ones)
 ]
 
 
@@ -110,11 +104,7 @@ def test_wide_layers(layer: Layer, arithmetic: str, emulation: Target) -> None:
     sizes = ((9, 18), (3, 5)) if layer.op == "feature_fusion" else ((9, 18),)
     for order in (0, 1):
         cuda_host.shared().set_warp_order(order)
-<<<<<<< HEAD
-        check_case(emulation.case(Case(layer, ((9, 18),)), arithmetic))
-=======
-        check_odd(emulation.case(Case(layer, sizes), arithmetic))
->>>>>>> 1bf4951 (CUDA: free widths own all output channels a block in steps of 32; a test holds them to 1.3 of compiled ones)
+        check_case(emulation.case(Case(layer, sizes), arithmetic))
 
 
 SLICED = Layer("inverted_residual", "", 64, 64, mid_channels=384, residual=True)
