@@ -125,5 +125,15 @@ $L1:
     assert executed(body) == 2 * 4
 
 
+def test_what_is_waited_for_is_there_at_once() -> None:
+    body = """
+    { .reg .pred complete;
+    waitLoop:
+    mbarrier.try_wait.parity.shared::cta.b64 complete, [%r1], 0;
+    @!complete bra.uni waitLoop; }
+    ret;"""
+    assert executed(body) == 2 * 3
+
+
 def test_waiting_for_other_launches_is_an_instruction() -> None:
     assert executed("griddepcontrol.launch_dependents; griddepcontrol.wait; ret;") == 2 * 3
