@@ -88,8 +88,7 @@ class Segmenter:
     ) -> None:
         if size is not None:  # told now, not with each picture
             size = picture_size(size)
-        if bits is not None:
-            bits = check_bits(bits)
+        bits = check_bits(bits)
         if isinstance(weights, FastSCNN):
             model = copy.deepcopy(weights)  # it may move to a GPU
         else:

@@ -169,7 +169,7 @@ def pixels_of(
     tell: Callable[[Guess], None] = Guess.tell,
 ) -> NDArray[np.uint8]:
     """As :func:`read_picture`; errors call what has no name of its own ``name``, and ``tell`` hears of guesses."""
-    to_eight = Bits(None if bits is None else check_bits(bits), name, tell)
+    to_eight = Bits(check_bits(bits), name, tell)
     if isinstance(picture, Tensor):
         return _array_pixels(tensor_array(picture, name), channels, to_eight)
     if isinstance(picture, np.ndarray):
@@ -198,8 +198,10 @@ def pixels_of(
     raise TypeError(f"{name} must be {_TAKEN}, got {type(picture).__name__}")
 
 
-def check_bits(bits: Any) -> int:
-    """The number of ``bits``, as an int of Python: numpy's of 8 bits would shift beyond themselves."""
+def check_bits(bits: Any) -> int | None:
+    """The number of ``bits``, if any, as an int of Python: numpy's of 8 bits would shift beyond themselves."""
+    if bits is None:
+        return None
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
         raise TypeError(f"bits must be an integer from 8 to 16, got {bits!r}")
     if not 8 <= bits <= 16:
