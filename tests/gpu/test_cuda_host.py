@@ -305,7 +305,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("a write past the end", r"p >= pixels\b", "p > pixels", (NUMBERS, LABELS, WRITTEN)),
     ("labels past the edge", r"if \(column < width\) to", "to", (LABELS, WRITTEN)),
     ("a local that is not written", r"(terms\[.*\])\{\}", r"\1", (NUMBERS,)),
-    ("bytes that are no factors", r"to_factors\((?!Byte).*\);", ";", (NUMBERS,)),
+    ("bytes that are no factors", r"\b(?:\w+_)?to_factors\((?!Byte).*\);", ";", (NUMBERS,)),
     ("a half left out", r"(kHalf|kHalves) = .*;", r"\1 = 0;", (NUMBERS,)),
 )
 
