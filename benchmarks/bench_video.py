@@ -106,7 +106,8 @@ def _video(fast: FusedFastSCNN, folder: Path, count: int) -> tuple[Stages, int]:
 
     def encode() -> None:
         with Video(path) as video, Writer(out, "mp4", video) as writer:
-            for frame in frames:
+            for frame, one in zip(frames, classified):
+                labels, _ = one.at((HEIGHT, WIDTH))
                 writer.write(overlay(frame, labels, (HEIGHT, WIDTH)), frame)
 
     def everything() -> None:
@@ -117,7 +118,7 @@ def _video(fast: FusedFastSCNN, folder: Path, count: int) -> tuple[Stages, int]:
     inputs = decode()
     with Video(path) as video:
         frames: list[Any] = list(video.read())
-    labels, _ = classify(fast, inputs[:1])[0].at((HEIGHT, WIDTH))
+    classified = [classify(fast, [x])[0] for x in inputs]
     return {"decode": decode, "network": network, "encode": encode, "all": everything}, count
 
 
