@@ -77,8 +77,8 @@ def test_real_layers(case: Case, emulation: Target) -> None:
 
 
 #: Channels that no instantiation has: of each number of columns that a block may compute, more output channels than
-#: it has, with all that follows them; more input channels than lie in shared memory at once; and the network's
-#: widths in float32.
+#: it has, with all that follows them; more input channels than lie in shared memory at once; in int8 a result (24 -> 72)
+#: that is larger than the weights it is laid over; and the network's widths in float32.
 WIDE = [
     Layer("dsconv", "", 20, 136, last_channels=40),
     Layer("dsconv", "", 96, 40),
@@ -87,6 +87,7 @@ WIDE = [
     Layer("dsconv", "", 72, 96, last_channels=11),
     Layer("inverted_residual", "", 72, 136, mid_channels=80),
     Layer("inverted_residual", "", 24, 72, mid_channels=40, stride=2),
+    Layer("inverted_residual", "", 24, 72, mid_channels=40),
     Layer("inverted_residual", "", 144, 144, mid_channels=40, residual=True),
     Layer("inverted_residual", "", 152, 48, mid_channels=72, stride=2),
     Layer("inverted_residual", "", 64, 64, mid_channels=128, residual=True),
@@ -259,16 +260,17 @@ class Mutant:
 BARRIER, LAST_WAIT = r"__syncthreads\(\);", r"async_wait<0>\(\);"
 LATER_WAIT = r"async_wait<([12]|kStages - 2)>\(\);"
 WAIT = r"wait_for_launches_before\(\);"
+REST = r"(?:(?!wait_for_launches_before)[\s\S])*?"  # of the same kernel
 KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, WRITTEN, BARRIERS, OTHERS)),
+    ("without a barrier", BARRIER, ";", (NUMBERS, LABELS, WRITTEN, FINITE, BARRIERS, OTHERS)),
     ("barrier for some", BARRIER, "if (threadIdx.x < 32) __syncthreads();", (BARRIERS,)),
     ("copies not waited for", LAST_WAIT, ";", (NUMBERS, COPIES)),
     ("copies waited for too late", LATER_WAIT, r"async_wait<\1 + 1>();", (NUMBERS, COPIES)),
     ("waits for no launch", WAIT, ";", (LAUNCHES,)),
     ("some wait for launches", WAIT, r"if (threadIdx.x < 32) \g<0>", (LAUNCHES, BARRIERS)),
-    (
+    (  # at the second barrier, if there is one: some touch nothing but weights before the first
         "waits for launches too late",
-        WAIT + r"((?:.|\n)*?)(?=__syncthreads)",
+        WAIT + rf"((?:{REST}__syncthreads)?{REST})(?=__syncthreads)",
         r"\1wait_for_launches_before(); ",
         (NUMBERS, LABELS, LAUNCHES),
     ),
@@ -305,7 +307,7 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("a write past the end", r"p >= pixels\b", "p > pixels", (NUMBERS, LABELS, WRITTEN)),
     ("labels past the edge", r"if \(column < width\) to", "to", (LABELS, WRITTEN)),
     ("a local that is not written", r"(terms\[.*\])\{\}", r"\1", (NUMBERS,)),
-    ("bytes that are no factors", r"\b(?:\w+_)?to_factors\((?!Byte).*\);", ";", (NUMBERS,)),
+    ("bytes that are no factors", r"\b(?:\w+_)?to_factors\((?!Byte).*?\);", ";", (NUMBERS,)),
     ("a half left out", r"(kHalf|kHalves) = .*;", r"\1 = 0;", (NUMBERS,)),
 )
 

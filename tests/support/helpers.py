@@ -242,7 +242,8 @@ def probabilities_of(logits: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- memory
 
-GUARD = 4096
+#: Bytes: more than a tile of any kernel reaches beyond the image that it begins in.
+GUARD = 1 << 16
 
 
 class Guarded:
