@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
   };
 
   Sums<kRows, kTiles> total;
-  const int lane = threadIdx.x % 32,
-            own_column = first_column + Product::column() + own_four<kTiles / 2>();
+  const int lane = threadIdx.x % 32;
+  const int own_column = first_column + Product::column() + own_four<kTiles / 2>();
   total.template start_fours<kTiles / 2>(bias + first_column + Product::column(),
                                          rows - first_column - Product::column());
   const int own_pixel = Product::row() + lane % 16;
@@ -208,17 +208,8 @@ __global__ void __launch_bounds__(IntegerConvolutionSizes<Side>::kThreads, 4)
   }
 
   if (own_column >= out_channels) return;
-  const Requantised<kTiles / 2> requantised(multiplier + own_column);
-  with_rounding(*zero, [&](const auto& rounding) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int pixel = Product::row() + 8 * half + lane / 4;
-      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-      if (y >= height || z >= width) continue;
-      Byte* const to = out + (int64_t{y} * width + z) * out_pixel + own_column;
-      requantised.store(to, total.v[0], half, rounding);
-    }
-  });
+  store_pixels<Product, S::kAcross>(total, multiplier + own_column, *zero, top, start, 1, height,
+                                    width, out + own_column, out_pixel);
 }
 
 template <int Side>

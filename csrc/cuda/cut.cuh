@@ -77,4 +77,29 @@ void scratch_of(const Op& op, size_t* partials, size_t* counters, WithSizes&& wi
   });
 }
 
+// Copies x's pixels (y, z) and so on of a tile to `result`, for what is added to them; of their
+// channels as many as S has columns, `channels` of which exist. x: the image, from the first of
+// these channels on. A thread waits for its own copies; `act` is what it does with each then.
+template <class S, int Threads, class T, class F>
+__device__ __forceinline__ void copy_addend(T* result, const T* x, int x_pixel, int y, int z,
+                                            int height, int width, int channels, F act) {
+  constexpr int kVectors = S::kColumns / kPerVector<T>;
+  const auto each = [&](auto f) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < S::kPixels * kVectors; i += Threads) {
+      const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
+      f(result + pixel * S::kRowPitch + column, y + pixel / S::kAcross, z + pixel % S::kAcross,
+        column);
+    }
+  };
+  each([&](T* to, int own_y, int own_z, int column) {
+    const bool exists = own_y < height && own_z < width && column < channels;
+    async_copy_16(to, exists ? x + (int64_t{own_y} * width + own_z) * x_pixel + column : x, exists);
+  });
+  async_commit();
+  async_wait<0>();
+  each([&](T* to, int, int, int) { act(to); });
+  __syncthreads();
+}
+
 }  // namespace fastscnn::cuda

@@ -188,21 +188,10 @@ __global__ void __launch_bounds__(kThreads, 2) feature_fusion_int8_kernel(
                                      right(chunk) + Product::column() * kPitch);
   }
 
-  const int lane = threadIdx.x % 32;
   const int own_column = first_column + Product::column() + own_four<kTiles / 2>();
   if (own_column >= out_channels) return;
-  const Requantised<kTiles / 2> requantised(multiplier + own_column);
-  with_rounding(*zero, [&](const auto& rounding) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int pixel = Product::row() + 8 * half + lane / 4;
-      const int64_t y = top + pixel / kAcross * int64_t{dilation};
-      const int64_t z = start + pixel % kAcross * int64_t{dilation};
-      if (y >= height || z >= width) continue;
-      Byte* const to = out + (y * width + z) * out_pixel + own_column;
-      requantised.store(to, total.v[0], half, rounding);
-    }
-  });
+  store_pixels<Product, kAcross>(total, multiplier + own_column, *zero, top, start, dilation,
+                                 height, width, out + own_column, out_pixel);
 }
 
 template <int Columns>

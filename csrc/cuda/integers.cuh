@@ -257,6 +257,25 @@ __device__ __forceinline__ void store_bytes(const Sums<Rows, Columns>& sums,
   });
 }
 
+// The bytes of a lane's two pixels of a tile Across wide, whose first is (top, start) and whose
+// others lie the dilation apart, in an image at `out`, from the lane's own column on.
+template <class Product, int Across, class Place, int Columns>
+__device__ __forceinline__ void store_pixels(const Sums<1, Columns>& sums, const float* multiplier,
+                                             int zero, Place top, Place start, int dilation,
+                                             int height, int width, Byte* out, int out_pixel) {
+  const Requantised<Columns / 2> requantised(multiplier);
+  with_rounding(zero, [&](const auto& rounding) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = Product::row() + 8 * half + threadIdx.x % 32 / 4;
+      const Place y = top + pixel / Across * Place{dilation};
+      const Place z = start + pixel % Across * Place{dilation};
+      if (y >= height || z >= width) continue;
+      requantised.store(out + (int64_t{y} * width + z) * out_pixel, sums.v[0], half, rounding);
+    }
+  });
+}
+
 // Where a lane's part of the operands of a product begins, in bytes from the matrices' first.
 __device__ __forceinline__ int own_left_bytes(int pitch) {
   const int lane = threadIdx.x % 32;

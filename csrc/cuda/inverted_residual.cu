@@ -289,21 +289,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<In, Stride>) inverted_residu
   }
 
   T* const result = halo;
-  constexpr int kVectors = S::kColumns / kPerVector<T>;
   const bool adds = Stride == 1 && (In == 0 || In == Out) && residual;
-  if (adds && sizes.stages > 1) {  // x where the result will lie
-#pragma unroll 1
-    for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
-      const int pixel = i / kVectors, column = i % kVectors * kPerVector<T>;
-      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-      const bool exists = y < height && z < width && first_column + column < in_channels;
-      async_copy_16(result + pixel * S::kRowPitch + column,
-                    exists ? x + (int64_t{y} * width + z) * x_pixel + first_column + column : x,
-                    exists);
-    }
-    async_commit();
-    async_wait<0>();
-    __syncthreads();
+  if (adds && sizes.stages > 1) {
+    copy_addend<S, kThreads>(result, x + first_column, x_pixel, top, start, height, width,
+                             in_channels - first_column, [](T*) {});
   }
   if (In == 0 && first_column + S::kColumns > out_channels) {
     total.keep_columns(out_channels - own_column);

@@ -293,25 +293,10 @@ __global__ void __launch_bounds__(kThreads, 2) inverted_residual_int8_kernel(
   }
 
   Byte* const result = expand;
-  constexpr int kVectors = S::kColumns / kVector;
   const bool adds = Stride == 1 && (In == 0 || In == Out) && residual;
-  if (adds && sizes.stages > 1) {  // x where the result will lie
-#pragma unroll 1
-    for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
-      const int pixel = i / kVectors, column = i % kVectors * kVector;
-      const int y = top + pixel / S::kAcross, z = start + pixel % S::kAcross;
-      Byte* const to = result + pixel * S::kRowPitch + column;
-      const bool exists = y < height && z < width && first_column + column < terms;
-      async_copy_16(to, exists ? x + (int64_t{y} * width + z) * x_pixel + first_column + column : x,
-                    exists);
-    }
-    async_commit();
-    async_wait<0>();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < S::kPixels * kVectors; i += kThreads) {
-      to_factors(result + i / kVectors * S::kRowPitch + i % kVectors * kVector);
-    }
-    __syncthreads();
+  if (adds && sizes.stages > 1) {
+    copy_addend<S, kThreads>(result, x + first_column, x_pixel, top, start, height, width,
+                             terms - first_column, [](Byte* to) { to_factors(to); });
   }
   const Rounding rounding(*project_zero);
   const int zero_of_x = *input_zero - 128;  // of factors

@@ -179,12 +179,13 @@ def test_nothing_is_read_past_the_weights(out_channels: int, emulation: Target) 
 #: Headers whose code is mutated too, and the op that shows it.
 HEADERS = {
     "convolution": "pyramid_pooling",
+    "cut": "inverted_residual",
     "depthwise": "inverted_residual",
     "product": "dsconv",
     "slices": "inverted_residual",
     "convolution_int8": "pyramid_pooling_int8",
     "depthwise_int8": "dsconv_int8",
-    "integers": "dsconv_int8",
+    "integers": "feature_fusion_int8",
     "resize_int8": "feature_fusion_int8",
 }
 #: Those of bytes.
