@@ -24,13 +24,14 @@ from fastscnn_fast.arch.config import Config, preset
 from fastscnn_fast.backends import registry
 from fastscnn_fast.lower.fold import fold
 from fastscnn_fast.lower.pack import TAG
+from fastscnn_fast.program import arithmetic
 from fastscnn_fast.program.layers import Layer
 from fastscnn_fast.program.program import fast_scnn
 
 if TYPE_CHECKING or find_spec("triton") is not None:
     from targets import PoisonedBound
 
-    from fastscnn_fast.backends.gpu import arena
+    from fastscnn_fast.backends.gpu import arena, choices, runner, tune
     from fastscnn_fast.backends.gpu.plan import (
         EXTERNAL,
         Plan,
@@ -249,14 +250,35 @@ def test_export() -> None:
 # ---------------------------------------------------------------- plans
 
 
-def network_plan(config: Config, shape: tuple[int, ...], dtype: torch.dtype) -> Plan:
+def network_plan(
+    config: Config, shape: tuple[int, ...], dtype: torch.dtype, precision: str = "highest"
+) -> Plan:
     from fastscnn_fast.lower import gpu as layout
 
-    program = fast_scnn(config)
+    program = fast_scnn(config).computed_in(arithmetic.choose("triton", dtype, precision))
     pieces, _ = layout.layout(program.layers, dtype, 64)
     picture = memory.Buffer.dense("x", dtype, shape)
     out = memory.Buffer.dense("out", dtype, (shape[0], config.num_classes, *shape[2:]))
-    return plan_of_network(program, picture, out, pieces, dtype, 80, "logits")
+    how = runner.products(precision, 80)
+    return plan_of_network(program, picture, out, pieces, dtype, 80, "logits", how)
+
+
+@installed
+def test_a_network_looks_up_what_tuning_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In precision "high" too, some of whose layers are computed in float32."""
+    monkeypatch.setattr(registry, "architecture", lambda device: 80)
+    monkeypatch.setattr(registry, "able", lambda *_: ["triton"])
+    monkeypatch.setattr(registry, "choose_precision", lambda *_: "high")
+    folded, size, dtype = fold(small_network()), (32, 48), torch.float32
+    how = (1, dtype, "high", CPU, lambda runs: [1.0], lambda *_: [])  # no tile: plain torch alone
+    found = list(tune.tune(folded, [size], *how))
+    assert not any(trial.problem for layer in found for trial in layer.trials)
+
+    keys: list[str] = []
+    monkeypatch.setattr(choices.Choices, "get", lambda self, key: keys.append(key))
+    network_plan(folded.config, (1, 3, *size), dtype, "high")
+    assert set(keys) <= {layer.key for layer in found}
+    assert {key.rpartition(" ")[2] for key in keys} == {"ieee", "tf32"}
 
 
 def lives(plan: Plan) -> Iterator[tuple[str, int, int, int, int]]:

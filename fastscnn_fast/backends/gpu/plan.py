@@ -119,8 +119,14 @@ class PlacedLayer:
     out: Buffer
     weights: Mapping[str, Buffer]
 
+    def products(self, precision: str) -> str:
+        """Its own where the network's are of ``precision``: exact ones where the program asks for float32."""
+        exact = precision == "tf32" and self.layer.arithmetic == "float32"
+        return "ieee" if exact else precision
+
     def key(self, dtype: torch.dtype, precision: str, output: str) -> str:
-        return choices.layer_key(self.layer, self.inputs, self.out, dtype, precision, output)
+        own = self.products(precision)
+        return choices.layer_key(self.layer, self.inputs, self.out, dtype, own, output)
 
     def tile(self, dtype: torch.dtype, architecture: Architecture) -> Tile:
         """The one in use where nothing was tuned."""
@@ -151,7 +157,7 @@ def _steps(
     backend: str,
 ) -> list[Step]:
     layer, out, weights = place.layer, place.out, dict(place.weights)
-    dtype = dtype_of(layer.op, dtype)
+    dtype, precision = dtype_of(layer.op, dtype), place.products(precision)
     cut: Choice = chosen.get(place.key(dtype, precision, output)) or (
         choices.CUDA if backend == "cuda" else place.tile(dtype, architecture)
     )
@@ -186,9 +192,7 @@ def network_plan(
     """The whole of ``program`` on ``picture`` (N, C, H, W)."""
     steps: list[Step] = []
     for place in placed(program, picture, out, weights, dtype):
-        exact = precision == "tf32" and place.layer.arithmetic == "float32"
-        how = "ieee" if exact else precision
-        steps += _steps(place, dtype, architecture, output, how, chosen, backend)
+        steps += _steps(place, dtype, architecture, output, precision, chosen, backend)
     return Plan.of(steps)
 
 

@@ -191,6 +191,7 @@ def tune(
         for place, tensors in zip(places_, exact):
             own = dtype_of(place.layer.op, dtype)
             key = place.key(own, how.precision, output)
+            here = replace(how, dtype=own, precision=place.products(how.precision))
             if key in done:
                 continue
             done.add(key)
@@ -209,7 +210,7 @@ def tune(
                 name,
                 _shapes(place),
                 key,
-                tuple(_trials(place, tensors, output, options, replace(how, dtype=own))),
+                tuple(_trials(place, tensors, output, options, here)),
             )
 
 
