@@ -314,19 +314,17 @@ KINDS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 
 
 def mutants() -> Iterator[Any]:
-    for source in (*OPS, *INT8, *HEADERS):
-        first = True
+    """CI has one of each kind, in the op that compiles the fastest, and one of each op."""
+    seen: set[object] = set()
+    for source in (*reversed(OPS), *HEADERS, *INT8):
         for kind in KINDS:
             for n in range(len(re.findall(kind[1], source_of(source)))):
                 mutant = Mutant(source, *kind, n=n)
-                # All ops wait for launches in the same way, and what kernels of bytes share with others is
-                # shown by those: of each source of bytes one.
-                quick = n == 0 and (source == "dsconv" or LAUNCHES not in kind[3])
-                if HEADERS.get(source, source) in INT8:
-                    quick = first
-                marks = [pytest.mark.mutants, *[pytest.mark.exhaustive] * (not quick)]
+                marks = [pytest.mark.mutants]
+                if {kind, mutant.op} <= seen:
+                    marks.append(pytest.mark.exhaustive)
+                seen |= {kind, mutant.op}
                 yield pytest.param(mutant, id=str(mutant), marks=marks)
-                first = False
 
 
 def run_emulated(module: Path, selected: str, timeout: int, **environment: str) -> Any:
