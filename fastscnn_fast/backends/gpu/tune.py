@@ -191,10 +191,10 @@ def tune(
         for place, tensors in zip(places_, exact):
             own = dtype_of(place.layer.op, dtype)
             key = place.key(own, how.precision, output)
-            here = replace(how, dtype=own, precision=place.products(how.precision))
             if key in done:
                 continue
             done.add(key)
+            here = replace(how, dtype=own, precision=place.products(how.precision))
             options: list[Choice] = []
             for backend in able:
                 of = cuda_candidates if backend == "cuda" else tiles
