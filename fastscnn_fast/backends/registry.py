@@ -171,8 +171,8 @@ def cuda_code() -> str:
     return " ".join(code + [f"compute_{_cuda_module.ptx}"] * (_cuda_module.ptx > 0)) or "host"
 
 
-#: In the order of preference: of two on GPUs first the one whose kernels execute fewer instructions, which is counted in
-#: their code (benchmarks/aot_report.py), not measured.
+#: In the order of preference: of two on GPUs first the one whose kernels are compiled beforehand and whose launches overlap;
+#: which is faster was not measured.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (

@@ -43,7 +43,7 @@ class FusedFastSCNN(Named, nn.Module):
 
     Attributes:
         config: the architecture, :class:`fastscnn_fast.arch.config.Config`.
-        backend: "cpu", "triton" or "reference".
+        backend: "cpu", "cuda", "triton" or "reference".
         dtype: dtype that is computed in; of float input and of the results too, which are torch.float32 where it is
             torch.int8.
         precision: "highest", or "high": float32 whose products keep about 17 bits on the cpu backend, and
