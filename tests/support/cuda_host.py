@@ -77,9 +77,9 @@ def _object(name: str, text: str, flags: Sequence[str]) -> Path:
     if not made.exists():
         BUILT.mkdir(parents=True, exist_ok=True)
         place = units()[name].parent
-        source = made.with_suffix(".cpp")
-        source.write_text(text)
-        unfinished = made.with_suffix(f".{os.getpid()}")
+        source, unfinished = made.with_suffix(".cpp"), made.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(text)
+        unfinished.replace(source)  # whole at once: another process may be compiling it
         folders = ("-iquote", str(place), *includes())
         _run([COMPILER, *flags, *WARNINGS, *folders, "-c", str(source), "-o", str(unfinished)])
         unfinished.replace(made)
