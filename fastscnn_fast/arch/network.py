@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from hashlib import blake2b
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -300,7 +301,7 @@ class PlainFastSCNN(nn.Module):
 
     @ranges.setter
     def ranges(self, ranges: Ranges | None) -> None:
-        self._ranges = ranges
+        self._ranges = copy(ranges)  # nobody else's to change
         self._ranged = b"" if ranges is None else _fingerprint(self)
 
     def has_stale_ranges(self) -> bool:

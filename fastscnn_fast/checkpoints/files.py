@@ -263,7 +263,7 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[Any]:
     from safetensors import safe_open
 
     path = located(path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         yield None
         return
     _check_size(path)
@@ -296,7 +296,7 @@ def _opened(
     size = _check_size(path)
     try:
         state, config, dtype, ranges = (
-            _safetensors(path) if path.suffix == ".safetensors" else _torch(path, size)
+            _safetensors(path) if path.suffix.lower() == ".safetensors" else _torch(path, size)
         )
     except CheckpointError:
         raise

@@ -197,6 +197,7 @@ def _check_fits(out: Labels, shape: tuple[int, ...]) -> None:
         raise ValueError("out must be an array that can be written to, got one that is read-only")
 
 
+@serial()
 def _tiled(
     fast: FusedFastSCNN | FastSCNN,
     picture: Picture,

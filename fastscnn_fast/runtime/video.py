@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
 
@@ -115,7 +115,7 @@ def segment_video(
             lambda one, pixels, labels: pair(None, pixels, labels),
             run_at,
         )
-        return _filled(steps, None, out, frames)
+        return _begun(_filled(steps, None, out, frames))
     opened = Video(cast(VideoSource, video))
     steps = labelled(
         fast,
@@ -125,7 +125,7 @@ def segment_video(
         run_at,
         opened.live,
     )
-    return _filled(steps, opened, out, frames)
+    return _begun(_filled(steps, opened, out, frames))
 
 
 class Frame(NamedTuple):
@@ -161,6 +161,12 @@ def _is_iterable(video: object) -> bool:
     return isinstance(video, Iterable) and not isinstance(video, Mapping)
 
 
+def _begun(generator: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """Stands at its first yield, so that closing it closes what it holds, taken from or not."""
+    next(generator)
+    return generator
+
+
 def _filled(
     steps: Generator[tuple[Any, Any], None, None],
     video: Video | None,
@@ -169,6 +175,7 @@ def _filled(
 ) -> Generator[Any, None, None]:
     count = 0
     with video or nullcontext(), closing(steps):
+        yield None  # to _begun
         for _, (frame, labels) in steps:
             if out is not None:
                 labels = filled(out, labels)
@@ -178,6 +185,30 @@ def _filled(
         if not count:
             raise ValueError(damage)
         logger.warning("%s", damage)
+
+
+_running, _threads, _lock = 0, 0, threading.Lock()
+
+
+@contextmanager
+def _shared_out() -> Iterator[int]:
+    """The number of torch's threads, for a run whose workers set others.
+
+    Threads that are yet to come take the last number that any thread set, a run's that begins meanwhile too. So of runs
+    that overlap the first says the number for all, and the last one to end sets it again.
+    """
+    global _running, _threads
+    with _lock:
+        if _running == 0:
+            _threads = torch.get_num_threads()
+        _running += 1
+    try:
+        yield _threads
+    finally:
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                torch.set_num_threads(_threads)
 
 
 def labelled(
@@ -194,14 +225,9 @@ def labelled(
     of the network waiting for each other, most of all beside a decoder and an encoder. On a GPU the network takes
     one frame at a time. ``live`` drops the oldest items for which there is no time.
     """
-    threads = torch.get_num_threads()
-    workers = min(threads, _MOST_WORKERS)
     one_by_one: AbstractContextManager[Any] = nullcontext()
     if next(fast.buffers()).device.type != "cpu":
         one_by_one = threading.Lock()
-
-    def begin() -> None:
-        torch.set_num_threads(max(1, threads // workers))
 
     def work(item: Item) -> tuple[Item, Made | None]:
         pixels = pixels_of(item)
@@ -213,9 +239,10 @@ def labelled(
         labels, _ = classified.at(pixels.shape)
         return item, finish(item, pixels, labels)
 
-    try:
+    with _shared_out() as threads:
+        workers = min(threads, _MOST_WORKERS)
+
+        def begin() -> None:
+            torch.set_num_threads(max(1, threads // workers))
+
         yield from each(beside(items, _AHEAD, live), work, workers, begin)
-    finally:
-        torch.set_num_threads(
-            threads
-        )  # of threads that are yet to come, which take the last number set

@@ -366,12 +366,13 @@ def test_own_file_whose_config_lies(change: dict[str, Any], message: str, tmp_pa
 def test_foreign_safetensors_and_old_torch_files(tmp_path: Path) -> None:
     state = to_layout(FastSCNN(3, "segmentron", aux=True, **SMALL), "segmentron")
     save_file(state, tmp_path / "foreign.safetensors")
+    save_file(state, tmp_path / "LOUD.SAFETENSORS")
     torch.save(
         {"state_dict": wrap(state, "module.")},
         tmp_path / "old.pth",
         _use_new_zipfile_serialization=False,
     )
-    for name in ("foreign.safetensors", "old.pth"):
+    for name in ("foreign.safetensors", "LOUD.SAFETENSORS", "old.pth"):
         assert same_tensors(to_layout(load_checkpoint(tmp_path / name), "segmentron"), state)
 
 

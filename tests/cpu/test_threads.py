@@ -108,12 +108,15 @@ pixels = torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
 models = [load_checkpoint() for _ in range(2)]
 torch.randn(1000, 1000).mm(torch.randn(1000, 1000)).relu().sum()
 expected = segment(load_checkpoint(), picture)
+in_tiles = segment(load_checkpoint(), picture, tile=64, overlap=16)
 def loaded():
     return (segment(load_checkpoint(), picture) == expected).all()
 def first():
     return (segment(models[0], picture) == expected).all()
 def fused():
     return (segment(fuse(models[0]), picture) == expected).all()
+def tiled():
+    return (segment(models[0], picture, tile=64, overlap=16) == in_tiles).all()
 def half():
     return fuse(models[0], dtype=torch.bfloat16)(pixels).shape == (1, 11, 64, 96)
 def plain():
@@ -123,7 +126,7 @@ def plain():
 def called():
     before = torch.get_num_threads()
     return models[1](pixels).shape == (1, 11, 64, 96) and torch.get_num_threads() == before == 4
-for run in (loaded, first, fused, half, plain, called):
+for run in (loaded, first, fused, tiled, half, plain, called):
     child = os.fork()
     if child == 0:
         code = 1

@@ -452,6 +452,14 @@ def test_ranges_hold_for_copies_of_another_dtype() -> None:
         assert not other.has_stale_ranges() and other.ranges == model.ranges
 
 
+def test_ranges_are_the_models_own() -> None:
+    model = load_checkpoint()
+    told = calibrate(model, torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8))
+    measured = dict(told)
+    told["stem.conv"] = (0.0, 123.0)
+    assert model.ranges == measured != told
+
+
 def test_floats_that_are_not_normalised_are_refused() -> None:
     model, x = load_checkpoint(), torch.randint(256, (1, 3, 64, 96), dtype=torch.uint8)
     with pytest.raises(ValueError, match="must be normalised by the model's mean and std"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,33 @@ def test_stopping_ends_threads_and_gives_threads_back(fast: FusedFastSCNN, clip:
     with pytest.raises(OSError, match="fell down"):
         list(segment_video(fast, failing()))
     assert threading.active_count() == before
+
+
+def test_a_run_not_begun_closes_its_file(fast: FusedFastSCNN, clip: Path) -> None:
+    with open(clip, "rb") as file:
+        held = sys.getrefcount(file)
+        steps = segment_video(fast, file)
+        assert sys.getrefcount(file) > held
+        steps.close()
+        assert sys.getrefcount(file) == held
+
+
+def test_runs_that_overlap_give_threads_back(fast: FusedFastSCNN) -> None:
+    """The one that ends last began in a thread whose number the other's workers had set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = segment_video(fast, clips.drawn(6))
+        next(first)
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(segment_video, fast, clips.drawn(6)).result()
+            pool.submit(next, second).result()
+            first.close()
+            pool.submit(second.close).result()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_camera_is_read_as_it_comes(fast: FusedFastSCNN, monkeypatch: pytest.MonkeyPatch) -> None:
