@@ -54,7 +54,7 @@ def write_whole(
 
 
 def _replace(path: Path, content: bytes | memoryview, durable: bool) -> None:
-    with whole(path) as part, part.open("xb") as file:
+    with whole(path) as part, part.open("wb") as file:
         file.write(content)
         if durable:
             file.flush()
@@ -63,15 +63,17 @@ def _replace(path: Path, content: bytes | memoryview, durable: bool) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """The path of a file to write beside ``path``; it becomes ``path`` at the end, or, after an error, is removed.
+    """The path of an empty file beside ``path``; it becomes ``path`` at the end, or, after an error, is removed.
 
     Where ``path`` is a link it stays one, and what it leads to is replaced.
     """
     path = Path(os.path.realpath(path))
     part = path.with_name(_PART.format(secrets.token_hex(8)))
     try:
-        yield part
-        part.replace(path)
+        part.touch(exist_ok=False)
+        with _locked(part, part):  # which tells claims that it is in use
+            yield part
+            part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -109,7 +111,7 @@ def claimed(path: Path) -> Iterator[None]:
     """:func:`folder`, for this run alone, until the end: what was left half-written in it is removed.
 
     A claim holds between processes and threads; within one it can be repeated. Where the file system has no
-    locks there is none.
+    locks there is none. What others, as a command that was told to write there, are writing is left to them.
 
     Raises:
         ValueError: another run has claimed it.
@@ -124,7 +126,12 @@ def claimed(path: Path) -> Iterator[None]:
         token = _CLAIMED.set(_CLAIMED.get() | {real})
         try:
             for part in real.glob(_PART.format("*")) if alone else ():
-                part.unlink(missing_ok=True)
+                with suppress(ValueError, OSError):  # in use, or renamed or gone by now
+                    if part.stat().st_size == 0:  # it may be about to be locked
+                        continue
+                    with _locked(part, part) as free:  # False: there are locks of folders alone
+                        if free:
+                            part.unlink()
             yield
         finally:
             _CLAIMED.reset(token)
@@ -165,7 +172,7 @@ def _error(number: int, path: Path) -> OSError:
 
 @contextmanager
 def _locked(real: Path, path: Path) -> Iterator[bool]:
-    """Locks the folder itself, so that no file is left over and the death of the process ends it; False: no way."""
+    """Locks a folder or file itself: none is left over, and the process's death ends it; False: there is no way."""
     if sys.platform == "win32":
         yield False
         return

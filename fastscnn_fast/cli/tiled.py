@@ -67,7 +67,7 @@ def segment(
 @contextmanager
 def _png(path: Path, width: int, **options: Any) -> Iterator[PngRows]:
     try:
-        with whole(path) as part, part.open("xb") as file:
+        with whole(path) as part, part.open("wb") as file:
             png = PngRows(file, width, **options)
             yield png
             png.close()

@@ -41,7 +41,13 @@ class Examples:
         workers: int = 1,
         progress: Callable[[Iterator[None], int], Iterator[None]] | None = None,
     ) -> None:
-        """Keeps at most ``memory`` bytes; ``progress(iterator, total)`` may show how far it is."""
+        """Keeps at most ``memory`` bytes; ``progress(iterator, total)`` may show how far it is.
+
+        Raises:
+            ValueError: ``memory`` is below 0 or NaN.
+        """
+        if not memory >= 0:
+            raise ValueError(f"memory must be 0 or more bytes, got {memory}")
         self.source, self.classes, self.ignore = source, source.classes, source.ignore
         self.channels = source.channels
         self.label_names = label_names(source.classes)

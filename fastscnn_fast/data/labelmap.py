@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class LabelMap:
             OSError: the file cannot be opened.
         """
         if isinstance(table, Mapping):
-            return LabelMap(_entries(table, "label_map"), "label_map")
+            return LabelMap(_entries(table.items(), "label_map"), "label_map")
         name = os.fspath(table)
         try:
             text = Path(table).read_text(encoding="utf-8-sig")
@@ -89,7 +89,7 @@ class LabelMap:
             raise DataError(f"{name}: must be text in UTF-8: {error}") from None
         if text.lstrip().startswith("{"):
             try:
-                entries = json.loads(text)
+                entries = json.loads(text, object_pairs_hook=list)  # a key may come twice
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{name}: is no JSON object: {error}") from None
             return LabelMap(_entries(entries, name), name)
@@ -105,12 +105,12 @@ class LabelMap:
         """The table for these classes; ``ignore`` is the id of what belongs to none.
 
         Raises:
-            DataError: a line that means none of them.
+            DataError: a line that means none of them, or one by its id and another by its name.
         """
-        known = {IGNORED: ignore, str(ignore): ignore}
         names = label_names(classes)
-        known |= {str(k): k for k in range(len(names))}
-        known |= {name: k for k, name in enumerate(names)}
+        known = {str(ignore): {ignore}} | {str(k): {k} for k in range(len(names))}
+        for name, k in ((IGNORED, ignore), *zip(map(_meant, names), range(len(names)))):
+            known.setdefault(name, set()).add(k)
         means: dict[int | None, int] = {}
         for place, value, said in self.lines:
             if said not in known:
@@ -118,7 +118,13 @@ class LabelMap:
                     f"{place}: a class must be 0 to {len(names) - 1}, {IGNORED!r} or one of"
                     f" {', '.join(names)}, got {said!r}"
                 )
-            means[_code(value) if isinstance(value, tuple) else value] = known[said]
+            label, *others = sorted(known[said])
+            if others:
+                raise DataError(
+                    f"{place}: a class must be said by what means no other, got {said!r}, which may be id {label} or"
+                    f" {others[0]}: call it otherwise in classes.txt"
+                )
+            means[_code(value) if isinstance(value, tuple) else value] = label
         rest = means.pop(None, None)
         codes = np.array(sorted(k for k in means if k is not None), np.int64)
         targets = np.array([means[int(code)] for code in codes], np.uint8)
@@ -190,13 +196,13 @@ def _colour(code: int) -> Colour:
     return code >> 16, code >> 8 & 255, code & 255
 
 
-def _entries(table: Mapping[Any, Any], name: str) -> list[tuple[str, str]]:
+def _entries(table: Iterable[tuple[Any, Any]], name: str) -> list[tuple[str, str]]:
     def text(part: Any) -> str:
         if part is None:
             return IGNORED
         return ", ".join(map(str, part)) if isinstance(part, (list, tuple)) else str(part)
 
-    return [(f"{name}[{key!r}]", f"{text(key)}: {text(value)}") for key, value in table.items()]
+    return [(f"{name}[{key!r}]", f"{text(key)}: {text(value)}") for key, value in table]
 
 
 def _text_lines(text: str, name: str) -> list[tuple[str, str]]:
@@ -209,6 +215,10 @@ def _text_lines(text: str, name: str) -> list[tuple[str, str]]:
     return lines
 
 
+def _meant(text: str) -> str:
+    return IGNORED if text.lower() == IGNORED else text
+
+
 def _parsed(place: str, text: str) -> _Line:
     bare = text
     if text[0] in "([\"'":
@@ -217,8 +227,7 @@ def _parsed(place: str, text: str) -> _Line:
     means = found["means"].strip().rstrip(",;:").strip() if found else ""
     if found is None or not re.fullmatch(r"\d{1,5}|.*[^\d\s,;:].*", means):
         raise DataError(f"{place}: {_FORM}, got {text!r}")
-    if means.lower() == IGNORED:
-        means = IGNORED
+    means = _meant(means)
     value = found["value"]
     if value == REST:
         return _Line(place, None, means)

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from ..backends.registry import logger
@@ -100,12 +100,25 @@ _ADAM7 = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
+#: Formats whose colours may have 16 bits a channel here.
+_DEEP = ("PNG", "TIFF")
 #: How many of 16 bits a picture may use, besides all of them.
 _FEWER_BITS = (8, 10, 12, 14)
 #: Folders, and bits guessed there, that a warning told of.
 _TOLD: set[tuple[str, int]] = set()
 #: How a TIFF holds its channels, by its numbers.
-_BITS, _PLANAR, _APART = 258, 284, 2
+_BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284
+_WHITE_IS_ZERO, _APART = 0, 2
+#: What turns a picture upright, by its EXIF orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Pixels a side that libjpeg takes.
 _JPEG_MOST = 65500
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -142,7 +155,9 @@ def read_picture(picture: Picture, channels: int = 3, bits: int | None = None) -
 
             - a path, the bytes of a picture's file, or a file opened in binary mode (which is read from its
               beginning where it can be rewound, as Pillow does) or a PIL image; of several frames the one that
-              it stands at. They are turned upright as their EXIF orientation says.
+              it stands at. They are turned upright as their EXIF orientation says. Of colours of 16 bits Pillow
+              keeps the upper eight: a PIL image must be given before anything loads its pixels, reading it here
+              too, if the others are to count.
             - an array of uint8 or uint16 pixels, grey (H, W) or (H, W, C), or a tensor of them (C, H, W) on
               any device. The colours of 3 and 4 channels are RGB: OpenCV's frames, which are BGR, are
               ``frame[:, :, ::-1]``.
@@ -154,8 +169,9 @@ def read_picture(picture: Picture, channels: int = 3, bits: int | None = None) -
 
     Raises:
         TypeError: it is nothing of these, or ``bits`` is no integer.
-        ValueError: it cannot be read, has no pixels, values of more than ``bits``, or another dtype or shape;
-            the message names the file where there is one.
+        ValueError: it cannot be read, has no pixels, values of more than ``bits``, or another dtype or shape,
+            or ``bits`` is less than 16 and a PIL image of a file of colours has been loaded; the message names
+            the file where there is one.
         RuntimeError: a tensor has lost its memory.
     """
     return pixels_of(picture, channels, bits)
@@ -293,11 +309,16 @@ def largest_colour(values: NDArray[Any]) -> int:
     return int(colours.max())
 
 
+def rewind(file: Any) -> None:
+    """Takes a file to its beginning, where there is a way back."""
+    with suppress(AttributeError, OSError, ValueError):  # ValueError: it is closed
+        file.seek(0)
+
+
 def _rewound(file: Any, name: str) -> io.BytesIO:
     """All of a binary file, from its beginning where there is a way back."""
+    rewind(file)
     try:
-        with suppress(AttributeError, OSError):
-            file.seek(0)
         content = file.read()
     except UnicodeDecodeError:
         content = ""
@@ -332,16 +353,20 @@ def _image_pixels(image: Image.Image, channels: int, to_eight: Bits) -> NDArray[
     if 0 in image.size:
         raise ValueError(f"must have pixels, got {image.size[1]}x{image.size[0]}")
     to_eight = to_eight.of(image)
-    file = load_whole(image)
-    image = ImageOps.exif_transpose(image)
+    file, negative = load_whole(image), is_white_zero(image)
+    image = _upright(image)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow may keep it in 32 bits
-        if file.decoder == "ppm":  # which brings what the file says to 16 bits
+        if file.decoder.startswith("ppm"):  # which brings what the file says to 16 bits
             to_eight = to_eight._replace(bits=16)
-        image = Image.fromarray(to_eight(np.asarray(image)))
+        eight = to_eight(np.asarray(image))
+        image = Image.fromarray(255 - eight if negative else eight)
     elif file.deep_colour and (to_eight.bits or 0) < 16:
         high = np.asarray(image.convert("RGBA") if image.mode == "LA" else image)
         if to_eight.bits is not None or high[..., :3].max() < 1 << max(_FEWER_BITS) - 8:
             image = Image.fromarray(to_eight(high.astype(np.uint16) << 8 | _low_bytes(file)))
+    elif file.loaded and image.mode in ("LA", "RGB", "RGBA") and (to_eight.bits or 16) < 16:
+        rule = "bits must be 16 or left out for a file's colours that Pillow has loaded"
+        raise ValueError(f"{rule}, since it keeps the upper 8 of 16, got {to_eight.bits}")
     if image.mode == "F":
         raise ValueError("must hold integers, got floating-point pixels of unknown range")
     if image.mode == "P" and "transparency" in image.info:
@@ -353,12 +378,17 @@ def _image_pixels(image: Image.Image, channels: int, to_eight: Bits) -> NDArray[
 class _File(NamedTuple):
     """What an opened picture's file says of it that Pillow forgets when it reads the pixels.
 
-    ``raw`` is how the file holds pixels, in Pillow's words, and ``decoder`` what reads them.
+    ``raw`` is how the file holds pixels, in Pillow's words, ``decoder`` what reads them, ``frame`` which of them
+    and ``orientation`` how it says that they lie, as :func:`orientation` has it. Where they were ``loaded`` before
+    there is only that.
     """
 
     content: bytes = b""
     raw: str = ""
     decoder: str = ""
+    frame: int = 0
+    orientation: int = 1
+    loaded: bool = False
 
     @property
     def deep_colour(self) -> bool:
@@ -372,14 +402,17 @@ def load_whole(image: Image.Image) -> _File:
     Raises:
         Exception: the file is damaged; Pillow's decoders raise nearly anything.
     """
-    file = _file_of(image)
-    if image.format == "TIFF" and file.content:
-        tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        bits = tags.get(_BITS, (8,))
-        if tags.get(_PLANAR) == _APART and len(bits) > 1 and max(bits) > 8:  # read as if of 8
-            rule = "must hold its channels together where they have more than 8 bits"
+    file, tags = _file_of(image), _tags(image)
+    bits = tags.get(_BITS, (8,))
+    if tags.get(_PLANAR) == _APART and len(bits) > 1:
+        deep, grey = max(bits) > 8, image.mode in ("LA", "La", "PA")
+        if deep or grey:  # read as if of 8, without its alpha
+            where = "they have more than 8 bits" if deep else "one of two is alpha"
+            rule = f"must hold its channels together where {where}"
             raise ValueError(f"{rule} (or be read in tiles, with the extra tiff)")
+    stored = orientation(image) if tags else 1  # Pillow turns TIFFs as it loads them
     image.load()
+    file = file._replace(orientation=max(stored, orientation(image)))
     if image.format != "PNG" or not file.content:
         return file
     last = image.crop((0, image.height - 1, image.width, image.height))
@@ -392,17 +425,62 @@ def load_whole(image: Image.Image) -> _File:
 
 def _file_of(image: Image.Image) -> _File:
     """The file of a picture whose pixels are not read yet; nothing of others."""
-    if not isinstance(image, ImageFile.ImageFile) or image.fp is None or not image.tile:
+    if not isinstance(image, ImageFile.ImageFile):
         return _File()
+    if not image.tile or image.fp is None:  # one that was pickled has no fp
+        return _File(loaded=image.format in _DEEP)
     decoder, _, _, args = image.tile[0]
     raw = args if isinstance(args, str) else str(args[0]) if args else ""
     content = b""
-    if image.format in ("PNG", "TIFF"):
+    if image.format in _DEEP:
         place = image.fp.tell()
         image.fp.seek(0)
         content = image.fp.read()
         image.fp.seek(place)
-    return _File(content, raw, decoder)
+    return _File(content, raw, decoder, image.tell())
+
+
+def _tags(image: Image.Image) -> Any:
+    """Those of an opened TIFF; none of others."""
+    return getattr(image, "tag_v2", {})
+
+
+def is_white_zero(image: Image.Image) -> bool:
+    """Whether an opened picture is a TIFF that holds its grey as a negative, which Pillow turns round in 8 bits alone."""
+    return bool(_tags(image).get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
+
+
+def orientation(image: Image.Image) -> int:
+    """How the EXIF of an opened picture says that it lies, 1 to 8; 1, upright, where it says nothing or is damaged.
+
+    Of TIFFs it is what is left to turn: Pillow turns them as it loads them.
+    """
+    with suppress(Exception):  # of damaged EXIF Pillow raises nearly anything
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        if found in _TURNS:
+            return int(found)
+    return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _retell(image: ImageFile.ImageFile, change: Callable[[Any], Any]) -> None:
+    """Has an opened picture, not loaded yet, be decoded with other arguments."""
+    tiles: list[Any] = list(image.tile)
+    make: Any = getattr(type(tiles[0]), "_make", tuple)  # plain tuples before Pillow 11
+    image.tile = [make((*place, change(args))) for *place, args in tiles]
+
+
+def unscale(image: ImageFile.ImageFile) -> None:
+    """Has the values of an opened PGM or PPM be those that are stored.
+
+    Pillow brings the largest that the file names to 255 or 65535.
+    """
+    if image.format == "PPM" and image.tile[0][0].startswith("ppm") and image.mode != "1":
+        _retell(image, lambda args: (args[0], 255 if args[1] < 256 else 65535))
 
 
 def _low_bytes(file: _File) -> NDArray[np.uint8]:
@@ -411,14 +489,14 @@ def _low_bytes(file: _File) -> NDArray[np.uint8]:
     grey = file.raw == "LA;16B"  # which there is no other way round of
     raw = "RGBA" if grey else file.raw[:-1] + other[file.raw[-1]]
     with Image.open(io.BytesIO(file.content)) as image:
-        assert isinstance(image, ImageFile.ImageFile)
-        tiles: list[Any] = list(image.tile)
-        make: Any = getattr(type(tiles[0]), "_make", tuple)  # plain tuples before Pillow 11
-        image.tile = [
-            make((*place, raw if isinstance(args, str) else (raw, *args[1:])))
-            for *place, args in tiles
-        ]
-        low = np.asarray(ImageOps.exif_transpose(image))
+        if file.frame and image.format == "PNG":  # laid over those before it, which bytes cannot be
+            raise ValueError(
+                "must be the first frame of a PNG of 16 bits a channel, unless bits is 16"
+            )
+        image.seek(file.frame)
+        _retell(image, lambda args: raw if isinstance(args, str) else (raw, *args[1:]))
+        image.load()
+        low = np.asarray(_upright(image))
     return low[..., [1, 1, 1, 3]] if grey else low
 
 

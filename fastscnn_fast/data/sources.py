@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from .classes import (
     CAMVID_CLASSES,
@@ -21,7 +21,14 @@ from .classes import (
     numbered,
 )
 from .labelmap import IGNORED, DataError, LabelMap, Table
-from .pictures import PICTURE_SUFFIXES, load_whole, read_picture
+from .pictures import (
+    PICTURE_SUFFIXES,
+    is_white_zero,
+    load_whole,
+    orientation,
+    read_picture,
+    unscale,
+)
 from .scenes import street
 
 Pixels = NDArray[np.uint8]
@@ -129,11 +136,13 @@ class Streets:
 def _read_upright(path: Path, bits: int | None, channels: int) -> Pixels:
     pixels = read_picture(path, channels, bits)
     with Image.open(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if turned != 1:  # its labels have no such tag
-        rule = "a picture with labels must be stored upright"
-        raise ValueError(f"{path}: {rule}, got EXIF orientation {turned}")
+        _check_upright(path, "a picture with labels", orientation(image))
     return pixels
+
+
+def _check_upright(path: Path, what: str, turned: int) -> None:
+    if turned != 1:  # the other of the pair need not have such a tag, nor its writer have heeded it
+        raise ValueError(f"{path}: {what} must be stored upright, got EXIF orientation {turned}")
 
 
 def _read_labels(path: Path, table: Table | None) -> Pixels:
@@ -143,11 +152,14 @@ def _read_labels(path: Path, table: Table | None) -> Pixels:
         with Image.open(path) as image:
             lossy = _lossy(path, image)
             raw = [part for tile in image.tile for part in np.atleast_1d(tile[3]).tolist()]
-            load_whole(image)
+            if not (table and table.colours):
+                unscale(image)
+            file = load_whole(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if lossy is not None:  # ids come back as other ids, some of them ids of classes
         raise ValueError(f"{path}: labels must be stored without loss, as in PNG, got {lossy}")
+    _check_upright(path, "labels", file.orientation)
     rule = "labels must be 8-bit class ids in one channel"
     if table is None and image.mode not in ("1", "L", "P"):
         hint = "--label-map says what other values mean"
@@ -155,6 +167,10 @@ def _read_labels(path: Path, table: Table | None) -> Pixels:
     packed = [mode for mode in raw if str(mode).startswith("L;")]
     if packed and not (table and table.colours):  # Pillow spreads fewer bits over 0 to 255
         raise ValueError(f"{path}: {rule}, got an image of raw mode {packed[0]}")
+    if image.mode.startswith("I") and is_white_zero(image):
+        raise ValueError(
+            f"{path}: labels must not be a negative, got a TIFF of 16 bits whose 0 is white"
+        )
     return np.array(image, np.uint8) if table is None else table(image, str(path))
 
 
@@ -198,7 +214,8 @@ def open_source(
     ``root`` is a folder with ``<split>/images`` and ``<split>/labels`` (the same names, any suffix) whose
     class names are the lines of ``classes.txt`` or numbers 0 to ``num_classes - 1`` (of one class, its pixels are
     1 and the background 0); or Cityscapes' own
-    folder (``leftImg8bit`` and ``gtFine``); or "streets", the procedural ones ("streets:500" for 500).
+    folder (``leftImg8bit`` and ``gtFine``); or "streets", the procedural ones ("streets:500" for 500; a folder
+    of that name is "./streets").
 
     ``bits`` is that of :func:`~fastscnn_fast.data.pictures.read_picture`, for pictures stored in more than 8.
 
@@ -216,6 +233,11 @@ def open_source(
     """
     kind, _, count = os.fspath(root).partition(":")
     root = Path(root)
+    if kind == STREETS and root.is_dir():
+        raise DataError(
+            f"{root}: is a folder here and the name of drawn streets: say {os.path.join('.', root)} for the folder,"
+            f" {STREETS}:N for N drawn ones"
+        )
     own = kind == STREETS or (root / "leftImg8bit").is_dir()
     for name, value in (
         ("--classes", num_classes),
@@ -258,6 +280,8 @@ def open_source(
 
 def _classes(root: Path, num_classes: int | None, table: LabelMap | None) -> tuple[str, ...]:
     """The names in ``classes.txt``, else those in the label map, else numbers."""
+    if num_classes is not None and not 1 <= num_classes <= 255:
+        raise DataError(f"--classes must be 1 to 255, got {num_classes}")
     names = root / "classes.txt"
     if names.is_file():
         classes, where = _read_names(names), str(names)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..extras import need
 from .classes import Colour, label_colours, label_count
-from .pictures import BinaryFile, legend, no_file, pixels_of
+from .pictures import BinaryFile, legend, no_file, pixels_of, rewind
 
 if TYPE_CHECKING:
     import av
@@ -153,7 +153,7 @@ class Video:
         What cannot be decoded is left out, and a file ends where it cannot be read on: :attr:`damage` tells.
         """
         error = _av().error.FFmpegError
-        packets = self.container.demux(self.stream, *self.sound)
+        packets = self.container.demux()  # of all streams: the longest says where the file ends
         while True:
             try:
                 packet = next(packets)
@@ -165,9 +165,10 @@ class Video:
             if packet.pts is not None and packet.time_base is not None:
                 end = packet.pts + (packet.duration or 0)
                 self._until = max(self._until, float(end * packet.time_base))
-            self._torn |= (
-                packet.is_corrupt
-            )  # it ends where the file does, or does not join the one before
+            if packet.stream is not self.stream and packet.stream not in self.sound:
+                continue
+            # It ends where the file does, or does not join the one before.
+            self._torn |= packet.is_corrupt
             if packet.stream is not self.stream:
                 if sound and packet.size:
                     yield packet
@@ -229,6 +230,7 @@ def _opened(source: VideoSource, name: str) -> tuple[str, bool, Any, str | None]
     if isinstance(source, io.TextIOBase):
         raise TypeError(f'{name} must be a file opened in binary mode ("rb"), got one of text')
     if callable(getattr(source, "read", None)):
+        rewind(source)
         found = getattr(source, "name", None)
         return found if isinstance(found, str) and found else name, False, source, None
     raise TypeError(

@@ -122,6 +122,13 @@ def test_every_error_is_named_by_file(folder: Path) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3
     Image.new("RGB", (56, 40)).save(turned, exif=exif)
+    turned_labels = broken_pair(folder, "turned_labels", None)
+    Image.new("L", (56, 40)).save(turned_labels, exif=exif)
+    for orientation in (0, 1, 9):  # none of these turns
+        upright = broken_pair(folder, f"upright_{orientation}", np.zeros((40, 56), np.uint8))
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (56, 40)).save(folder / "train" / "images" / upright.name, exif=exif)
+        Image.new("L", (56, 40)).save(upright, exif=exif)
     (turned.parent / "._a.png").write_bytes(b"what some file systems leave")
     broken_pair(folder, "picture", np.zeros((40, 56), np.uint8))
     picture = folder / "train" / "images" / "picture.png"
@@ -129,8 +136,9 @@ def test_every_error_is_named_by_file(folder: Path) -> None:
     with pytest.raises(DataError) as raised:
         Examples(open_source(folder, "train"))
     lines = str(raised.value).splitlines()
-    assert len(lines) == 9
-    more = {picture: "cannot be read", turned: "stored upright, got EXIF orientation 3"}
+    assert len(lines) == 10
+    more = {picture: "cannot be read", turned: "a picture .* upright, got EXIF orientation 3"}
+    more |= {turned_labels: "labels must be stored upright, got EXIF orientation 3"}
     for path, message in {**expected, **more}.items():
         assert any(re.search(f"{re.escape(str(path))}.*{message}", line) for line in lines)
 
@@ -256,6 +264,12 @@ def test_nothing_to_learn_from(folder: Path) -> None:
         open_source(folder, "none")
     with pytest.raises(DataError, match=r"names 5 classes, --classes says 7"):
         open_source(folder, "train", 7)
+    for count in (0, -3, 30_000_000):
+        with pytest.raises(DataError, match=f"--classes must be 1 to 255, got {count}"):
+            open_source(folder, "train", count)
+    for memory in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"memory must be 0 or more bytes, got {memory}"):
+            Examples(open_source(folder, "train"), memory)
     for ignore in (3, 256, -1):
         with pytest.raises(DataError, match=f"--ignore must be 5 to 255.*got {ignore}"):
             open_source(folder, "train", ignore=ignore)
@@ -319,6 +333,22 @@ def test_streets() -> None:
     assert Examples(small).pixels.sum() == sum((small.read(i).labels != 255).sum() for i in (0, 1))
     with pytest.raises(DataError, match="streets must be followed by a number"):
         open_source("streets:x", "train")
+
+
+def test_a_folder_called_streets_is_not_passed_over(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "streets").symlink_to(folder)
+    monkeypatch.chdir(here)
+    for root in ("streets", Path("streets")):
+        with pytest.raises(
+            DataError, match=r"say \./streets for the folder, streets:N for N drawn"
+        ):
+            open_source(root, "train")
+    assert len(open_source("./streets", "train")) == 3
+    assert len(open_source("streets:5", "train")) == 5
 
 
 # --- augmentation ----------------------------------------------------------------------------------------

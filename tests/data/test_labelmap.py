@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -214,6 +215,7 @@ def test_what_has_no_line_is_an_error(tmp_path: Path) -> None:
         ("0 0\n65536 1", "line 2: values must be 0 to 65535, got 65536"),
         ("", "must say what a value of label files means"),
         ("* ignore", "must say what a value of label files means"),
+        ('{"0": 0, "1": 1, "0": 1}', r"\['0'\]: 0 must mean one thing, got 0 and 1"),
         ('{"0": 0', "is no JSON object"),
         ("{" * 100_000, "is no JSON object"),
     ],
@@ -290,6 +292,64 @@ def open_and_read(root: Path, **more: Any) -> Examples:
 def test_names_are_those_of_the_map() -> None:
     table = LabelMap.of({0: "b", 1: "a", 2: None, 3: "b", 4: 0})
     assert table.names == ("b", "a")
+
+
+@pytest.mark.parametrize(
+    ("names", "means", "said"),
+    [
+        (("1", "2", "3"), "1", "'1', which may be id 0 or 1"),
+        (("road", "Ignore"), "ignore", "'ignore', which may be id 1 or 255"),
+        (("road", "255"), "255", "'255', which may be id 1 or 255"),
+    ],
+)
+def test_a_class_that_is_called_as_another_is_numbered(
+    names: tuple[str, ...], means: str, said: str
+) -> None:
+    with pytest.raises(DataError, match=rf"label_map\[10\]: .* means no other, got {said}"):
+        LabelMap.of({10: means}).table(names, 255)
+    assert LabelMap.of({10: "0", 11: "3"}).table(("1", "2", "3"), 255).ids.tolist() == [0, 2]
+    assert LabelMap.of({10: "0", 11: "1"}).table(("0", "1"), 255).ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "table"),
+    [
+        (b"P5 4 1 3\n\0\1\2\3", None),
+        (b"P5 4 1 254\n\0\1\2\3", None),
+        (b"P2 4 1 15\n0 1 2 3\n", None),
+        (
+            b"P5 4 1 4000\n" + np.array([0, 9, 99, 3999], ">u2").tobytes(),
+            {0: 0, 9: 1, 99: 2, 3999: 3},
+        ),
+        (b"P2 4 1 4000\n0 9 99 3999\n", {0: 0, 9: 1, 99: 2, 3999: 3}),
+        (b"P6 4 1 15\n\0\0\0\1\1\1\2\2\2\3\3\3", {0: 0, 1: 1, 2: 2, 3: 3}),
+        (b"P5 4 1 1\n\0\1\2\3", None),  # beyond what it says, but no other ids
+    ],
+)
+def test_maps_of_any_largest_value_hold_the_ids_that_are_stored(
+    content: bytes, table: Any, tmp_path: Path
+) -> None:
+    save(tmp_path / "train" / "images" / "a.png", np.zeros((1, 4, 3), np.uint8))
+    (tmp_path / "train" / "labels").mkdir()
+    (tmp_path / "train" / "labels" / "a.pgm").write_bytes(content)
+    assert read(tmp_path, table, num_classes=4)[1].tolist() == [[0, 1, 2, 3]]
+
+
+def test_colours_of_a_map_are_brought_to_255(tmp_path: Path) -> None:
+    save(tmp_path / "train" / "images" / "a.png", np.zeros((1, 2, 3), np.uint8))
+    (tmp_path / "train" / "labels").mkdir()
+    (tmp_path / "train" / "labels" / "a.ppm").write_bytes(b"P6 2 1 15\n\0\1\2\3\4\x0f")
+    table = {(0, 17, 34): "road", (51, 68, 255): "car"}
+    assert read(tmp_path, table)[1].tolist() == [[0, 1]]
+
+
+def test_deep_negatives_are_no_labels(tmp_path: Path) -> None:
+    example(tmp_path, IDS)
+    (tmp_path / "train" / "labels" / "a.png").unlink()
+    path = tmp_path / "train" / "labels" / "a.tif"
+    tifffile.imwrite(path, IDS.astype(np.uint16), photometric="miniswhite")
+    with pytest.raises(DataError, match=r"a\.tif: labels must not be a negative"):
+        read(tmp_path, {0: 0, 1: 1, 2: 2, 255: None}, num_classes=3)
 
 
 # --- names and folders -----------------------------------------------------------------------------------

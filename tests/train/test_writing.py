@@ -21,7 +21,7 @@ from fastscnn_fast.data.datasets import Examples
 from fastscnn_fast.data.scenes import street
 from fastscnn_fast.data.sources import Streets
 from fastscnn_fast.train import Recipe, Trainer
-from fastscnn_fast.writing import claimed, folder, folder_of, write_whole
+from fastscnn_fast.writing import claimed, folder, folder_of, whole, write_whole
 
 QUICK = Recipe(epochs=0.5, batch=4, crop=(64, 64), dtype="float32")
 
@@ -208,6 +208,17 @@ def test_a_folder_is_one_runs(streets: Examples, tmp_path: Path) -> None:
         assert result.stderr == f"fastscnn_fast: error: {refused}\n"
     with claimed(tmp_path):
         pass
+
+
+def test_a_claim_leaves_what_others_are_writing(tmp_path: Path) -> None:
+    (tmp_path / ".fastscnn-0123.part").write_bytes(b"of a run that was killed")
+    with whole(tmp_path / "file") as part:
+        with claimed(tmp_path):  # not begun yet
+            assert list(tmp_path.iterdir()) == [part]
+        part.write_bytes(b"all")
+        with claimed(tmp_path):
+            assert list(tmp_path.iterdir()) == [part]
+    assert (tmp_path / "file").read_bytes() == b"all"
 
 
 OPTIONS = ["--batch", "4", "--crop", "64x64", "--epochs", "1", "--device", "cpu"]
