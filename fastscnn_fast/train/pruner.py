@@ -24,7 +24,7 @@ class Pruner(Trainer):
     A cut takes the weights that are kept and leaves off the channels that they can best do without
     (:class:`~fastscnn_fast.train.prune.Pruning`); each takes as large a share of the operations as the others.
     Learning goes on with what is left, from the labels and from what the network said before the first.
-    ``best.safetensors`` holds the best since the last cut.
+    ``best.safetensors`` holds the best since the last cut, which at least one step follows.
 
     Args:
         recipe: what to prune, and what to learn by; where it has no size and no teacher, they are those of the weights, and these.
@@ -47,6 +47,8 @@ class Pruner(Trainer):
             teacher=recipe.teacher or recipe.weights,
         )
         super().__init__(recipe, *given, **named)
+        # The epochs are more than those until the last cut; where that is not a whole step, it becomes one.
+        self.steps = max(self.steps, self._step_of(recipe.cuts - 1) + 1)
         self._pruning(self.unpruned).choose(recipe.flops * self._whole)  # whether there is one
 
     def _network(self) -> FastSCNN:
@@ -84,9 +86,13 @@ class Pruner(Trainer):
     def _pruning(self, model: FastSCNN) -> Pruning:
         return Pruning(model, ARITHMETICS[self.recipe.arithmetic], self._size)
 
+    def _step_of(self, cut: int) -> int:
+        """The step before which a cut comes."""
+        return round(cut * self.recipe.spacing * self.epoch_steps)
+
     def _before_step(self) -> None:
         for cut in range(self.recipe.cuts):
-            if round(cut * self.recipe.spacing * self.epoch_steps) == self.step:
+            if self._step_of(cut) == self.step:
                 self._cut(self.recipe.flops ** ((cut + 1) / self.recipe.cuts))
 
     def _cut(self, share: float) -> None:

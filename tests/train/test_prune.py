@@ -460,6 +460,13 @@ def test_a_run(given: PruneRecipe, streets: Examples, tmp_path: Path) -> None:
     assert details["command"] == "the command" and details["miou"] == run.best
 
 
+def test_a_step_follows_the_last_cut(given: PruneRecipe, streets: Examples, tmp_path: Path) -> None:
+    """Where the epochs after it are no whole step, too."""
+    recipe = replace(given, batch=16, cuts=3, spacing=0.8, epochs=2)
+    run = Pruner(recipe, streets, None, tmp_path)
+    assert run.run() == 0 and run.step == 2 and share_of(run) <= 0.85
+
+
 def test_the_best_is_of_those_since_the_last_cut(
     given: PruneRecipe, streets: Examples, tmp_path: Path
 ) -> None:
