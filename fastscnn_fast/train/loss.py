@@ -101,16 +101,19 @@ def surprise(logits: Tensor, labels: Tensor, targets: Targets, align_corners: bo
 
 
 def of_labels(logits: Tensor, targets: Targets) -> Tensor:
-    """Logits (N, K, h, w) of classes as logits of labels: one class alone gets its background's, 0.
+    """Logits (N, K, h, w) of classes as logits of labels (:func:`with_background`).
 
     Raises:
         ValueError: other classes than those of ``targets``.
     """
     if logits.shape[1] != targets.num_classes:
         raise ValueError(f"logits must have {counted(targets.num_classes)}, got {logits.shape[1]}")
-    if targets.labels == targets.num_classes:
-        return logits
-    return torch.cat([torch.zeros_like(logits), logits], 1)
+    return with_background(logits)
+
+
+def with_background(logits: Tensor) -> Tensor:
+    """Logits (N, K, h, w), of one class alone with those of its background before them, which are 0."""
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
 
 def hard_examples(

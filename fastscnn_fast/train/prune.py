@@ -21,6 +21,7 @@ from ..program.arithmetic import ARITHMETICS, Arithmetic
 from ..program.memory import rounded_up
 from ..program.program import fast_scnn, layer_sizes, operations
 from ..runtime.model import FastSCNN
+from .loss import with_background
 from .step import deployable, rebuilt
 
 #: Where a config holds a width: the field, and the indices within it.
@@ -340,14 +341,16 @@ def prune(
             (N, C, H, W). A channel is worth as much as the loss would change without it, to first order, and what a cut
             costs is tried out on them: all are kept in memory, a few are enough. Without batches a channel is worth the norm of
             its weights, compared with its like.
-        loss: of full-size logits (N, K, H, W) and labels; by default the cross-entropy, labels of 255 left out.
+        loss: of full-size logits (N, K, H, W) in float32, as all is computed whatever the dtypes of ``model`` and x are, and
+            labels; by default the cross-entropy, of one class alone that of its labels 1 and 0, labels of 255 left out.
         arithmetic: whose time is to be saved, a key of :data:`fastscnn_fast.program.arithmetic.ARITHMETICS`; widths become
             multiples of its ``channels``: 32 of bfloat16, 16 of float32, 64 of int8.
         size: (height, width) of the pictures, that operations and time are counted at, or the side of a square; by default
             the network's own, or 512x1024.
 
     Returns:
-        an ordinary network on the same device, in eval mode, without auxiliary heads and without ranges for int8.
+        an ordinary network of the same dtype on the same device, in eval mode, without auxiliary heads and without ranges for
+        int8.
 
     Raises:
         ImportError: torch-pruning is not installed.
@@ -365,11 +368,11 @@ def prune(
     shown = None if batches is None else list(batches)
     if shown == []:
         raise ValueError("batches must hold at least one (x, labels), got none")
-    device = pruning.model.classifier.conv.weight.device
+    weight = model.classifier.conv.weight
 
     def value(x: Tensor, labels: Tensor) -> Tensor:
-        logits = pruning.model.reference(x.to(device))
-        return (loss or _cross_entropy)(logits, labels.to(device))
+        x = x.to(weight.device, torch.float32 if x.is_floating_point() else x.dtype)
+        return (loss or _cross_entropy)(pruning.model.reference(x), labels.to(weight.device))
 
     def total() -> float:
         return sum(float(value(*batch)) for batch in shown or ())
@@ -381,8 +384,8 @@ def prune(
             now.backward()
         pruning.observe()
     most = flops * operations(model.config, *at)
-    return pruning.cut(pruning.choose(most, total if shown else None))
+    return pruning.cut(pruning.choose(most, total if shown else None)).to(weight.dtype)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels.long(), ignore_index=255)
+    return F.cross_entropy(with_background(logits), labels.long(), ignore_index=255)

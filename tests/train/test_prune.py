@@ -267,6 +267,38 @@ def test_prune_tries_cuts_out_on_batches() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_prune_tells_one_class_from_its_background() -> None:
+    """By the binary cross-entropy, which is that of two classes of which the background's logit is 0."""
+    model = narrow_network(num_classes=1)
+    x, labels = noise(2, 3, *SIZE), torch.randint(0, 2, (2, *SIZE), dtype=torch.uint8)
+    labels[:, :5] = 255
+
+    def of_two(z: Tensor, truth: Tensor) -> Tensor:
+        both = torch.cat([torch.zeros_like(z), z], 1)
+        found = nn.functional.cross_entropy(both, truth.long(), ignore_index=255)
+        binary = nn.functional.binary_cross_entropy_with_logits(z[:, 0, 5:], truth[:, 5:].float())
+        assert found.item() == pytest.approx(binary.item(), rel=1e-4)
+        return found
+
+    ours, theirs = (
+        prune(model, 0.9, [(x, labels)], loss, "float32", SIZE) for loss in (None, of_two)
+    )
+    assert ours.config == theirs.config
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_prune_takes_any_dtype_and_keeps_it(dtype: torch.dtype) -> None:
+    model = narrow_network().to(dtype)
+    x, labels = noise(1, 3, *SIZE).to(dtype), torch.randint(0, 11, (1, *SIZE))
+    narrow = prune(model, 0.99, [(x, labels)], None, "float32", SIZE)
+    assert {p.dtype for p in narrow.parameters()} == {model.classifier.conv.weight.dtype} == {dtype}
+    same = prune(model.float(), 0.99, [(x.float(), labels)], None, "float32", SIZE)
+    assert narrow.config == same.config and torch.equal(
+        narrow.classifier.conv.weight, same.classifier.conv.weight.to(dtype)
+    )
+
+
 def test_the_result_is_an_ordinary_network(tmp_path: Path) -> None:
     """In every way that the package has; parity of widths that nobody chose is tested where the backends are."""
     with drawn_once():  # one small picture may be unlucky in what bfloat16 rounds
