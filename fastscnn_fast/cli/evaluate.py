@@ -11,10 +11,18 @@ import torch
 from ..arch.config import Config
 from ..backends import registry
 from ..checkpoints import load_checkpoint
-from ..data.classes import counted, label_names, numbered
+from ..data.classes import counted, label_names
 from ..data.datasets import Examples, load
 from ..runtime.model import FastSCNN
-from ..train.evaluate import Confusion, Labeller, compare, labeller, save_csv, save_picture
+from ..train.evaluate import (
+    Confusion,
+    Labeller,
+    agreed,
+    compare,
+    labeller,
+    save_csv,
+    save_picture,
+)
 from . import options
 
 _MEMORY = 2 * 2**30  # bytes of examples kept: each is used once
@@ -94,9 +102,8 @@ def labelled(
             f"{args.weights}: has {counted(model.config.num_classes)}, {args.data} has "
             f"{len(examples.classes)}"
         )
-    known = [c for c in (model.classes, examples.classes) if c != numbered(len(c))]
-    classes = known[0] if known else model.classes
-    if any(names != classes for names in known):
+    classes = agreed(model.classes, examples.classes)
+    if classes is None:
         raise ValueError(
             f"{args.weights}: has classes {', '.join(model.classes)}; {args.data} has"
             f" {', '.join(examples.classes)}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..arch.network import resize
 from ..lower.fold import folded_tensors
 from ..program import reference
 from ..program.program import Program, fast_scnn
@@ -55,7 +56,10 @@ class Teacher:
     def loss(self, logits: Tensor, theirs: Tensor) -> Tensor:
         """The mean over pixels of the divergence of small logits (N, K, h, w) from ``theirs``, those of :attr:`network`,
         times weight and squared temperature.
+
+        Where a stem of other padding makes theirs of another size, they are resized as full-size logits are.
         """
+        theirs = resize(theirs.float(), logits.shape[2:], self.network.config.align_corners)
         own, theirs = (
             (of_labels(z.float(), self.targets) / self.temperature).log_softmax(1)
             for z in (logits, theirs)

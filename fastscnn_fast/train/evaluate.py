@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.classes import numbered
 from ..data.datasets import Examples
 from ..plots import figure, png
 from ..program.labels import labels_of
@@ -26,6 +27,16 @@ from ..writing import write_whole
 
 #: A picture, uint8 (H, W, 3) -> its labels, uint8 (H, W)
 Labeller = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+
+
+def agreed(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...] | None:
+    """What classes are called that are the same; None where they are not.
+
+    That they are by number and names; where no one has said names, numbers stand for any.
+    """
+    both = (tuple(ours), tuple(theirs))
+    known = {names for names in both if names != numbered(len(names))} or {*both}
+    return known.pop() if len(known) == 1 and len(ours) == len(theirs) else None
 
 
 class Confusion:
@@ -41,8 +52,14 @@ class Confusion:
         self.matrix: NDArray[np.int64] = np.zeros((labels, labels), np.int64)
 
     def add(self, labels: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> None:
-        """Counts pixels; labels that are no class are left out."""
+        """Counts pixels; labels that are no class are left out.
+
+        Raises:
+            ValueError: something else is predicted than the K labels.
+        """
         k = len(self.matrix)
+        if (most := predicted.max(initial=0)) >= k:
+            raise ValueError(f"predicted must be labels of 0 to {k - 1}, got {most}")
         known = labels < k
         pairs = labels[known].astype(np.int64) * k + predicted[known]
         self.matrix += np.bincount(pairs, minlength=k * k).reshape(k, k)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from ..checkpoints import load_checkpoint
-from ..data.classes import numbered
 from ..program.arithmetic import ARITHMETICS
 from ..program.program import operations
 from ..runtime.model import FastSCNN
@@ -53,27 +52,16 @@ class Pruner(Trainer):
 
     def _network(self) -> FastSCNN:
         config, recipe = self.unpruned.config, self.recipe
-        for name, theirs, ours in (
-            ("classes", config.num_classes, len(self.train.classes)),
-            ("channels", config.in_channels, self.train.channels),
-        ):
-            if theirs != ours:
-                raise ValueError(
-                    f"weights must have as many {name} as the pictures have, {ours}, got {theirs}"
-                )
+        self.classes = self._classes_with("weights", self.unpruned)
         dropout = config.dropout if recipe.dropout is None else recipe.dropout
         return rebuilt(self.unpruned, replace(config, aux=False, size=recipe.size, dropout=dropout))
 
     def _call(self, model: FastSCNN) -> None:
         """As the examples' classes are, or as those of the weights are where nobody has named the former."""
-        known = [c for c in (self.unpruned.classes, self.train.classes) if c != numbered(len(c))]
-        if len(set(known)) > 1:
-            theirs, ours = (", ".join(names) for names in known)
-            raise ValueError(f"weights must have the classes of the pictures, {ours}, got {theirs}")
-        if known == [self.unpruned.classes]:
-            model.call_as(self.unpruned)
+        if self.classes == tuple(self.train.classes):
+            super()._call(model)
         else:
-            model.classes = self.train.classes
+            model.call_as(self.unpruned)
 
     @property
     def _size(self) -> tuple[int, int]:

@@ -85,12 +85,20 @@ def start_from(path: str, config: Config) -> FastSCNN:
     return model
 
 
-def _check_channels(recipe: Recipe, train: Examples, val: Examples | None) -> None:
-    """ValueError where pictures are not alike, or where what is done to them is done in colours that they lack."""
-    if val is not None and val.channels != train.channels:
-        raise ValueError(
-            f"val must have pictures of {train.channels} channels like train, got {val.channels}"
-        )
+def _check_examples(recipe: Recipe, train: Examples, val: Examples | None) -> None:
+    """ValueError where examples are not alike, or where what is done to them is done in colours that they lack."""
+    if val is not None:
+        if val.channels != train.channels:
+            raise ValueError(
+                f"val must have pictures of {train.channels} channels like train, got {val.channels}"
+            )
+        if evaluate.agreed(train.classes, val.classes) is None:
+            raise ValueError(
+                f"val must have the classes of train, {', '.join(train.classes)},"
+                f" got {', '.join(val.classes)}"
+            )
+        if val.ignore != train.ignore:
+            raise ValueError(f"val must ignore label {train.ignore} like train, got {val.ignore}")
     for name in ("paste", "mix", "style", "weather", "streets"):
         if train.channels != 3 and getattr(recipe, name):
             raise ValueError(
@@ -131,7 +139,7 @@ class Trainer:
     Args:
         recipe: what to learn by.
         train: the examples to learn from.
-        val: those to choose by, if any.
+        val: those to choose by, if any, of the same classes.
         out: the run's folder.
         device: where to compute.
         validations: how many over the run, at most one an epoch.
@@ -158,8 +166,8 @@ class Trainer:
         self.device, self.out, self.command = torch.device(device), out, command
         self.group = Processes() if group is None else group
         self.recipe = recipe = replace(recipe, dtype=_resolved(recipe, self.device))
-        self.train, self.val = train, val
-        _check_channels(recipe, train, val)
+        self.train, self.val, self.classes = train, val, tuple(train.classes)
+        _check_examples(recipe, train, val)
         _check_classes(recipe, train, val, self.group.rank == 0)
         share = recipe.batch // self.group.world
         if recipe.batch % self.group.world or share % recipe.accumulate:
@@ -229,19 +237,34 @@ class Trainer:
         if recipe.teacher is None or not recipe.distil:
             return None
         model = load_checkpoint(recipe.teacher).float()
+        self._classes_with("teacher", model)
+        return Teacher(model.to(self.device), self.targets, recipe.distil, recipe.temperature)
+
+    def _classes_with(self, argument: str, model: FastSCNN) -> tuple[str, ...]:
+        """What the classes are called that the pictures share with a network.
+
+        Raises:
+            ValueError: it has others, or other channels.
+        """
         for name, theirs, ours in (
             ("classes", model.config.num_classes, len(self.train.classes)),
             ("channels", model.config.in_channels, self.train.channels),
         ):
             if theirs != ours:
                 raise ValueError(
-                    f"teacher must have as many {name} as the pictures have, {ours}, got {theirs}"
+                    f"{argument} must have as many {name} as the pictures have, {ours}, got {theirs}"
                 )
-        return Teacher(model.to(self.device), self.targets, recipe.distil, recipe.temperature)
+        classes = evaluate.agreed(self.classes, model.classes)
+        if classes is None:
+            raise ValueError(
+                f"{argument} must have the classes of the pictures, {', '.join(self.classes)},"
+                f" got {', '.join(model.classes)}"
+            )
+        return classes
 
     def _call(self, model: FastSCNN) -> None:
         """Names its classes."""
-        model.classes = self.train.classes
+        model.classes = self.classes
 
     def _batches(self, workers: int) -> Batches:
         recipe = self.recipe

@@ -40,6 +40,8 @@ def test_confusion_by_hand() -> None:
     assert rows[-1].split() == ["c", "-", "-", "-", "0"]
     assert mean.split(maxsplit=2) == ["mIoU", "0.5000", "without c: neither there nor predicted"]
     assert accuracy.split() == ["pixel", "accuracy", "0.6667"] and "nan" not in "".join(rows)
+    with pytest.raises(ValueError, match="predicted must be labels of 0 to 2, got 4"):
+        never.add(np.zeros((1, 1), np.uint8), np.full((1, 1), 4, np.uint8))
     empty = Confusion(2)
     assert "nan" not in empty.table(["a", "b"])
     assert math.isnan(empty.miou) and math.isnan(empty.accuracy)

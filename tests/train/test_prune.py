@@ -447,6 +447,43 @@ def test_any_network_learns_from_a_teacher(streets: Examples, tmp_path: Path) ->
             Trainer(recipe, streets, None, tmp_path / "other")
 
 
+def test_a_teacher_of_other_classes_by_name_is_refused(
+    streets: Examples, tmp_path: Path, given: PruneRecipe
+) -> None:
+    """Also where only the weights to prune say what the classes are called."""
+    teacher = narrow_network()
+    teacher.classes = CAMVID_CLASSES[::-1]
+    save_checkpoint(teacher, tmp_path / "teacher.safetensors")
+    named = {"teacher": str(tmp_path / "teacher.safetensors"), "crop": (64, 64), "batch": 4}
+    message = "teacher must have the classes of the pictures, Sky, .*, got Bicyclist, "
+    with pytest.raises(ValueError, match=message):
+        Trainer(Recipe(**named), streets, None, tmp_path)
+    weights = narrow_network()
+    weights.classes = CAMVID_CLASSES
+    save_checkpoint(weights, tmp_path / "weights.safetensors")
+    recipe = replace(given, weights=str(tmp_path / "weights.safetensors"), teacher=named["teacher"])
+    unnamed = Examples(Streets(8, 0, (72, 96)))
+    unnamed.classes = numbered(11)
+    with pytest.raises(ValueError, match=message):
+        Pruner(recipe, unnamed, None, tmp_path)
+
+
+def test_a_teacher_whose_stem_has_other_padding(streets: Examples, tmp_path: Path) -> None:
+    """Its logits of an odd crop are fewer, and are resized; of others they are taken as they are."""
+    save_checkpoint(narrow_network("tramac"), tmp_path / "teacher.safetensors")
+    recipe = Recipe(
+        teacher=str(tmp_path / "teacher.safetensors"), epochs=0.5, batch=4, crop=(41, 64)
+    )
+    run = Trainer(recipe, streets, None, tmp_path)
+    assert run.run() == 0 and run.teacher is not None
+    pictures = torch.zeros(1, 3, 41, 64, dtype=torch.uint8)
+    theirs = run.teacher.network(pictures)
+    assert theirs.shape[2:] == (5, 8)
+    resized = torch.nn.functional.interpolate(theirs, (6, 8), mode="bilinear", align_corners=True)
+    own = torch.randn(1, 11, 6, 8)
+    assert torch.equal(run.teacher.loss(own, theirs), run.teacher.loss(own, resized))
+
+
 # --- runs ------------------------------------------------------------------------------------------------
 
 
