@@ -148,7 +148,9 @@ class Trainer:
         group: this process among others.
 
     Raises:
-        ValueError: recipe and examples do not fit together.
+        ValueError: recipe and examples do not fit together, or weights cannot be used.
+        OSError: weights cannot be read. Where ``out`` holds a run, which :meth:`resume` goes on with without those to start
+            from, it is :meth:`run` that raises either because of these.
     """
 
     def __init__(
@@ -184,7 +186,14 @@ class Trainer:
         self.targets = Targets(
             len(train.classes), train.ignore, weights, recipe.smoothing, self.device
         )
-        network = self._network()
+        self._unstarted: Exception | None = None
+        try:
+            network = self._network()
+        except (OSError, ValueError) as error:
+            if not (out / files.LAST).exists():
+                raise
+            self._unstarted = error
+            network = FastSCNN.from_config(Config.from_dict(files.read_last(out)["config"]))
         self.teacher = self._teacher()
         self._take(network)
         self.step = 0
@@ -385,10 +394,13 @@ class Trainer:
         """Trains to the end, or until a signal; 0, or 128 + the signal's number. Everything is saved.
 
         Raises:
-            ValueError: another run is writing to the folder.
+            ValueError: another run is writing to the folder, or the weights to start from cannot be used.
             RuntimeError: the loss is not finite.
-            OSError: a file cannot be written, which is named; those that were there are whole.
+            OSError: a file cannot be written, which is named; those that were there are whole. Or the weights to start from
+                cannot be read.
         """
+        if self._unstarted is not None:
+            raise self._unstarted
         if self.recipe.quantize and self.plain.ranges is None:
             self.plain.ranges = self._measured(self._kept())
         self._mode()
@@ -570,6 +582,9 @@ class Trainer:
             "validation examples": 0 if self.val is None else len(self.val),
             "steps between validations": self.validate_every,
             "labelled pixels of each class": self.train.pixels.tolist(),
+            "validation pixels of each class": [] if self.val is None else self.val.pixels.tolist(),
+            "bits": _bits(self.train),
+            "validation bits": _bits(self.val),
         }
         if self.recipe.teacher is not None:
             content = located(self.recipe.teacher).read_bytes()
@@ -598,6 +613,7 @@ class Trainer:
         config = Config.from_dict(state["config"])
         if config != self.model.config:
             self._take(FastSCNN.from_config(config))
+        self._unstarted = None
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -608,6 +624,11 @@ class Trainer:
         if self.group.rank == 0:  # the sum over all processes
             self.loss_sum = total[0].clone()
             self.seen = total[1:].view_as(self.seen).long()
+
+
+def _bits(examples: Examples | None) -> int | None:
+    """What pictures are read by, if they are of files."""
+    return getattr(getattr(examples, "source", None), "bits", None)
 
 
 def _resolved(recipe: Recipe, device: torch.device) -> str:

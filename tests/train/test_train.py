@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,56 @@ def test_resume_refuses_another_recipe(streets: Examples, tmp_path: Path) -> Non
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"last\.pt: is damaged"):
         Trainer(recipe, streets, None, tmp_path).resume()
+
+
+def test_resume_refuses_other_pictures_and_validation_labels(
+    streets: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of before such things were kept goes on all the same."""
+    recipe = dataclasses.replace(SMALL, epochs=0.5)
+    val, other = (Examples(Streets(2, first, (72, 96))) for first in (90, 94))
+    Trainer(recipe, streets, val, tmp_path).run()
+    with pytest.raises(ValueError, match="validation pixels of each class must be .* to go on"):
+        Trainer(recipe, streets, other, tmp_path).resume()
+    for source, name in ((streets.source, "bits"), (val.source, "validation bits")):
+        with monkeypatch.context() as patched:
+            patched.setattr(source, "bits", 12, raising=False)
+            with pytest.raises(ValueError, match=f"^{name} must be None to go on .*, got 12"):
+                Trainer(recipe, streets, val, tmp_path).resume()
+    state = files.read_last(tmp_path)
+    for name in ("validation pixels of each class", "bits", "validation bits"):
+        del state["run"][name]
+    files.write_last(state, tmp_path)
+    run = Trainer(recipe, streets, val, tmp_path)
+    run.resume()
+    assert run.step == 1
+
+
+def test_going_on_needs_no_weights_to_start_from(streets: Examples, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_checkpoint(FastSCNN(11, fusion_channels=64), weights)
+    recipe = dataclasses.replace(SMALL, epochs=1, weights=str(weights))
+    assert Trainer(recipe, streets, None, tmp_path).run() == 0
+    longer = dataclasses.replace(recipe, epochs=2)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError):
+        Trainer(longer, streets, None, tmp_path).run()
+    run = Trainer(longer, streets, None, tmp_path)
+    run.resume()
+    assert run.step == 2 and run.model.config.fusion_channels == 64
+    assert_same(run.model.state_dict(), weights_of(tmp_path))
+    assert run.run() == 0
+    with pytest.raises(FileNotFoundError):
+        Trainer(recipe, streets, None, tmp_path / "another")
+
+
+def test_a_run_in_a_thread(streets: Examples, tmp_path: Path) -> None:
+    """Which may not ask for signals."""
+    trainer, status = Trainer(dataclasses.replace(SMALL, epochs=0.5), streets, None, tmp_path), []
+    thread = threading.Thread(target=lambda: status.append(trainer.run()))
+    thread.start()
+    thread.join()
+    assert status == [0]
 
 
 def test_on_beyond_the_end(streets: Examples, tmp_path: Path) -> None:
