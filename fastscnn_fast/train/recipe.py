@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
-from ..arch.config import PRESETS
+from ..arch.config import PRESETS, picture_size
 from ..program.arithmetic import ARITHMETICS
 
 _BATCH_OF_LR, _POWER = 12, 0.9
+#: What a field of a type may be, and what that is called.
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+}
 
 
 def _choice(default: Any, meaning: str, among: Collection[str] = ()) -> Any:
@@ -121,14 +128,16 @@ class Recipe:
     seed: int = _choice(0, "of initial weights, order, augmentation and dropout")
 
     def __post_init__(self) -> None:
-        for name in ("size", "crop", "scale", "class_weights"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+        self._take_alike()
+        types = get_type_hints(type(self))
         weights = self.class_weights
         if isinstance(weights, tuple) and len(weights) == 1:
             object.__setattr__(self, "class_weights", weights[0])
         for option in fields(self):
             value = getattr(self, option.name)
+            kinds, called = _KINDS.get(types[option.name], ((object,), ""))
+            if not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds):
+                raise ValueError(f"{option.name} must be {called}, got {value!r}")
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
                 raise ValueError(f"{option.name} must be finite, got {value}")
@@ -143,8 +152,8 @@ class Recipe:
             "weight_decay": (self.weight_decay >= 0, "must be at least 0"),
             "aux_weight": (self.aux_weight >= 0, "must be at least 0"),
             "dropout": (self.dropout is None or 0 <= self.dropout <= 0.99, "must be 0 to 0.99"),
-            "seed": (self.seed >= 0, "must be at least 0"),
-            "scale": (0 < self.scale[0] <= self.scale[1], "must be two numbers above 0 in order"),
+            "seed": (0 <= self.seed < 2**63, "must be at least 0 and below 2**63"),
+            "scale": (_in_order(self.scale), "must be two numbers above 0 in order"),
             "colour": (0 <= self.colour < 1, "must be at least 0 and below 1"),
             "photo": (0 <= self.photo <= 2, "must be 0 to 2"),
             "paste": (0 <= self.paste <= 100, "must be 0 to 100"),
@@ -170,12 +179,32 @@ class Recipe:
         }
         _check(self, rules)
 
+    def _take_alike(self) -> None:
+        """Lists as tuples, sizes as :func:`picture_size` has them, paths as text."""
+        for name in ("scale", "class_weights"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("size", "crop"):
+            if (value := getattr(self, name)) is not None:
+                try:
+                    object.__setattr__(self, name, picture_size(value))
+                except (TypeError, ValueError) as error:
+                    raise ValueError(str(error).replace("size", name, 1)) from None
+        for name in ("weights", "teacher"):
+            if isinstance(value := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+
 
 def _check(recipe: Recipe, rules: Mapping[str, tuple[bool, str]]) -> None:
     """ValueError for the first field of which a rule does not hold."""
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"{name} {rule}, got {getattr(recipe, name)}")
+
+
+def _in_order(scale: Any) -> bool:
+    """Whether it is (low, high), both above 0."""
+    return isinstance(scale, tuple) and len(scale) == 2 and 0 < scale[0] <= scale[1]
 
 
 def _rule_of_weights(weights: float | tuple[float, ...]) -> tuple[bool, str]:

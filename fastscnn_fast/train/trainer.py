@@ -143,7 +143,7 @@ class Trainer:
         out: the run's folder.
         device: where to compute.
         validations: how many over the run, at most one an epoch.
-        workers: threads that prepare examples.
+        workers: threads that prepare examples; 0: each is prepared when it is asked for.
         command: recorded in the weights.
         group: this process among others.
 
@@ -165,6 +165,9 @@ class Trainer:
         command: str = "",
         group: Processes | None = None,
     ) -> None:
+        for name, value, least in (("validations", validations, 1), ("workers", workers, 0)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         self.device, self.out, self.command = torch.device(device), out, command
         self.group = Processes() if group is None else group
         self.recipe = recipe = replace(recipe, dtype=_resolved(recipe, self.device))

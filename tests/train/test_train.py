@@ -178,13 +178,29 @@ def test_moving_average() -> None:
         ("style", -0.5),
         ("weather", 2.0),
         ("seed", -1),
+        ("seed", 2**63),
+        ("scale", (1.0,)),
+        ("scale", 1.0),
+        ("batch", 2.5),
+        ("accumulate", True),
+        ("epochs", "3"),
+        ("flip", 0),
+        ("crop", (31, 64)),
+        ("crop", (64,)),
+        ("size", 8),
+        ("size", "64x64"),
         ("epochs", float("inf")),
         ("aux_weight", float("nan")),
     ],
 )
 def test_recipe_refuses(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(ValueError, match=f"^{field} must .*, got "):
         Recipe(**{field: value})
+
+
+def test_recipe_takes_what_means_the_same() -> None:
+    given = Recipe(crop=64, size=[64, 96], scale=[1, 2], weights=Path("a.pth"))  # type: ignore[arg-type]
+    assert given == Recipe(crop=(64, 64), size=(64, 96), scale=(1, 2), weights="a.pth")
 
 
 def test_every_field_is_an_option(tmp_path: Path) -> None:
@@ -665,6 +681,30 @@ def test_refused_before_training(streets: Examples, tmp_path: Path) -> None:
         ValueError, match=r"batch must divide by processes \* accumulate = 1 \* 3, got 4"
     ):
         Trainer(dataclasses.replace(SMALL, accumulate=3), streets, None, tmp_path)
+    for wrong, message in (
+        ({"validations": 0}, "validations must be an integer of at least 1, got 0"),
+        ({"validations": 2.5}, r"validations must be an integer of at least 1, got 2\.5"),
+        ({"workers": -1}, "workers must be an integer of at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(SMALL, streets, None, tmp_path, **wrong)  # type: ignore[arg-type]
+
+
+def test_examples_to_choose_by_have_the_classes_that_are_learnt(
+    streets: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or numbers for their names."""
+    val = Examples(Streets(1, 90, (72, 96)))
+    for name, value, message in (
+        ("classes", numbered(12), "val must have the classes of train, Sky, .*, got class 0, "),
+        ("classes", CAMVID_CLASSES[::-1], "val must have the classes of train, Sky, .*, got Bicy"),
+        ("ignore", 255, "val must ignore label 11 like train, got 255"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(ValueError, match=message):
+            patched.setattr(val, name, value)
+            Trainer(SMALL, streets, val, tmp_path)
+    monkeypatch.setattr(val, "classes", numbered(11))
+    Trainer(SMALL, streets, val, tmp_path)
 
 
 # --- the command -----------------------------------------------------------------------------------------
