@@ -85,7 +85,7 @@ def test_min_max_is_the_least_and_the_largest_of_each_value(model: FastSCNN) -> 
     for handle in handles:
         handle.remove()
     found = calibrate(model, PIXELS, "min-max")
-    assert found is model.ranges and list(found) == value_names(fold(model).program)
+    assert found == model.ranges and list(found) == value_names(fold(model).program)
     for name, ends in seen.items():
         assert found[name] == close(ends), name
 
