@@ -76,13 +76,14 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_is_known(model: FastSCNN) -> None:
-    known = card(load_checkpoint(), read_details(Weights.CAMVID11), "somebody/streets")
+    details = read_details(Weights.CAMVID11)
+    known = card(load_checkpoint(), details, "somebody/streets")
     assert 'FastSCNN.from_pretrained("somebody/streets")' in known
     assert "| parameters | 1,136,763 |" in known and "trained on 720x960" in known
-    assert "| 0 | Sky | #808080 | 0.939 |" in known and "mIoU 0.6471" in known
-    assert (
-        "    python -m fastscnn_fast train camvid --classes 11" in known and "epochs 130.0" in known
-    )
+    assert f"| 0 | Sky | #808080 | {details['iou']['Sky']:.3f} |" in known
+    assert f"mIoU {details['miou']:.4f}" in known
+    assert "    python -m fastscnn_fast train camvid --classes 11" in known
+    assert f"epochs {details['recipe']['epochs']}" in known
     assert "| ranges for int8 | yes" in known
     unknown = card(model)
     assert "| 1 | land | #" in unknown and "No score known." in unknown
