@@ -194,28 +194,30 @@ class Config:
 _SIZE = "must be (height, width), two integers, or the side of a square"
 
 
-def picture_size(value: Any) -> tuple[int, int]:
+def picture_size(value: Any, name: str = "size") -> tuple[int, int]:
     """The (height, width) that ``value``, a size that is asked for, means: itself, or the square of that side.
+
+    ``name`` is what the argument is called.
 
     Raises:
         TypeError: it is neither an integer nor a sequence of them.
         ValueError: it has other than two sides, one below 32, or more than 2^30 pixels.
     """
-    sides = _sides(value)
-    _rule(len(sides) == 2, "size", _SIZE, value)
+    sides = _sides(value, name)
+    _rule(len(sides) == 2, name, _SIZE, value)
     height, width = sides
     if min(sides) < SMALLEST_SIDE:
-        rule = f"size must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
+        rule = f"{name} must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE}"
         raise ValueError(f"{rule}, got {height}x{width}")
     if height * width > MOST_PIXELS:
         raise ValueError(
-            f"size must be at most {MOST_PIXELS} pixels, got {height}x{width}, which takes {height * width} bytes"
+            f"{name} must be at most {MOST_PIXELS} pixels, got {height}x{width}, which takes {height * width} bytes"
             " for each channel of the picture alone"
         )
     return height, width
 
 
-def _sides(value: Any) -> tuple[int, ...]:
+def _sides(value: Any, name: str) -> tuple[int, ...]:
     """An integer twice; the integers of a list, tuple, array or tensor."""
     try:
         if isinstance(value, (bool, bytes, bytearray, Mapping, set, frozenset)):
@@ -224,7 +226,7 @@ def _sides(value: Any) -> tuple[int, ...]:
             return (operator.index(value),) * 2
         return tuple(map(operator.index, value))
     except TypeError:
-        raise TypeError(f"size {_SIZE}, got {value!r}") from None
+        raise TypeError(f"{name} {_SIZE}, got {value!r}") from None
 
 
 def amended(config: Config, **values: Any) -> Config:

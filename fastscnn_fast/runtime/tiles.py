@@ -41,7 +41,7 @@ def tiling(tile: Size, overlap: int | None = None) -> Tiling:
         ValueError: a side of ``tile`` is below 64, or ``overlap`` is negative or so large, about half a side, that three
             tiles would meet.
     """
-    height, width = _renamed(tile)
+    height, width = picture_size(tile, "tile")
     if min(height, width) < SMALLEST_TILE:
         raise ValueError(
             f"tile must be at least {SMALLEST_TILE}x{SMALLEST_TILE}, got {height}x{width}"
@@ -62,13 +62,6 @@ def tiling(tile: Size, overlap: int | None = None) -> Tiling:
 def _step(tile: int, overlap: int) -> int:
     """By how much one tile begins after the other."""
     return (tile - overlap) // GRID * GRID
-
-
-def _renamed(tile: Size) -> tuple[int, int]:
-    try:
-        return picture_size(tile)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("size", "tile", 1)) from None
 
 
 class Span(NamedTuple):

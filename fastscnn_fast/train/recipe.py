@@ -187,9 +187,9 @@ class Recipe:
         for name in ("size", "crop"):
             if (value := getattr(self, name)) is not None:
                 try:
-                    object.__setattr__(self, name, picture_size(value))
-                except (TypeError, ValueError) as error:
-                    raise ValueError(str(error).replace("size", name, 1)) from None
+                    object.__setattr__(self, name, picture_size(value, name))
+                except TypeError as error:
+                    raise ValueError(str(error)) from None
         for name in ("weights", "teacher"):
             if isinstance(value := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))

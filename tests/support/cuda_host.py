@@ -21,6 +21,7 @@ import pybind11
 from helpers import ROOT
 
 from fastscnn_fast.backends.gpu.machine import nvidia_program
+from fastscnn_fast.writing import write_whole
 
 CUDA = ROOT / "csrc" / "cuda"
 BUILT = ROOT / "build" / "cuda_host"
@@ -78,8 +79,7 @@ def _object(name: str, text: str, flags: Sequence[str]) -> Path:
         BUILT.mkdir(parents=True, exist_ok=True)
         place = units()[name].parent
         source, unfinished = made.with_suffix(".cpp"), made.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(text)
-        unfinished.replace(source)  # whole at once: another process may be compiling it
+        write_whole(source, text.encode(), durable=False)  # another process may be compiling it
         folders = ("-iquote", str(place), *includes())
         _run([COMPILER, *flags, *WARNINGS, *folders, "-c", str(source), "-o", str(unfinished)])
         unfinished.replace(made)
